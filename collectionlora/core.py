@@ -74,7 +74,7 @@ def results_dir() -> Path:
     "Where runs write: the checkout's `results/`, else `results/` below the current directory."
     return repo_root()/'results' if in_checkout() else Path.cwd()/'results'
 
-# %% ../nbs/00_core.ipynb #b390a1eb
+# %% ../nbs/00_core.ipynb #0b465090
 def plain(obj):
     "`obj` as plain JSON data: numpy numbers and arrays become numbers and lists, paths strings, non-finite numbers `None`."
     if isinstance(obj, dict): return {str(k): plain(v) for k, v in obj.items()}
@@ -96,8 +96,10 @@ def sha256_json(obj) -> str:
 
 def sha256_file(path) -> str:
     "Hex sha256 of the bytes of a file."
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest() if sys.version_info >= (3, 11) \
-        else hashlib.sha256(f.read()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while block := f.read(1 << 20): digest.update(block)
+    return digest.hexdigest()
 
 
 def sha256_folder(path) -> str:

@@ -1,0 +1,46 @@
+"README.md from nbs/index.ipynb: runs the notebook, keeps what a reader sees, puts its pictures into assets/. Needs no Quarto."
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).resolve().parent.parent
+HIDDEN = re.compile(r'^#\|\s*(hide|default_exp)\b', re.M)
+DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
+
+
+def shown(nb):
+    "The cells that a reader of the front page sees: no hidden ones, no directives, no warnings on stderr."
+    nb.cells = [c for c in nb.cells if not HIDDEN.search(c.source)]
+    for c in nb.cells:
+        c.source = DIRECTIVE.sub('', c.source)
+        if c.cell_type == 'code': c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
+    return nb
+
+
+def render(nb) -> tuple[str, dict]:
+    "Markdown and its pictures, named assets/readme_N.png in order of appearance."
+    text, resources = MarkdownExporter().from_notebook_node(nb)
+    pictures = {}
+    for i, (name, data) in enumerate(resources.get('outputs', {}).items()):
+        new = f'assets/readme_{i}{Path(name).suffix}'
+        text, pictures[new] = text.replace(f']({name})', f']({new})'), data
+    note = '<!-- rendered from nbs/index.ipynb by `make readme`; edit the notebook -->\n\n'
+    return note + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', pictures
+
+
+def main():
+    nb = nbformat.read(ROOT/'nbs'/'index.ipynb', 4)
+    if '--run' in sys.argv: NotebookClient(nb, timeout=600, resources={'metadata': {'path': str(ROOT/'nbs')}}).execute()
+    text, pictures = render(shown(nb))
+    (ROOT/'assets').mkdir(exist_ok=True)
+    for old in (ROOT/'assets').glob('readme_*'): old.unlink()
+    for name, data in pictures.items(): (ROOT/name).write_bytes(data)
+    (ROOT/'README.md').write_text(text, encoding='utf-8')
+    print(f'README.md: {len(text.split())} words, {len(pictures)} pictures')
+
+
+if __name__ == '__main__': main()

@@ -120,7 +120,7 @@ def rng(*parts) -> np.random.Generator:
     "A numpy generator seeded by `seed_of(*parts)`."
     return np.random.default_rng(seed_of(*parts))
 
-# %% ../nbs/00_core.ipynb #b4ae11ee
+# %% ../nbs/00_core.ipynb #9d78c5d3
 @contextmanager
 def replacing(path):
     "Yields a temporary path in `path`'s folder that takes `path`'s place on success and is removed on failure."
@@ -135,8 +135,11 @@ def replacing(path):
 
 @contextmanager
 def folder_lock(folder):
-    "Holds `folder` for one run; raises `UserError` if another run holds it."
+    "Holds `folder` for one run; raises `UserError` if another run holds it. A run started by the holder shares its lock."
     folder = Path(folder)
+    if str(folder.resolve()) in os.environ.get('COLLECTIONLORA_HELD', '').split(os.pathsep):
+        yield folder
+        return
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder/'.run.lock', timeout=0)
     try: lock.acquire()

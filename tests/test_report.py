@@ -1,0 +1,108 @@
+"The report is self-contained, complete, escaped, deterministic, and its words follow from its numbers."
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from collectionlora import metrics as M, report as R
+from collectionlora.core import UserError, run_info
+
+OWN, OTHER = 'ours, 8 steps', 'other <8> steps'
+EFFECTS = {'hat': dict(category='animal', description='a <b>tall</b> hat & feather'), 'rain': dict(category='animal', description='rain')}
+
+
+def rows(method, good, nfe=8):
+    return [M.Row(method, e, 'animal', f'i{i}', 0, e if i < good else M.NONE, i < good, .9, .05, 1., .2, nfe) for e in EFFECTS for i in range(6)]
+
+
+@pytest.fixture
+def everything():
+    record = dict(run_info(dict(steps=3, note='<script>'), 7, {'base': 'f' * 64}), cost=dict(seconds=75.),
+                  metrics=dict(history=[{'step': s, 'loss/fake': 1. / (s + 1), 'loss/match': .5, 'norm': 2.} for s in range(9)]))
+    every = rows(OWN, 6) + rows(OTHER, 2) + rows(M.COPY, 0) + rows(M.CEILING, 6) + rows(M.FLOOR, 0)
+    columns = ['source', OWN, OTHER]
+    pictures = {(e, 'i0', c): np.full((64, 64, 3), 10 * k, np.uint8) for k, e in enumerate(EFFECTS) for c in columns}
+    return dict(title='T', lead='L', budget=R.budget_words(2, 100, 8, .5, 50, full_steps=1000), own=OWN, rows=every, effects=EFFECTS,
+                records={'distil': record}, sizes={OWN: 1234}, pictures=pictures, columns=columns, notes=['a note'])
+
+
+class Strict(HTMLParser):
+    "Collects every tag and whatever could leave the page."
+    def __init__(self): super().__init__(); self.tags, self.links = [], []
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [v for k, v in attrs if k in ('src', 'href', 'srcset', 'data', 'action') and v]
+
+
+def test_page_needs_nothing_from_outside(everything, tmp_path):
+    page = R.render(tmp_path / 'report.html', **everything)
+    found = Strict(); found.feed(page)
+    assert found.links and all(v.startswith('data:image/') for v in found.links)
+    assert not {'script', 'link', 'iframe', 'object'} & set(found.tags) and 'url(' not in page and '@import' not in page
+    assert list(tmp_path.iterdir()) == [tmp_path / 'report.html'] and (tmp_path / 'report.html').read_text(encoding='utf-8') == page
+
+
+def test_page_holds_what_was_asked(everything, tmp_path):
+    page = R.render(tmp_path / 'r.html', **everything)
+    for text in (OWN, 'other &lt;8&gt; steps', *M.REFERENCES[:2], 'A short budget run', '1.2 kB', 'f' * 64, '75 s', 'prefers-color-scheme:dark', 'image-rendering:pixelated', 'a note', 'n = 12'):
+        assert text in page, text
+    assert page.count('class="heat"') == 2 and page.count('<svg') == 2 and page.count('<img') == 6
+    assert '<b>tall' not in page and '&lt;script&gt;' in page
+
+
+def test_same_input_same_bytes(everything, tmp_path):
+    assert R.render(tmp_path / 'a.html', **everything) == R.render(tmp_path / 'b.html', **everything)
+
+
+def test_report_without_floor_and_ceiling_is_refused(everything, tmp_path):
+    everything['rows'] = rows(OWN, 6)
+    with pytest.raises(UserError, match='floor and ceiling'): R.render(tmp_path / 'r.html', **everything)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_methods_are_refused(everything, tmp_path):
+    with pytest.raises(UserError, match="did you mean 'ours, 8 steps'"): R.render(tmp_path / 'r.html', **{**everything, 'own': 'ours, 9 steps'})
+    with pytest.raises(UserError, match='file sizes'): R.render(tmp_path / 'r.html', **{**everything, 'sizes': {'our': 3}})
+
+
+def test_budget_words_follow_the_settings():
+    short, full = R.budget_words(4, 300, 16, .5, 250, full_steps=3000), R.budget_words(50, 5000, 8, .5, 2000, seeds=3)
+    assert short.startswith('A short budget run') and '600 samples per effect' in short and '6% of' in short and 'demonstration' in short
+    assert full.startswith('A full budget run') and '400 samples per effect' in full and '3 training seeds' in full and 'demonstration' not in full
+
+
+def test_verdict_follows_the_contrast():
+    many = lambda m, good: [M.Row(m, f'e{e}', 'animal', f'i{i}', 0, f'e{e}' if i < good[e] else M.NONE, i < good[e], 1., 0., 1., 1., 8) for e in range(12) for i in range(10)]
+    a, b = many('a', [9, 10] * 6), many('b', [5, 7] * 6)
+    [(c, p)] = M.contrasts(a + b, 'a', ['b'])
+    assert 'fewer bad cases than b' in R.verdict(c, p) and 'by 35 points' in R.verdict(c, p)
+    [(c, p)] = M.contrasts(a + b, 'b', ['a'])
+    assert 'more bad cases than a' in R.verdict(c, p)
+    [(c, p)] = M.contrasts(a + many('c', [10, 9] * 6), 'a', ['c'])
+    assert R.verdict(c, p).startswith('No difference') and '80 % power' in R.verdict(c, p)
+
+
+def test_small_pictures_are_lossless_and_large_ones_small():
+    g = np.random.default_rng(0)
+    small = g.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    back = Image.open(io.BytesIO(base64.b64decode(R.image_uri(small).split(',')[1])))
+    assert np.array_equal(np.asarray(back), small)
+    big = Image.open(io.BytesIO(base64.b64decode(R.image_uri(Image.new('RGBA', (2048, 1024), 'red')).split(',')[1])))
+    assert big.size == (512, 256)
+
+
+def test_a_diverged_curve_has_a_gap():
+    svg = R.line_chart({'loss': [(0, 1.), (1, 2.), (2, float('nan')), (3, 1.), (4, 2.)]}, 'loss <1>')
+    line = re.search(r'<path d="(M[^"]*)" fill="none"', svg)[1]
+    assert line.count('M') == 2 and 'nan' not in line and 'loss &lt;1&gt;' in svg
+    with pytest.raises(UserError, match='no finite value'): R.line_chart({'loss': [(0, float('nan'))]}, 'loss')
+
+
+@pytest.mark.parametrize('low, high', [(0, 1), (-3, 7), (1e-5, 3e-5), (0, 4321), (2, 2)])
+def test_ticks_are_round_and_inside(low, high):
+    t = R.ticks(low, high)
+    assert 1 <= len(t) <= 7 and all(low - 1e-9 <= v <= high + 1e-9 for v in t)

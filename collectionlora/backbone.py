@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'BASE', 'Role', 'INFO_FILE', 'INFO', 'PICTURE', 'Images', 'SPECIAL', 'Cond', 'Backbone', 'hash_weights',
-           'read_info', 'use_areas', 'token_types', 'fix_mm_token_type_ids', 'PilProcessor', 'has_torchvision',
-           'load_processor', 'Base', 'scheduler_times', 'few_step_scheduler', 'plain_noise', 'load_base', 'tiny_base']
+           'read_info', 'use_areas', 'token_types', 'fix_mm_token_type_ids', 'PilProcessor', 'has_torchvision', 'Base',
+           'scheduler_times', 'few_step_scheduler', 'plain_noise', 'load_base', 'tiny_base']
 
-# %% ../nbs/02_backbone.ipynb #26937430
+# %% ../nbs/02_backbone.ipynb #ded8da12
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 import hashlib
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .core import UserError, nearest, seed_of
 from .flow import guide
+from .lora_files import Lora
 
 # %% ../nbs/02_backbone.ipynb #b894f435
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class _CastLinear(nn.Linear):
 
 def _aligned(n: int) -> int: return -(-n // 16) * 16      # 64-byte boundaries for fp32
 
-# %% ../nbs/02_backbone.ipynb #f5b908d7
+# %% ../nbs/02_backbone.ipynb #b6101667
 class Backbone:
     """A frozen `QwenImageTransformer2DModel` that plays several roles, each a PEFT LoRA adapter; role 'base' is none.
 
@@ -105,6 +107,8 @@ class Backbone:
         self._active: list[str] = []
         self._scaling: dict[str, float] = {}
         self._full: dict[str, float] = {}
+        self._merged: dict[str, float] | None = None
+        self._layers: list[nn.Module] = []
         self._hash = hash
         self.checkpointing(checkpointing)
 
@@ -142,14 +146,43 @@ class Backbone:
             self._active[:] = before[0]
             self._scaling.update(before[1])
 
-    def using(self, role: Role):
-        "Context in which the transformer plays `role`; on leaving, whatever was active before is active again."
+    def _scalings(self, role: Role) -> dict[str, float]:
+        "Adapter name -> factor of B A for a role as the caller writes it."
         if type(role) is str: weights = {} if role == BASE else {role: 1.0}
         elif isinstance(role, Mapping): weights = role
         else: weights = dict.fromkeys(role, 1.0)
         for name in weights:
             if name not in self.roles: raise UserError(f'role {name!r} is not on this backbone; {nearest(name, [BASE, *self.roles])}')
-        return self._entered(tuple(weights), {n: w * self._full[n] for n, w in weights.items()})
+        return {n: w * self._full[n] for n, w in weights.items()}
+
+    def using(self, role: Role):
+        "Context in which the transformer plays `role`; on leaving, whatever was active before is active again."
+        scalings = self._scalings(role)
+        if self._merged is None: return self._entered(tuple(scalings), scalings)
+        if scalings != self._merged or torch.is_grad_enabled():
+            raise UserError(f'role {role!r} inside merged({list(self._merged)}): only that role runs there, and without gradient.')
+        return nullcontext()
+
+    @contextmanager
+    def merged(self, role: Role) -> Iterator[None]:
+        """Context in which `role` is folded into the weights, W + s B A: quicker for several forwards without gradient.
+
+        On leaving, the base's own tensors are back, bit for bit. Costs a second copy of the adapted weights, and in
+        low precision rounds the sum to the base's dtype, so results there differ from the adapter's."""
+        if self._merged is not None: raise UserError(f'merged({role!r}) inside merged({list(self._merged)}): leave the first one before.')
+        scalings, kept = self._scalings(role), []
+        with torch.no_grad():
+            for m in self._layers:
+                delta = [s * (m.lora_B[n].weight @ m.lora_A[n].weight) for n, s in scalings.items() if n in m.lora_A]
+                if not delta: continue
+                W = m.base_layer.weight
+                kept.append((W, W.data))
+                W.data = (W.data + sum(delta)).to(W.dtype)
+        self._merged = scalings
+        try: yield
+        finally:
+            self._merged = None
+            for W, data in kept: W.data = data
 
     # --- roles
     def modules(self, targets: Sequence[str] = TARGETS) -> dict[str, tuple[int, int]]:
@@ -168,7 +201,8 @@ class Backbone:
         self._check_new(name, rank, targets)
         from peft import LoraConfig
         config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=0.0, target_modules=list(targets))
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []):
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='Already found a `peft_config`')
             self.transformer.add_adapter(config, adapter_name=name)
         layers = {n: m for n, m in self.transformer.named_modules() if name in getattr(m, 'lora_A', ())}
         self._full[name] = config.lora_alpha / rank
@@ -194,8 +228,8 @@ class Backbone:
         self._active.clear()
         self._scaling.update(self._full)
         low = self.dtype != torch.float32
-        for m in self.transformer.modules():
-            if not hasattr(m, 'lora_A'): continue
+        self._layers = [m for m in self.transformer.modules() if hasattr(m, 'lora_A')]
+        for m in self._layers:
             m._active_adapter, m._disable_adapters, m.scaling = self._active, False, self._scaling
             m.cast_input_dtype_enabled = not low
             for f in (*m.lora_A.values(), *m.lora_B.values()):
@@ -233,14 +267,13 @@ class Backbone:
         self._bind()
 
     # --- weights in and out
-    def lora(self, role: str):
+    def lora(self, role: str) -> Lora:
         "A copy of the role's weights as a `Lora`, alpha folded into B, fp32 on CPU."
-        from collectionlora.lora_files import Lora
-        s, layers = self._full[role] if role in self._full else 1.0, self._role(role)['layers']
+        layers, s = self._role(role)['layers'], self._full[role]
         take = lambda f: f[role].weight.detach().float().cpu().clone()
         return Lora(factors={n: (take(m.lora_A), take(m.lora_B) * s) for n, m in layers.items()}, meta={})
 
-    def check(self, role: str, lora) -> None:
+    def check(self, role: str, lora: Lora) -> None:
         "Raises `UserError` if `lora` has a module that the role lacks, a wrong shape, a larger rank, or a non-finite value."
         info = self._role(role)
         for n, (A, B) in lora.factors.items():
@@ -257,7 +290,7 @@ class Backbone:
                 raise UserError(f'LoRA for role {role!r}: {n} holds NaN or infinite values; the file is damaged or its training diverged.')
 
     @torch.no_grad()
-    def pack(self, role: str, lora) -> Tensor:
+    def pack(self, role: str, lora: Lora) -> Tensor:
         "`lora` laid out like `flat(role)`, on CPU: smaller ranks and absent modules are zero. Checks as `check`."
         self.check(role, lora)
         info = self._role(role)
@@ -271,7 +304,7 @@ class Backbone:
             at += _aligned(r * i) + _aligned(o * r)
         return out
 
-    def load(self, role: str, lora) -> None:
+    def load(self, role: str, lora: Lora) -> None:
         "Copies `lora` into the role's slot. Nothing of what the slot held before stays, also where `lora` has no module."
         self.flat(role).copy_(self.pack(role, lora))
 
@@ -296,6 +329,8 @@ class Backbone:
         if x_t.shape[:2] != (B, h * w) or t.shape != (B,):
             raise UserError(f'velocity: x_t {tuple(x_t.shape)} and t {tuple(t.shape)} do not fit a condition of batch {B} '
                             f'and target grid {h} x {w}; x_t is [{B}, {h * w}, C], t is [{B}].')
+        if cond.source.shape[1] != sum(a * b for a, b in cond.grids[1:]):
+            raise UserError(f'velocity: {cond.source.shape[1]} source tokens do not fill the source grids {cond.grids[1:]}.')
         if t.device.type == 'cpu' and not (t.min() >= 0 and t.max() <= 1):
             raise UserError(f'velocity: t holds {t.max().item():g}; times are in [0, 1] (divide timesteps by 1000).')
 
@@ -370,14 +405,13 @@ def fix_mm_token_type_ids(text_encoder: nn.Module) -> None:
     text_encoder.register_forward_pre_hook(supply, with_kwargs=True)
     text_encoder._token_types_fixed = True
 
-# %% ../nbs/02_backbone.ipynb #fb5ef347
-from transformers.processing_utils import ProcessorMixin
-
-
-class PilProcessor(ProcessorMixin):
+# %% ../nbs/02_backbone.ipynb #755706dd
+class PilProcessor:
     "Images and text for the stock pipeline without torchvision: `Qwen2VLProcessor` less the video part that needs it."
-    def __init__(self, image_processor, tokenizer):
-        self.image_processor, self.tokenizer, self.chat_template = image_processor, tokenizer, None
+    def __init__(self, folder: Path):
+        from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def __call__(self, text, images=None, **kwargs):
         from transformers import BatchFeature
@@ -397,13 +431,13 @@ def _widen(text: str, counts: Iterator[int], pad: str = '<|image_pad|>') -> str:
 def has_torchvision() -> bool: return importlib.util.find_spec('torchvision') is not None
 
 
-def load_processor(folder: Path):
-    "The folder's `Qwen2VLProcessor`; without torchvision a `PilProcessor` with the same tokens and nearly the same pixels."
-    if has_torchvision():
-        from transformers import Qwen2VLProcessor
-        return Qwen2VLProcessor.from_pretrained(folder)
-    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
-    return PilProcessor(Qwen2VLImageProcessorPil.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+def _load_pipe(folder: Path, dtype: torch.dtype):
+    "The stock pipeline from its folder; where torchvision is missing, with a `PilProcessor` (same tokens, nearly the same pixels)."
+    from diffusers import QwenImageEditPlusPipeline
+    if has_torchvision(): return QwenImageEditPlusPipeline.from_pretrained(folder, torch_dtype=dtype)
+    pipe = QwenImageEditPlusPipeline.from_pretrained(folder, torch_dtype=dtype, processor=None)
+    pipe.register_modules(processor=PilProcessor(folder / 'processor'))
+    return pipe
 
 # %% ../nbs/02_backbone.ipynb #12e07388
 PICTURE = 'Picture {}: <|vision_start|><|image_pad|><|vision_end|>'
@@ -538,7 +572,7 @@ def plain_noise(seed: int, grid: tuple[int, int], channels: int) -> Callable[[in
         return draws[step]
     return noise
 
-# %% ../nbs/02_backbone.ipynb #714168d2
+# %% ../nbs/02_backbone.ipynb #03accea2
 def _check_offset(pipe, folder: Path) -> None:
     prefix = pipe.prompt_template_encode.split('{}')[0]
     n, wanted = len(pipe.tokenizer(prefix)['input_ids']), pipe.prompt_template_encode_start_idx
@@ -557,10 +591,9 @@ def load_base(folder, device: str = 'cpu', dtype: torch.dtype | None = None) -> 
     name = read_json(index).get('_class_name')
     if name != 'QwenImageEditPlusPipeline':
         raise UserError(f'{index}: _class_name is {name!r}; only QwenImageEditPlusPipeline folders can be a base.')
-    from diffusers import QwenImageEditPlusPipeline
     if dtype is None: dtype = torch.float32 if device == 'cpu' else torch.bfloat16
     info = read_info(folder)
-    pipe = QwenImageEditPlusPipeline.from_pretrained(folder, torch_dtype=dtype, processor=load_processor(folder / 'processor'))
+    pipe = _load_pipe(folder, dtype)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     _check_offset(pipe, folder)

@@ -225,7 +225,7 @@ def finished(out_dir, run: str, key: str) -> dict | None:
     intact = all((f := Path(out_dir)/n).is_file() and sha256_file(f) == h for n, h in record['outputs'].items())
     return record if intact else None
 
-# %% ../nbs/15_run.ipynb #24e8e25b
+# %% ../nbs/15_run.ipynb #4e0f6590
 class RunFailed(RuntimeError):
     "An experiment's notebook stopped with an error; the message names the executed notebook."
 
@@ -236,7 +236,7 @@ def _how_to_go_on(out_dir, run): return f"{_short(out_dir)}/{run}: stopped; the 
 def _papermill(path, out, name, values):
     with _environment(COLLECTIONLORA_COMMAND=f'run {path.stem}/{name}', COLLECTIONLORA_HELD=str(out.resolve()), MPLBACKEND='module://matplotlib_inline.backend_inline'), \
          _interrupts_go_to_the_kernel():
-        papermill.execute_notebook(str(path), str(out/f'{name}.ipynb'), parameters=values, kernel_name='python3', progress_bar=False,
+        papermill.execute_notebook(str(path), str(out/f'{name}.ipynb'), parameters=values, kernel_name='python3', language='python', progress_bar=False,
                                    stderr_file=sys.stderr, kernel_manager_class=ThisPython, store_widget_state=False)
 
 

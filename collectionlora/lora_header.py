@@ -125,7 +125,7 @@ def read_table(path) -> Table:
         raise UserError(f'{path} has {size} bytes but its header accounts for {start + at}; it is truncated or carries foreign data.')
     return Table(meta, tensors, start)
 
-# %% ../nbs/06a_lora_header.ipynb #2e09cd35
+# %% ../nbs/06a_lora_header.ipynb #9883d957
 SCHEMA_VERSION = '1.0'
 _text, _number, _sha = {'type': 'string'}, {'type': 'number'}, {'type': 'string', 'pattern': '^[0-9a-f]{64}$'}
 _strings = {'type': 'array', 'items': _text}
@@ -175,9 +175,12 @@ def decode_metadata(metadata: dict, where: str) -> dict:
     if not version.replace('.', '', 1).isdecimal() or int(version.split('.')[0]) > int(SCHEMA_VERSION.split('.')[0]):
         raise UserError(f'{where}: header field collectionlora.schema is {version!r}, this program reads up to {SCHEMA_VERSION}; '
                         'upgrade collectionlora.')
+    for k, kind in (('effects', list), ('parents', list), ('sampling', dict), ('base', dict), ('train', dict)):
+        if not isinstance(out.get(f'collectionlora.{k}', kind()), kind):
+            raise UserError(f'{where}: header field collectionlora.{k} must be a JSON {"array" if kind is list else "object"}.')
     effects = out.get('collectionlora.effects', [])
-    if not isinstance(effects, list) or not all(isinstance(e, dict) and isinstance(e.get('id'), str) for e in effects):
-        raise UserError(f'{where}: header field collectionlora.effects must be a list of objects with an id.')
+    if not all(isinstance(e, dict) and isinstance(e.get('id'), str) for e in effects):
+        raise UserError(f'{where}: header field collectionlora.effects must hold objects with an id.')
     if len({e['id'] for e in effects}) != len(effects):
         raise UserError(f'{where}: two effects in the catalogue share one id.')
     return out
@@ -190,7 +193,7 @@ def catalogue(path) -> list[dict]:
         raise UserError(f'{path} has no catalogue (header field collectionlora.effects); it is not a collection file.')
     return header['collectionlora.effects']
 
-# %% ../nbs/06a_lora_header.ipynb #5f4dde96
+# %% ../nbs/06a_lora_header.ipynb #54c01bc7
 def encode_metadata(header: dict) -> dict:
     "Header values to strings (JSON for anything that is not a string). Only known `collectionlora.*` fields are allowed."
     out = {}
@@ -218,9 +221,9 @@ def header_digest(metadata: dict, tensors: dict) -> str:
     return hashlib.sha256(_pack(meta, dict(sorted(tensors.items())))).hexdigest()
 
 
-def write_table(path, tensors: Iterable[tuple[str, str, tuple, Callable]], metadata: dict, sign=True) -> str:
+def write_table(path, tensors: Iterable[tuple[str, str, tuple, Callable]], metadata: dict, sign=True) -> None:
     """Write a canonical safetensors file atomically. `tensors` holds (name, dtype, shape, function that returns the bytes); one tensor is in
-    memory at a time. With `sign` the two checksums join the metadata. Returns the sha256 of the whole file."""
+    memory at a time. With `sign` the two checksums join the metadata."""
     tensors, table, at = sorted(tensors, key=lambda t: t[0]), {}, 0
     for name, dtype, shape, _ in tensors:
         table[name] = Entry(dtype, tuple(shape), at, at := at + math.prod(shape) * ITEM[dtype])
@@ -242,7 +245,6 @@ def write_table(path, tensors: Iterable[tuple[str, str, tuple, Callable]], metad
                 meta['collectionlora.header_sha256'] = header_digest(meta, table)
             f.seek(0)
             f.write(struct.pack('<Q', start) + _pack(meta, table))
-    return file_sha256(path)
 
 # %% ../nbs/06a_lora_header.ipynb #6667b4b2
 def file_sha256(path, offset=0) -> str:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'UserError', 'nearest', 'check_keys', 'in_checkout', 'repo_root', 'data_dir', 'nano_dir', 'notebooks_dir',
            'results_dir', 'plain', 'sha256_json', 'sha256_file', 'sha256_folder', 'seed_of', 'rng', 'replacing',
-           'folder_lock', 'read_yaml', 'write_yaml', 'read_json', 'write_json', 'bar', 'versions', 'hardware',
-           'command', 'run_info', 'save_run']
+           'folder_lock', 'parse_yaml', 'read_yaml', 'write_yaml', 'read_json', 'write_json', 'bar', 'versions',
+           'hardware', 'command', 'run_info', 'save_run']
 
 # %% ../nbs/00_core.ipynb #7764af31
 import copy, difflib, hashlib, json, math, os, platform, re, shlex, subprocess, sys
@@ -148,7 +148,7 @@ def folder_lock(folder):
     try: yield folder
     finally: lock.release()
 
-# %% ../nbs/00_core.ipynb #2cb7798c
+# %% ../nbs/00_core.ipynb #95ed7c3e
 class _Loader(yaml.SafeLoader): pass
 
 
@@ -170,13 +170,21 @@ _Loader.add_constructor('!number', _number)
 yaml.add_implicit_resolver('!number', re.compile(r'^[-+]?\d+(\.\d*)?[eE][-+]?\d+$'), list('-+0123456789'), Loader=_Loader)
 
 
+def parse_yaml(text: str, where: str):
+    "The value that a YAML text holds; `where` names it in the `UserError` for text that is no YAML or gives a key twice."
+    loader = _Loader(text)
+    loader.name = where
+    try: return loader.get_single_data()
+    except yaml.YAMLError as e: raise UserError(f"{where}: not valid YAML ({' '.join(str(e).split())})") from e
+    finally: loader.dispose()
+
+
 def read_yaml(path) -> dict:
     "The mapping in a YAML file. Raises `UserError` if the file is absent, unreadable, no mapping, or gives a key twice."
     path = Path(path)
     if not path.is_file(): raise UserError(f"{path}: no such file")
-    try:
-        with open(path, encoding='utf-8') as f: found = yaml.load(f, _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise UserError(f"{path}: not valid YAML ({' '.join(str(e).split())})") from e
+    try: found = parse_yaml(path.read_text(encoding='utf-8'), str(path))
+    except UnicodeDecodeError as e: raise UserError(f"{path}: not valid YAML (not UTF-8 text)") from e
     if not isinstance(found, dict): raise UserError(f"{path}: must hold `key: value` lines, but holds {type(found).__name__}")
     return found
 

@@ -1,0 +1,105 @@
+"The command line as a user meets it: help, mistakes, exit codes, and an installed wheel far from the checkout."
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from collectionlora import cli, core
+
+ROOT = core.repo_root()
+
+
+def call(*args):
+    return CliRunner().invoke(cli.app, [str(a) for a in args])
+
+
+@pytest.mark.parametrize('args, words', [
+    (['inspect', 'absent.safetensors'], ['absent.safetensors']),
+    (['run', 'nano_bse', '--list'], ["did you mean 'nano_base'?"]),
+    (['run', 'nano_base', '-p', 'stpes=3'], ["did you mean 'steps'?"]),
+    (['run', 'nano_base', '-p', 'steps=three'], ["'steps'", 'must be int']),
+    (['run', 'nano_base', '-p', 'steps=3', '-p', 'steps=4'], ['given twice']),
+    (['run', 'nano_base', '-p', 'steps'], ['name=value']),
+    (['run', 'there/absent.yaml'], ['absent.yaml', 'no such file']),
+    (['teach', 'absent-folder', '--out', 'x'], ['absent-folder', 'effect.yaml']),
+    (['teach', '.', '--out', 'x', '--base', 'absent-base'], ['absent-base', 'no base here']),
+    (['demo', '--budget', 'lavish'], ["'lavish'"]),
+])
+def test_a_mistake_is_one_sentence_and_code_2(tmp_path, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
+    result = call(*args)
+    assert result.exit_code == 2, result.output
+    assert all(w in result.output for w in words), result.output
+    assert 'Traceback' not in result.output and not list(tmp_path.iterdir())
+
+
+def test_every_command_has_help_with_an_example():
+    for command in cli.app.registered_commands:
+        name = command.name or command.callback.__name__
+        result = call(name, '--help')
+        assert result.exit_code == 0 and command.callback.__doc__.split('.')[0][:40] in result.output
+        if name != 'info': assert 'Example' in result.output, name
+
+
+def test_help_and_mistakes_do_not_load_torch():
+    code = "import sys\nfrom collectionlora.cli import app\ntry: app(sys.argv[1:])\nexcept SystemExit as e: print('torch' in sys.modules, e.code)"
+    for args, last in ((['--help'], 'False 0'), (['run', 'nano_bse'], 'False 2')):
+        done = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == last, done.stdout + done.stderr
+
+
+def test_assignments_read_values_as_yaml():
+    assert cli.assignments(['a=1e-4', 'b=x', 'c=[1, 2]', "d=''", 'e=true']) == {'a': 1e-4, 'b': 'x', 'c': [1, 2], 'd': '', 'e': True}
+
+
+@pytest.fixture(scope='module')
+def wheel_site(tmp_path_factory):
+    "A folder that holds what the wheel installs, and nothing of the checkout."
+    folder = tmp_path_factory.mktemp('wheel')
+    pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q']
+    subprocess.run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '--no-index', '-w', folder/'dist', copy_of_checkout(folder)], check=True)
+    wheel, = (folder/'dist').glob('*.whl')
+    subprocess.run([*pip, 'install', '--no-deps', '--no-index', '--target', folder/'site', wheel], check=True)
+    return folder/'site'
+
+
+def copy_of_checkout(folder: Path) -> Path:
+    "What git tracks or would track, so that building leaves nothing in the checkout."
+    listed = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    for name in filter(None, listed.split('\0')):
+        if not (ROOT/name).is_file(): continue
+        (folder/'src'/name).parent.mkdir(parents=True, exist_ok=True)
+        (folder/'src'/name).write_bytes((ROOT/name).read_bytes())
+    return folder/'src'
+
+
+def in_wheel(site: Path, cwd: Path, code: str):
+    "Runs code with the wheel's files first, without the environment's own start-up files (so not the editable checkout)."
+    path = [str(site), sysconfig.get_path('purelib')]
+    return subprocess.run([sys.executable, '-S', '-c', f'import sys; sys.path[:0] = {path!r}\n{code}'], cwd=cwd, capture_output=True, text=True)
+
+
+def test_a_wheel_carries_notebooks_and_data_and_no_development_tools(wheel_site, tmp_path):
+    done = in_wheel(wheel_site, tmp_path, """
+from collectionlora import core, run
+assert not core.in_checkout() and core.results_dir().parent == __import__('pathlib').Path.cwd()
+print(sorted(p.stem for p in core.notebooks_dir().glob('*.ipynb')))
+print(sorted(p.relative_to(core.data_dir()).as_posix() for p in core.data_dir().rglob('*') if p.is_file()))
+assert run.declared('nano_base')['steps'].type == 'int'
+assert not {'nbdev', 'fastcore'} & {n.split('.')[0] for n in sys.modules}
+""")
+    assert done.returncode == 0, done.stderr
+    notebooks, data = map(eval, done.stdout.splitlines())
+    assert notebooks == sorted(p.stem for p in (ROOT/'nbs'/'experiments').glob('*.ipynb'))
+    assert 'README.md' in data and set(data) >= {p.relative_to(ROOT/'data').as_posix() for p in (ROOT/'data'/'nano').rglob('*') if p.is_file()}
+
+
+def test_a_wheels_command_works_far_from_the_checkout(wheel_site, tmp_path):
+    done = in_wheel(wheel_site, tmp_path, "from collectionlora.cli import app\nsys.argv = ['collectionlora', '--help']\napp()")
+    assert done.returncode == 0 and 'distill' in done.stdout, done.stderr
+    metadata = (next(wheel_site.glob('collectionlora-*.dist-info'))/'METADATA').read_text()
+    required = [line for line in metadata.splitlines() if line.startswith('Requires-Dist') and 'extra' not in line]
+    assert any('peft>=0.21.2' in line for line in required) and not any(name in line for line in required for name in ('nbdev', 'fastcore'))

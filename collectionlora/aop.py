@@ -7,7 +7,7 @@ __all__ = ['CONSONANTS', 'VOWELS', 'ENDINGS', 'Backend', 'QUESTION', 'PROMPT_KEY
            'student_prompt', 'compose', 'trigger_embeddings', 'trigger_cosines', 'Refusal', 'clean', 'rewrite',
            'WorldDescriber', 'OpenAIVision', 'LocalQwenVL', 'read_prompts', 'write_prompts', 'with_prompts']
 
-# %% ../nbs/10_aop.ipynb #82837c17
+# %% ../nbs/10_aop.ipynb #094c0e5c
 import base64, io, json, os, re, time, urllib.error, urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import world
+from .backbone import PilProcessor, token_types
 from .core import UserError, check_keys, nearest, read_yaml, rng, write_yaml
 from .data import EffectSet, load_image
 
@@ -65,15 +66,15 @@ def make_triggers(ids: Sequence[str], seed: int, taken: Iterable[str] = ()) -> d
         made[id] = word
     return made
 
-# %% ../nbs/10_aop.ipynb #ef375f3d
+# %% ../nbs/10_aop.ipynb #f08e0468
 def student_prompt(trigger: str, description: str, category: str) -> str:
     """`[trigger, description]` of Eq. 5, e.g. "zorvik, turn the animal into ...". Where the description does not say what is kept, it is said
-    that the subject (`category`) is. Raises `UserError` if trigger or description is empty."""
+    that the subject is (named by `category` if that is one word). Raises `UserError` if trigger or description is empty."""
     for name, value in (('trigger', trigger), ('description', description)):
         if not (value or '').strip(): raise UserError(f"student prompt: {name} is empty; run the AOP step or write it into prompts.yaml")
-    text = description.strip().rstrip('.')
+    text, subject = description.strip().rstrip('.'), category.strip() if category.strip().isalpha() else 'subject'
     kept = re.search(r'\b(keep|keeps|keeping|kept|retain|preserve|maintain|same)\b', text.lower())
-    return f'{trigger.strip()}, {text[0].lower() + text[1:]}' + ('' if kept else f', keep the same {category.strip()}')
+    return f'{trigger.strip()}, {text[0].lower() + text[1:]}' + ('' if kept else f', keep the same {subject}')
 
 
 def compose(prompts: Sequence[str]) -> str:
@@ -201,19 +202,19 @@ class OpenAIVision:
             raise Refusal(message.get('refusal') or message.get('content') or 'stopped by the content filter')
         return message.get('content') or ''
 
-# %% ../nbs/10_aop.ipynb #c133cf00
+# %% ../nbs/10_aop.ipynb #0cf39153
 class LocalQwenVL:
     "A Qwen2.5-VL in `folder`: a checkpoint of its own, or the text encoder of a Qwen-Image-Edit pipeline folder."
 
     def __init__(self, folder, device: str = 'cpu', dtype: torch.dtype | None = None, max_new_tokens: int = 120):
-        from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor
+        from transformers import Qwen2_5_VLForConditionalGeneration
         folder = Path(folder)
         parts = (folder/'text_encoder', folder/'processor') if (folder/'model_index.json').is_file() else (folder, folder)
         if not (parts[0]/'config.json').is_file():
             raise UserError(f"{folder}: holds no Qwen2.5-VL (no {parts[0].name}/config.json); give its folder or that of an edit pipeline")
         try:
             self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(parts[0], dtype=dtype, local_files_only=True).to(device).eval()
-            self.processor = Qwen2VLProcessor.from_pretrained(parts[1], local_files_only=True)
+            self.processor = PilProcessor(parts[1])
         except (OSError, ValueError) as e: raise UserError(f"{folder}: cannot be loaded as Qwen2.5-VL ({' '.join(str(e).split())[:200]})") from e
         self.folder, self.max_new_tokens = folder, max_new_tokens
 
@@ -224,8 +225,9 @@ class LocalQwenVL:
         parts = _content(pairs, teacher_prompt, lambda im: {'type': 'text', 'text': mark})
         text = '<|im_start|>user\n' + '\n'.join(p['text'] for p in parts) + '<|im_end|>\n<|im_start|>assistant\n'
         inputs = self.processor(text=[text], images=[im for pair in pairs for im in pair], return_tensors='pt').to(self.model.device)
-        out = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
-        return self.processor.batch_decode(out[:, inputs['input_ids'].shape[1]:], skip_special_tokens=True)[0]
+        kinds = token_types(inputs['input_ids'], self.model.config)
+        out = self.model.generate(**inputs, mm_token_type_ids=kinds, max_new_tokens=self.max_new_tokens, do_sample=False)
+        return self.processor.tokenizer.decode(out[0, inputs['input_ids'].shape[1]:], skip_special_tokens=True)
 
 # %% ../nbs/10_aop.ipynb #885fc691
 PROMPT_KEYS = ('trigger', 'description', 'by', 'refusal')

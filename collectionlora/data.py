@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['log', 'IMAGE_SUFFIXES', 'REFUSED', 'MANIFEST_KEYS', 'GENERAL_KEYS', 'ENCODING', 'to_rgb', 'load_image', 'EffectSet',
            'load_effect', 'check_unique', 'load_effects', 'write_effect', 'load_general', 'general_specs',
-           'write_general', 'ConditionCache']
+           'write_general', 'pick_effects', 'write_world_effect', 'write_world_general', 'ConditionCache']
 
-# %% ../nbs/05_data.ipynb #62b9c9cc
+# %% ../nbs/05_data.ipynb #e444b276
 import hashlib, json, logging, os, re, shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import world
 from .backbone import Base, Cond
-from .core import UserError, bar, check_keys, read_yaml, replacing, sha256_file, sha256_json, write_yaml
+from .core import UserError, bar, check_keys, nearest, read_yaml, replacing, rng, sha256_file, sha256_json, write_yaml
 
 log = logging.getLogger('collectionlora')
 
@@ -244,6 +245,31 @@ def write_general(folder, entries: Iterable[tuple]) -> list[tuple[Path, str]]:
         lines.append({'image': f'images/{i:05d}.png', 'prompt': prompt, **({'spec': spec[0]} if spec else {})})
     with replacing(folder/'manifest.jsonl') as part: part.write_text(''.join(json.dumps(e) + '\n' for e in lines))
     return load_general(folder)
+
+# %% ../nbs/05_data.ipynb #28edd239
+def pick_effects(n: int, seed: int) -> list[str]:
+    "The first n effects of the world in an order drawn by seed in which the families take turns; smaller sets are parts of larger ones."
+    if not 1 <= n <= len(world.EFFECTS): raise UserError(f"pick_effects: {n} effects asked, the miniature world has 1 to {len(world.EFFECTS)}")
+    families = {}
+    for id, e in world.EFFECTS.items(): families.setdefault(e.family, []).append(id)
+    turns = [list(rng('effects of', seed, f).permutation(families[f])) for f in rng('families', seed).permutation(sorted(families))]
+    rounds = [[str(ids[k]) for ids in turns if k < len(ids)] for k in range(max(map(len, turns)))]
+    return [id for r in rounds for id in r][:n]
+
+
+def write_world_effect(folder, effect_id: str, pairs: int, seed: int, stratum: str = 'train') -> EffectSet:
+    "Draws `pairs` pairs of a world effect by seed and writes them as the effect folder `folder`, with ground truth in spec/."
+    if effect_id not in world.EFFECTS: raise UserError(f"{effect_id!r} is no effect of the miniature world; {nearest(effect_id, world.EFFECTS)}")
+    e, scenes = world.EFFECTS[effect_id], []
+    for i in range(pairs): scenes.append(world.draw_scene(rng('pair', effect_id, seed, stratum, i), e.categories[i % len(e.categories)], stratum))
+    images = [(world.render(s), world.apply_effect(s, effect_id, rng('target', effect_id, seed, stratum, i))) for i, s in enumerate(scenes)]
+    return write_effect(folder, id=effect_id, category=' or '.join(e.categories), prompt=e.prompt, pairs=images, specs=scenes)
+
+
+def write_world_general(folder, n: int, seed: int) -> list[tuple[Path, str]]:
+    "Draws n sources of the world with an instruction each (no targets) and writes them as a general folder."
+    drawn = (world.edit_pair(i, seed) for i in bar(range(n), desc='general stream'))
+    return write_general(folder, ((source, said, spec) for source, _, said, _, spec in drawn))
 
 # %% ../nbs/05_data.ipynb #5f86aaf5
 ENCODING = 'edit-plus-1+mm_token_type_ids'

@@ -315,11 +315,11 @@ class TeacherBank:
         self.backbone.remove(self.role)
         self.current = None
 
-# %% ../nbs/07_teachers.ipynb #24b7063a
+# %% ../nbs/07_teachers.ipynb #24949ae0
 @torch.no_grad()
-def sample_targets(backbone: Backbone, role, cond: Cond, uncond: Cond, seeds: Sequence[int], steps: int = 40, w: float = 4.0, shift: float = 1.0,
+def sample_targets(backbone: Backbone, role, cond: Cond, uncond: Cond, seeds: Sequence[int], times: Sequence[float], w: float = 4.0,
                    batch: int = 16, rescale: bool = False, progress=None) -> Tensor:
-    """x0 [B, N, C] by `steps` deterministic steps of the guided flow; sample i starts from the noise of seeds[i].
+    """x0 [B, N, C] by Euler steps of the guided flow down `times` (1.0 first, 0.0 last); sample i starts from the noise of seeds[i].
 
     w: guidance in the usual convention (1 = none, half the work); rescale: as the stock pipeline; progress: a bar that is moved by samples."""
     (h, wide), rows, done = cond.grids[0], range(len(cond)), []
@@ -327,11 +327,11 @@ def sample_targets(backbone: Backbone, role, cond: Cond, uncond: Cond, seeds: Se
         part = list(rows[i:i + batch])
         c, u = (v.index(part).to(backbone.device) for v in (cond, uncond))
         x1 = noise_like((len(part), h*wide, cond.source.shape[-1]), [seeds[j] for j in part]).to(backbone.device)
-        done.append(sample_ode(lambda x, t: backbone.guided(role, x, t, c, u, w, rescale), x1, ode_times(steps, shift)).cpu())
+        done.append(sample_ode(lambda x, t: backbone.guided(role, x, t, c, u, w, rescale), x1, times).cpu())
         if progress is not None: progress.update(len(part))
     return torch.cat(done)
 
-# %% ../nbs/07_teachers.ipynb #6b74a493
+# %% ../nbs/07_teachers.ipynb #7f63cd42
 def target_latents(effect: EffectSet) -> list[Tensor]:
     "The latents [N, C] of an effect painted by `make_targets`, in the order of its sources."
     found = []
@@ -344,9 +344,10 @@ def target_latents(effect: EffectSet) -> list[Tensor]:
 
 
 def make_targets(base, bank: TeacherBank, effect: EffectSet, cache: ConditionCache, folder, per_source: int = 1, steps: int = 40, w: float = 4.0,
-                 shift: float = 1.0, rescale: bool = False, seed: int = 0, batch: int = 16) -> EffectSet:
+                 shift: float | None = None, rescale: bool = False, seed: int = 0, batch: int = 16) -> EffectSet:
     """Paints `per_source` targets of every source with the effect's teacher, as effect folder `folder`/<id> with latents/; returns it.
 
+    shift None: the times at which the base's own scheduler would take `steps` steps; else an even grid pushed through `shift`.
     Finished samples are kept when it is interrupted; a finished folder with the same ingredients is returned as it is."""
     bank.get(effect.id)
     key = sha256_json([base.hash, bank.shas[effect.id], effect.pairs_hash, per_source, steps, w, shift, rescale, seed])
@@ -360,9 +361,9 @@ def make_targets(base, bank: TeacherBank, effect: EffectSet, cache: ConditionCac
     todo = [(i, k) for jobs in by_grid.values() for i, k in jobs if not (part/'target'/f'{effect.stems[i]}-{k}.png').is_file()]
     with bar(total=len(todo), desc=f'painting {effect.id}') as progress:
         for jobs in by_grid.values():
-            jobs = [j for j in jobs if j in todo]
-            for at in range(0, len(jobs), batch): _paint(base, bank, effect, cache, part, jobs[at:at + batch], seed,
-                                                         dict(steps=steps, w=w, shift=shift, rescale=rescale, batch=batch, progress=progress))
+            jobs, grid = [j for j in jobs if j in todo], cache.grid(effect.sources[jobs[0][0]])
+            how = dict(times=base.times(steps, grid) if shift is None else ode_times(steps, shift), w=w, rescale=rescale, batch=batch, progress=progress)
+            for at in range(0, len(jobs), batch): _paint(base, bank, effect, cache, part, jobs[at:at + batch], seed, how)
     load_effect(part)
     if final.exists(): shutil.rmtree(final)
     os.replace(part, final)

@@ -8,10 +8,10 @@ __all__ = ['LEAVES', 'TOP', 'PREFIXES', 'FLAT_PREFIXES', 'ENDING', 'FOREIGN', 'N
            'unflatten', 'Key', 'parse_key', 'module_name', 'Dialect', 'group_keys', 'check_config', 'config_scale',
            'Payload', 'finite', 'power_of_two', 'fold', 'find_weights', 'guess_producer', 'Opened', 'open_lora',
            'read_lora', 'key_names', 'write_lora', 'convert', 'peft_config', 'delta_norm', 'report', 'factor_svd',
-           'balanced', 'resize', 'comfyui_view', 'diffsynth_view']
+           'balanced', 'resize', 'comfyui_view', 'diffsynth_view', 'catalogue', 'read_header']
 
-# %% ../nbs/06_lora_files.ipynb #836c4a78
-import fnmatch, hashlib, json, math, mmap, re, struct
+# %% ../nbs/06_lora_files.ipynb #f54dc380
+import fnmatch, hashlib, math, mmap, re, struct
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,9 @@ import torch
 
 from .core import UserError, check_keys, nearest, write_json
 from .lora_header import (SCHEMA_VERSION, catalogue, decode_metadata, encode_metadata, file_sha256, parse_json,
-                                        read_header, read_table, verify, write_table)
+                                        modelspec, read_header, read_table, verify, write_table)
+
+_all_ = ['catalogue', 'read_header']          # the header's two readers are part of this room's interface
 
 # %% ../nbs/06_lora_files.ipynb #5f86e000
 @dataclass
@@ -398,7 +400,7 @@ def read_lora(path, modules: dict | None = None, allow_missing=(), alpha: float 
             raise UserError(f"{meta['path']}: module {bad} overflows when its scale {scales[bad]:g} is folded in.")
     return Lora(out, meta)
 
-# %% ../nbs/06_lora_files.ipynb #9b2badff
+# %% ../nbs/06_lora_files.ipynb #7239b436
 _DTYPES = {torch.float32: 'F32', torch.bfloat16: 'BF16', torch.float16: 'F16'}
 DIALECTS = {'canonical': Dialect('diffusion_model.', 'lora_A/B', False), 'ai-toolkit': Dialect('diffusion_model.', 'lora_A/B', False),
             'diffusers': Dialect('transformer.', 'lora_A/B', False), 'peft': Dialect('base_model.model.', 'lora_A/B', False),
@@ -443,18 +445,21 @@ def _write(path, factors, scales, dialect, dtype, alpha, metadata, sign):
         raise UserError(str(e) if str(path) in str(e) else f'{path}: {e}') from None
 
 
+def _metadata(rank: int, header: dict) -> dict:
+    return encode_metadata({'format': 'pt', 'ss_network_dim': str(rank), 'ss_network_alpha': str(rank), 'collectionlora.schema': SCHEMA_VERSION}
+                           | modelspec(header) | header)
+
+
 def write_lora(path, lora: Lora, header: dict | None = None, dtype=torch.float32) -> str:
     """Write the canonical dialect: `diffusion_model.<dotted>.lora_A/B.weight`, scale folded, no alpha, canonical signed header with the given fields
     (`collectionlora.*`, `modelspec.*`, `ss_*`). `dtype` float32 or bfloat16. Atomic; equal content gives equal bytes. Returns the file's
     sha256. `UserError` for NaN, wrong shapes, an empty LoRA and unknown header fields."""
     if dtype == torch.float16:
         raise UserError(f'{path}: float16 overflows easily; write float32 or bfloat16.')
-    metadata = encode_metadata({'format': 'pt', 'ss_network_dim': str(lora.rank), 'ss_network_alpha': str(lora.rank),
-                                'collectionlora.schema': SCHEMA_VERSION} | (header or {}))
-    _write(path, lora.factors, {}, DIALECTS['canonical'], dtype, None, metadata, True)
+    _write(path, lora.factors, {}, DIALECTS['canonical'], dtype, None, _metadata(lora.rank, header or {}), True)
     return file_sha256(path)
 
-# %% ../nbs/06_lora_files.ipynb #3bc368a5
+# %% ../nbs/06_lora_files.ipynb #5aa333a1
 def convert(source, target, dialect='canonical', dtype=None, out_alpha: float | None = None, header: dict | None = None, **reading) -> dict:
     """Convert a LoRA between dialects; returns the report of what was read. `reading`: the arguments of `read_lora` that decide what is accepted.
     `dtype=None` picks the smallest exact format; `out_alpha` is the alpha to write where the dialect has one (default: the rank)."""
@@ -466,8 +471,7 @@ def convert(source, target, dialect='canonical', dtype=None, out_alpha: float | 
     rank = max(a.shape[0] for a, _ in factors.values())
     if own:
         kept = {k: v for k, v in meta['header'].items() if k.startswith(('collectionlora.', 'modelspec.')) and not k.endswith('_sha256')}
-        metadata = encode_metadata({'format': 'pt', 'ss_network_dim': str(rank), 'ss_network_alpha': str(rank),
-                                    'collectionlora.schema': SCHEMA_VERSION} | kept | (header or {}))
+        metadata = _metadata(rank, kept | (header or {}))
     else:
         metadata = {'format': 'pt'}
     if dialect == 'peft':

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['MAX_HEADER', 'MAX_BRACKETS', 'MAX_METADATA', 'ITEM', 'SCHEMA_VERSION', 'EFFECT_SCHEMA', 'HEADER_SCHEMA', 'OWN',
-           'Entry', 'Table', 'parse_json', 'read_table', 'read_header', 'decode_metadata', 'catalogue',
-           'encode_metadata', 'header_digest', 'write_table', 'file_sha256', 'verify']
+           'Entry', 'Table', 'parse_json', 'read_table', 'read_header', 'decode_metadata', 'catalogue', 'violation',
+           'usage_hint', 'modelspec', 'encode_metadata', 'header_digest', 'write_table', 'file_sha256', 'verify']
 
-# %% ../nbs/06a_lora_header.ipynb #7c3f4d5c
-import hashlib, json, math, os, struct
+# %% ../nbs/06a_lora_header.ipynb #285bf832
+import hashlib, json, math, re, struct
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 
 from .core import UserError, check_keys, replacing
 
-# %% ../nbs/06a_lora_header.ipynb #aa279498
-MAX_HEADER = 4 << 20            # bytes of JSON
+# %% ../nbs/06a_lora_header.ipynb #500385e6
+MAX_HEADER = 3_000_000          # bytes of JSON
 MAX_BRACKETS = 200_000          # opening brackets anywhere in it
 MAX_METADATA = 1_000_000        # bytes of metadata that we are willing to write
 ITEM = {'F64': 8, 'F32': 4, 'F16': 2, 'BF16': 2, 'I64': 8, 'I32': 4, 'I16': 2, 'I8': 1, 'U8': 1, 'U16': 2, 'U32': 4,
@@ -36,7 +36,7 @@ class Table(NamedTuple):
     tensors: dict
     start: int
 
-# %% ../nbs/06a_lora_header.ipynb #0754e2a6
+# %% ../nbs/06a_lora_header.ipynb #94083f63
 def _unique(pairs):
     out = {}
     for k, v in pairs:
@@ -55,7 +55,7 @@ def parse_json(text, where: str):
     try:
         text = text if isinstance(text, str) else text.decode('utf-8')
         out = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        if '\\ud' in text.lower():                       # an escaped half of a surrogate pair is no character
+        if '\\ud' in text or '\\uD' in text:             # an escaped half of a surrogate pair is no character
             json.dumps(out, ensure_ascii=False).encode()
         return out
     except (ValueError, RecursionError) as e:
@@ -193,13 +193,74 @@ def catalogue(path) -> list[dict]:
         raise UserError(f'{path} has no catalogue (header field collectionlora.effects); it is not a collection file.')
     return header['collectionlora.effects']
 
-# %% ../nbs/06a_lora_header.ipynb #54c01bc7
+# %% ../nbs/06a_lora_header.ipynb #7a5717ed
+_KINDS = {'object': dict, 'array': (list, tuple), 'string': str, 'integer': int, 'number': (int, float), 'boolean': bool, 'null': type(None)}
+
+
+def _is_kind(value, kind: str) -> bool:
+    return isinstance(value, _KINDS[kind]) and not (isinstance(value, bool) and kind in ('integer', 'number'))
+
+
+def violation(value, schema: dict, where: str) -> str | None:
+    "The first way in which `value` breaks `schema` (the subset of JSON Schema used by `HEADER_SCHEMA`), or None."
+    kinds = schema.get('type', [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if kinds and not any(_is_kind(value, k) for k in kinds):
+        return f'{where} must be of type {" or ".join(kinds)}, not {type(value).__name__}'
+    if isinstance(value, dict):
+        missing = next((k for k in schema.get('required', ()) if k not in value), None)
+        if missing:
+            return f'{where} has no {missing}'
+        rest = schema.get('additionalProperties', {})
+        parts = ((v, schema.get('properties', {}).get(k, rest), f'{where}.{k}') for k, v in value.items())
+    elif isinstance(value, (list, tuple)):
+        if len(value) < schema.get('minItems', 0):
+            return f'{where} is too short'
+        parts = ((v, schema.get('items', {}), f'{where}[{i}]') for i, v in enumerate(value))
+    else:
+        return _scalar_violation(value, schema, where)
+    return next((bad for part in parts if (bad := violation(*part))), None)
+
+
+def _scalar_violation(value, schema, where):
+    if isinstance(value, str) and (len(value) < schema.get('minLength', 0) or not re.search(schema.get('pattern', ''), value)):
+        return f'{where} is {value[:60]!r}, which does not have the required form'
+    if isinstance(value, (int, float)):
+        low, high, above = schema.get('minimum', value), schema.get('maximum', value), schema.get('exclusiveMinimum', value - 1)
+        if not (low <= value <= high and value > above):
+            return f'{where} is {value}, which is out of range'
+
+# %% ../nbs/06a_lora_header.ipynb #4e3af7c1
+def usage_hint(sampling: dict) -> str:
+    "One line of advice for people whose program does not read `collectionlora.sampling`."
+    times = sampling.get('times') or []
+    advice = f'{len(times) or sampling.get("steps")} steps, CFG {sampling.get("cfg", 1):g}'
+    advice += ', stochastic sampler (LCM in ComfyUI), not Euler' if sampling.get('stochastic') else ''
+    return advice + (', sigmas ' + ', '.join(f'{t:.4f}' for t in times) + ', 0' if times else '')
+
+
+def modelspec(header: dict) -> dict:
+    "ModelSpec and `ss_*` fields that other programs display, derived from the `collectionlora.*` fields of a header."
+    effects, sampling = header.get('collectionlora.effects') or [], header.get('collectionlora.sampling')
+    triggers = [e['trigger'] for e in effects if e.get('trigger')]
+    shown = [t for i, t in enumerate(triggers) if len(', '.join(triggers[:i + 1])) <= 2000]
+    out = {'modelspec.sai_model_spec': '1.0.1', 'modelspec.architecture': 'Qwen-Image-Edit-Plus/lora', 'modelspec.implementation': 'diffusers',
+           'modelspec.title': effects[0]['id'] if len(effects) == 1 else f'Collection of {len(effects)} effects' if effects else None,
+           'modelspec.trigger_phrase': ', '.join(shown) or None, 'modelspec.usage_hint': usage_hint(sampling) if sampling else None,
+           'modelspec.merged_from': ', '.join(p['sha256'] for p in header.get('collectionlora.parents') or []) or None,
+           'modelspec.tags': ', '.join(sorted({e['category'] for e in effects})) or None,
+           'ss_tag_frequency': {'effects': dict.fromkeys(triggers, 1)} if triggers else None}
+    return {k: v for k, v in out.items() if v is not None}
+
+# %% ../nbs/06a_lora_header.ipynb #4a930645
 def encode_metadata(header: dict) -> dict:
-    "Header values to strings (JSON for anything that is not a string). Only known `collectionlora.*` fields are allowed."
+    "Header values to strings (JSON for anything that is not a string). `collectionlora.*` fields must be known and fit `HEADER_SCHEMA`."
     out = {}
     for k, v in header.items():
         if k.startswith('collectionlora.'):
             check_keys([k.removeprefix('collectionlora.')], OWN, 'header fields under collectionlora.')
+            if v is not None and (problem := violation(v, HEADER_SCHEMA['properties'][k], k)):
+                raise UserError(f'Header field {problem}.')
         if k == 'lora_adapter_metadata':
             raise UserError('Header field lora_adapter_metadata must not be written: programs that read it scale folded weights again.')
         if v is not None:

@@ -22,12 +22,12 @@ def rows(method, good, nfe=8):
 @pytest.fixture
 def everything():
     record = dict(run_info(dict(steps=3, note='<script>'), 7, {'base': 'f' * 64}), cost=dict(seconds=75.),
-                  metrics=dict(history=[{'step': s, 'loss/fake': 1. / (s + 1), 'loss/match': .5, 'norm': 2.} for s in range(9)]))
+                  metrics=dict(history=[{'step': s, 'loss_fake': 1. / (s + 1), 'loss_match': .5, 'norm': 2., 'seconds': 1.} for s in range(9)]))
     every = rows(OWN, 6) + rows(OTHER, 2) + rows(M.COPY, 0) + rows(M.CEILING, 6) + rows(M.FLOOR, 0)
     columns = ['source', OWN, OTHER]
     pictures = {(e, 'i0', c): np.full((64, 64, 3), 10 * k, np.uint8) for k, e in enumerate(EFFECTS) for c in columns}
     return dict(title='T', lead='L', budget=R.budget_words(2, 100, 8, .5, 50, full_steps=1000), own=OWN, rows=every, effects=EFFECTS,
-                records={'distil': record}, sizes={OWN: 1234}, pictures=pictures, columns=columns, notes=['a note'])
+                records={'distill/collection': record}, sizes={OWN: 1234}, pictures=pictures, columns=columns, notes=['a note'])
 
 
 class Strict(HTMLParser):
@@ -106,3 +106,17 @@ def test_a_diverged_curve_has_a_gap():
 def test_ticks_are_round_and_inside(low, high):
     t = R.ticks(low, high)
     assert 1 <= len(t) <= 7 and all(low - 1e-9 <= v <= high + 1e-9 for v in t)
+
+
+def test_runs_of_one_experiment_share_a_chart():
+    teachers = {f'teachers/{e}': dict(metrics=dict(loss=[1., .5, .2], sha256='f' * 64, ids=['a', 'b'])) for e in EFFECTS}
+    [block] = R.charts_of(teachers)
+    assert block['name'] == 'teachers' and len(block['svgs']) == 1 and all(e in block['svgs'][0] for e in EFFECTS)
+    assert R.charts_of({'effects/run': dict(metrics=dict(general=8))}) == []
+
+
+def test_report_without_an_oracle_says_so(everything, tmp_path):
+    lines = [dict(method=OWN, effect=e, distance=.5, floor=1., ceiling=.4, n=3, seconds=.2, nfe=8) for e in EFFECTS]
+    page = R.render(tmp_path / 'r.html', **{**everything, 'rows': [], 'sizes': {}, 'distances': lines, 'no_oracle': 'There is no ground truth.'})
+    assert 'There is no ground truth.' in page and '0.400' in page and 'class="heat"' not in page and 'What the judge' not in page and page.count('<img') == 6
+    with pytest.raises((UserError, ValueError)): R.render(tmp_path / 'r2.html', **{**everything, 'rows': [], 'distances': lines})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Out', 'BaseOption', 'Seed', 'Budget', 'Given', 'guarded', 'command', 'main', 'assignments', 'job_of', 'grid',
-           'teach', 'distill', 'demo', 'edit', 'inspect', 'info', 'run']
+           'teach', 'distill', 'evaluate', 'demo', 'edit', 'inspect', 'info', 'run']
 
 # %% ../nbs/16_cli.ipynb #93a1828f
 import functools, json, sys
@@ -82,7 +82,7 @@ def grid(title: str, columns, rows) -> Table:
     for row in rows: table.add_row(*map(str, row))
     return table
 
-# %% ../nbs/16_cli.ipynb #2d231980
+# %% ../nbs/16_cli.ipynb #79197a78
 @command(epilog='Example: collectionlora teach my-effect --out mine -p steps=500')
 def teach(effects: Annotated[list[Path], typer.Argument(help='Effect folders (effect.yaml, source/, target/), or folders of them.')],
           out: Out, base: BaseOption = 'nano', budget: Budget = 'full', seed: Seed = 0, parameter: Given = None):
@@ -91,15 +91,30 @@ def teach(effects: Annotated[list[Path], typer.Argument(help='Effect folders (ef
     for id, file in demo.teach(job_of(out, base, budget, seed), demo.checked_effects(effects), assignments(parameter)).items(): print(f'{id}\t{file}')
 
 
-@command(epilog='Example: collectionlora distill mine results/demo/effects/train -t mine/teachers -t results/demo/teachers --general results/demo/effects/general --out both')
+@command(epilog='Example: collectionlora distill mine results/demo/effects -t mine/teachers -t results/demo/teachers --general results/demo/general --out both')
 def distill(effects: Annotated[list[Path], typer.Argument(help='Effect folders, or folders of them.')],
             teachers: Annotated[list[Path], typer.Option('--teachers', '-t', help='A teacher LoRA or a folder of them; may be repeated.')],
             general: Annotated[Path, typer.Option('--general', '-g', help='Folder of general images with instructions (manifest.jsonl).')],
-            out: Out, base: BaseOption = 'nano', budget: Budget = 'full', seed: Seed = 0, parameter: Given = None):
+            out: Out, init: Annotated[Optional[Path], typer.Option(help='A LoRA to start from: the acceleration LoRA, or a collection to extend.')] = None,
+            base: BaseOption = 'nano', budget: Budget = 'full', seed: Seed = 0, parameter: Given = None):
     "Distil the teachers of several effects into one few-step LoRA."
     from collectionlora import demo
     found = demo.checked_effects(effects)
-    print(demo.distill(job_of(out, base, budget, seed), found, demo.teacher_files(teachers, found), general, assignments(parameter)))
+    print(demo.distill(job_of(out, base, budget, seed), found, demo.teacher_files(teachers, found), general, init, assignments(parameter)))
+
+
+@command(epilog='Example: collectionlora evaluate both/collection.safetensors mine-effect -t mine/teachers --out both')
+def evaluate(collection: Annotated[Path, typer.Argument(help='The collection file.')],
+             effects: Annotated[list[Path], typer.Argument(help='Effect folders, or folders of them.')],
+             out: Out, teachers: Annotated[Optional[list[Path]], typer.Option('--teachers', '-t', help='Teacher LoRAs to compare with, files or folders.')] = None,
+             acceleration: Annotated[Optional[Path], typer.Option(help='A LoRA that makes the base few-step.')] = None,
+             fm: Annotated[Optional[Path], typer.Option(help='An all-in-one flow-matching LoRA.')] = None,
+             base: BaseOption = 'nano', budget: Budget = 'full', seed: Seed = 0, parameter: Given = None):
+    "Measure a collection on unseen pictures, against what the given files allow, and write the report."
+    from collectionlora import demo
+    job, found = job_of(out, base, budget, seed), demo.checked_effects(effects)
+    demo.evaluate(job, collection, found, demo.teacher_files(teachers, found) if teachers else {}, acceleration, fm, assignments(parameter))
+    print(demo.write_report(job, []))
 
 
 @command(epilog='Example: collectionlora demo --budget full --seed 1')

@@ -300,12 +300,13 @@ def _tell(path, run, record):
     print(f'{path.stem}/{run}: {done}', file=sys.stderr)
     return record
 
-# %% ../nbs/15_run.ipynb #d8099b51
+# %% ../nbs/15_run.ipynb #3abc6d32
 def from_file(path) -> tuple[str, str, dict, int]:
     "Experiment, run name, parameters and seed of a run's YAML file, `.../<experiment>/<run>.yaml`; unknown keys raise `UserError`."
     path, values = Path(path), read_yaml(path)
-    seed = values.pop('seed', 0)
+    seed, name = values.pop('seed', 0), values.pop('run', path.stem)
     if not isinstance(seed, int) or seed < 0: raise UserError(f"{path}: 'seed' must be a whole number from 0 on, got {seed!r}")
+    if name != path.stem: raise UserError(f"{path}: 'run' must be the file's own name, {path.stem!r}, got {name!r}")
     try: complete(path.parent.name, values)
     except UserError as e: raise UserError(f"{path}: {e}") from None
     return path.parent.name, path.stem, values, seed

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from collectionlora import flow
-from collectionlora.backbone import (Backbone, Base, Cond, few_step_scheduler, fix_mm_token_type_ids, hash_weights, load_base,
+from collectionlora.backbone import (Backbone, Cond, few_step_scheduler, fix_mm_token_type_ids, hash_weights, load_base,
                                      plain_noise, tiny_base, use_areas)
 from collectionlora.core import UserError, read_json, sha256_folder, write_json
 from collectionlora.lora_files import Lora, write_lora
@@ -293,6 +293,16 @@ def test_loading_leaves_nothing_of_the_one_before(fresh):
     torch.testing.assert_close(fresh.velocity('teacher', x, t, cond), fresh.velocity('exact', x, t, cond), atol=1e-5, rtol=1e-5)
 
 
+def test_loading_under_a_waiting_backward_is_an_error(fresh):
+    x, t, cond = inputs()
+    with_roles(fresh)
+    loss = fresh.velocity('student', x, t, cond).square().mean()
+    fresh.load('fake', fresh.lora('teacher'))
+    loss.backward(retain_graph=True)
+    fresh.load('student', fresh.lora('teacher'))
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'): loss.backward()
+
+
 def test_loading_refuses_what_does_not_fit_and_changes_nothing(fresh):
     fresh.add_role('teacher', 4)
     good = random_lora(fresh.modules(), 4)
@@ -381,6 +391,7 @@ def test_two_sources_and_odd_shapes(base):
     with pytest.raises(UserError, match='shape buckets'): base.cond([photo(1), photo(2, (128, 64))], ['a', 'b'])
     with pytest.raises(UserError, match='2 images and 1 prompts'): base.encode_prompts([photo(1), photo(2)], ['a'])
     with pytest.raises(UserError, match='empty'): base.cond([], [])
+    with pytest.raises(UserError, match='reserved word'): base.cond([photo(1)], ['a <|image_pad|> b'])
 
 
 def test_many_step_sampler_equals_the_stock_pipeline(base):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INKS', 'UNSEEN', 'PAPER_STEPS', 'STYLE', 'PAGE', 'image_uri', 'ticks', 'thin', 'finite', 'line_chart', 'curves',
-           'lists', 'show_bytes', 'show_seconds', 'main_table', 'effect_table', 'budget_words', 'budget_of', 'verdict',
-           'confusion_table', 'provenance', 'gallery', 'charts_of', 'costs_of', 'measured', 'render']
+           'lists', 'show_bytes', 'show_seconds', 'main_table', 'effect_table', 'budget_words', 'budget_of', 'name_of',
+           'verdict', 'confusion_table', 'provenance', 'gallery', 'charts_of', 'costs_of', 'measured', 'render']
 
 # %% ../nbs/14b_report.ipynb #ac640cc5
 import base64
@@ -149,7 +149,7 @@ def effect_table(rows: Sequence[Row], effects: Sequence[str], methods: Sequence[
         out.append(dict(effect=e, cells=cells))
     return out
 
-# %% ../nbs/14b_report.ipynb #95c5ec2f
+# %% ../nbs/14b_report.ipynb #20223b11
 PAPER_STEPS = 5000          # generator steps of the paper's 50-effect run
 
 def budget_words(effects: int, steps: int, batch: int, p_switch: float, teacher_steps: int, seeds: int = 1, full_steps: int | None = None) -> str:
@@ -162,17 +162,18 @@ def budget_words(effects: int, steps: int, batch: int, p_switch: float, teacher_
             f'and {steps / PAPER_STEPS:.0%} of the {PAPER_STEPS:,} generator steps in the paper, with {seeds} training seed{"s" * (seeds > 1)}'
             + (f'. The full budget is {full:,} generator steps, so read the numbers below as a demonstration, not as a result.' if steps < full else '.'))
 
-def _flat(parameters: Mapping) -> dict:
-    "Parameters with nested settings lifted to the top."
-    return {k: v for name, value in parameters.items() for k, v in (value.items() if isinstance(value, Mapping) else [(name, value)])}
-
 def budget_of(records: Mapping[str, Mapping], effects: int, seeds: int = 1, full_steps: int | None = None) -> str:
-    "`budget_words` from the run records: the one that counts fake-score updates is the distillation, those with an `effect` are teachers."
-    flat = {n: _flat(r['run']['parameters']) for n, r in records.items()}
-    main = next((p for p in flat.values() if 'fake_per_generator' in p and p.get('p_switch', 0) > 0), None)
+    "`budget_words` from run records named 'experiment/run': the distillation is the one that counted `steps_per_effect`, teachers are runs of `teacher`."
+    main = next((r for r in records.values() if r['metrics'].get('steps_per_effect')), None)
     if main is None: return 'The record of the distillation was not given, so this page cannot say on which budget the collection was trained.'
-    steps = [p['steps'] for p in flat.values() if 'effect' in p and 'steps' in p and 'fake_per_generator' not in p]
-    return budget_words(effects, main['steps'], main['batch'], main['p_switch'], max(steps, default=0), seeds, full_steps)
+    p, share = main['run']['parameters'], sum(main['metrics']['steps_per_effect'].values()) / main['run']['parameters']['steps']
+    taught = [r['run']['parameters']['steps'] for n, r in records.items() if n.startswith('teacher/')]
+    return budget_words(effects, p['steps'], p['batch'], share, max(taught, default=0), seeds, full_steps)
+
+def name_of(record: Mapping, path: str | Path) -> str:
+    "'experiment/run' of a record, from the command that made it, else from its path."
+    command = (record['meta'].get('command') or '').removeprefix('run ')
+    return command if command.count('/') == 1 and ' ' not in command else f'{Path(path).parent.name}/{Path(path).stem}'
 
 def verdict(c: Contrast, p: float, level: float = .05) -> str:
     "One sentence on a BCR contrast by a fixed rule."

@@ -39,7 +39,7 @@ from .lora_files import Lora, catalogue, read_lora, write_lora
 from .pdsr import timetable
 from .teachers import TeacherBank, target_latents
 
-# %% ../nbs/12_distill.ipynb #78526740
+# %% ../nbs/12_distill.ipynb #81a3b38e
 PRESETS = {
     'paper': dict(steps=5000, batch=8, fake_warmup=0, fake_batch='same', fake_targets=0.0, balanced=False, few_shift=3.0, critic_shift=3.0,
                   critic_min=0.0, fake_shift=3.0, fake_min=0.0, anchor_shift=3.0, tau_max=0.75, tau_min=0.5, guidance=4.0, rescale=True,
@@ -72,6 +72,7 @@ class Settings:
     weight_bs: float = field(default=1.0, metadata=dict(help='weight of matching from backward simulation'))
     weight_ts: float = field(default=1.0, metadata=dict(help='weight of matching from target simulation'))
     weight_fm: float = field(default=1.0, metadata=dict(help='weight of trajectory anchoring'))
+    detail_power: float = field(default=0.0, metadata=dict(help="weight t^-power of the student's step in matching; 0: Eq. 1 as it is, 1: late steps count like early ones"))
     normaliser_eps: float = field(default=1e-6, metadata=dict(help="eps of DMD's normaliser"))
     tau_max: float = field(default=0.75, metadata=dict(help='target simulation: schedule points below it only'))
     tau_min: float = field(default=0.02, metadata=dict(help="target simulation: the critic's noise from here up"))
@@ -114,10 +115,10 @@ class Settings:
         given = dict(given)
         return cls.preset(given.pop('preset', 'default'), **given)
 
-# %% ../nbs/12_distill.ipynb #22b307d2
+# %% ../nbs/12_distill.ipynb #18fd5ca0
 POSITIVE = ('steps', 'batch', 'fake_per_generator', 'route_every', 'few_steps', 'rank_student', 'rank_fake')
 SHARES = ('fake_targets', 'p_switch', 'tau_max', 'tau_min', 'critic_min', 'critic_max', 'fake_min', 'fake_max', 'anchor_min', 'anchor_max')
-NOT_NEGATIVE = ('seed', 'fake_warmup', 'weight_bs', 'weight_ts', 'weight_fm', 'normaliser_eps', 'lr_warmup', 'weight_decay', 'explosion')
+NOT_NEGATIVE = ('seed', 'fake_warmup', 'weight_bs', 'weight_ts', 'weight_fm', 'normaliser_eps', 'detail_power', 'lr_warmup', 'weight_decay', 'explosion')
 LARGER_THAN_0 = ('few_shift', 'critic_shift', 'fake_shift', 'anchor_shift', 'lr_student', 'lr_fake', 'clip', 'guidance')
 WHOLE = (*POSITIVE, 'seed', 'fake_warmup', 'lr_warmup')
 
@@ -160,7 +161,8 @@ def check_settings(s: Settings) -> None:
     for f in fields(s):
         value = _typed(f.name, getattr(s, f.name), f.default)
         if value is None and f.default is not None or value != value:
-            raise UserError(f'settings: {f.name} is {getattr(s, f.name)!r}; it must be {f.type} ({f.metadata["help"]})')
+            kind = getattr(f.type, '__name__', str(f.type))
+            raise UserError(f'settings: {f.name} is {getattr(s, f.name)!r}; it must be {kind} ({f.metadata["help"]})')
         object.__setattr__(s, f.name, value)
     for wrong, sentence in [*_ranges(s), *_contradictions(s)]:
         if wrong: raise UserError(f'settings: {sentence}')
@@ -297,7 +299,7 @@ def few_step_sample(backbone: Backbone, role, cond: Cond, times: Sequence[float]
             done.append(sample_few(lambda x, t: backbone.velocity(role, x, t, c), noise(0), times, noise).cpu())
     return torch.cat(done)
 
-# %% ../nbs/12_distill.ipynb #44e42dc2
+# %% ../nbs/12_distill.ipynb #023e2c6e
 @dataclass(frozen=True)
 class Batch:
     "What one generator update reads: conditions of student and teacher, the empty prompt, the teacher's role, targets or None."
@@ -356,27 +358,28 @@ class Engine:
         return torch.stack(found)
 
     # --- the generator's terms
-    def match(self, x0: Tensor, b: Batch, g, lo: float) -> tuple[Tensor, dict]:
-        "Eq. 1 on student samples x0 (with their graph): loss, and what was seen: t and both scores' errors on these samples."
+    def match(self, x_in: Tensor, t_in: Tensor, b: Batch, g, lo: float) -> tuple[Tensor, dict]:
+        """Eq. 1 on what the student makes of x_in at t_in: loss, and what was seen: t and both scores' errors there.
+
+        x0 = x_in - t_in v hands the network t_in times the gradient; `detail_power` 1 divides that out."""
+        x0 = to_x0(x_in, self.velocity('student', x_in, t_in, b.student), t_in)
         s, x, eps = self.s, x0.detach(), self.noise(b.student, g)
         t = self.times_like(len(x), g, s.critic_shift, lo, s.critic_max)
         x_t, v = add_noise(x, eps, t), velocity(x, eps)
         with torch.no_grad(): v_fake, v_real = self.velocity('fake', x_t, t, b.student), self.guided(b, x_t, t)
-        loss = pull(x0, velocity_gradient(v, v_fake, v_real, s.normaliser_eps))
+        loss = pull(x0 * t_in[:, None, None]**-s.detail_power, velocity_gradient(v, v_fake, v_real, s.normaliser_eps))
         return loss, dict(t=t, x=x, fake_error=F.mse_loss(v_fake, v).item(), teacher_error=F.mse_loss(v_real, v).item())
 
     def terms(self, b: Batch, g) -> Generator[tuple[str, Tensor, dict], None, None]:
         "(name, weighted loss, seen) of Eq. 9's terms for this batch, each with its own graph; terms of weight 0 are not computed."
         s, t_critic = self.s, None
         if s.weight_bs:
-            x_t, t = self.simulate(b.student, g)
-            loss, seen = self.match(to_x0(x_t, self.velocity('student', x_t, t, b.student), t), b, g, s.critic_min)
+            loss, seen = self.match(*self.simulate(b.student, g), b, g, s.critic_min)
             t_critic = seen['t']
             yield 'bs', s.weight_bs * loss, seen
         if b.y is None: return
         if s.weight_ts:
-            y_t, t = self.diffuse(b.y, g)
-            loss, seen = self.match(to_x0(y_t, self.velocity('student', y_t, t, b.student), t), b, g, s.tau_min)
+            loss, seen = self.match(*self.diffuse(b.y, g), b, g, s.tau_min)
             yield 'ts', s.weight_ts * loss, seen
         if s.weight_fm:
             eps, t = self.noise(b.student, g), self.anchor_times(len(b.y), t_critic, g)

@@ -1,0 +1,182 @@
+"Using a collection: strict loading, fixed seeds, mixed batches, composition, strength, and equality with the stock pipeline."
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from collectionlora import edit as E
+from collectionlora.backbone import load_base, tiny_base
+from collectionlora.core import UserError
+from collectionlora.flow import few_step_times
+from collectionlora.lora_files import Lora, write_lora
+from collectionlora.metrics import Item
+
+SAMPLING = dict(steps=8, shift=3., times=few_step_times(8, 3.), stochastic=True, cfg=1.)
+EFFECTS = [dict(id='oil', category='animal', trigger='zorvik', description='an oil painting with short strokes', strength=1.),
+           dict(id='snow', category='animal', trigger='quompa', description='deep snow', strength=1.)]
+
+
+def picture(k, size=(64, 64)):
+    return Image.fromarray(np.random.default_rng(k).integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
+
+
+def collection_file(path, base, **header):
+    "A file of random LoRA weights, strong enough to matter."
+    g = torch.Generator().manual_seed(0)
+    factors = {n: (torch.randn(4, i, generator=g) / 4, .1 * torch.randn(o, 4, generator=g)) for n, (i, o) in base.backbone.modules().items()}
+    full = {'collectionlora.base': dict(hash=base.hash), 'collectionlora.effects': EFFECTS, 'collectionlora.sampling': SAMPLING, **header}
+    write_lora(path, Lora(factors, {}), {k: v for k, v in full.items() if v is not None})
+    return path
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    torch.set_num_threads(1)
+    return load_base(tiny_base(tmp_path_factory.mktemp('base')))
+
+
+@pytest.fixture(scope='module')
+def file(base, tmp_path_factory):
+    return collection_file(tmp_path_factory.mktemp('file') / 'collection.safetensors', base)
+
+
+@pytest.fixture
+def collection(base, file):
+    c = E.Collection(base, file)
+    yield c
+    c.close()
+
+
+def latents(base, c, images, effects, seeds, batch=16):
+    return torch.stack([o.latents for o in E.generate(base, c.role, images, [c.prompt(e) for e in effects], seeds, c.recipe, batch=batch)])
+
+
+def test_effects_lists_the_catalogue(collection):
+    assert [e['id'] for e in collection.effects()] == ['oil', 'snow']
+    assert set(collection.effects()[0]) == {'id', 'category', 'trigger', 'description', 'strength'}
+
+
+def test_prompts_and_composition(collection):
+    one, two = collection.prompt('oil'), collection.prompt('snow')
+    assert one.startswith('zorvik, an oil painting')
+    for chained in (collection.prompt(('oil', 'snow')), collection.prompt('oil+snow'), collection.prompt('oil + snow')):
+        assert chained.index('zorvik') < chained.index('quompa') and one in chained and two in chained
+
+
+def test_one_forward_for_many_effects_and_pictures(base, collection, monkeypatch):
+    calls, real = [], base.backbone.transformer.forward
+    monkeypatch.setattr(base.backbone.transformer, 'forward', lambda *a, **k: calls.append(len(k['hidden_states'])) or real(*a, **k))
+    images = [picture(k) for k in range(4)]
+    mixed = latents(base, collection, images, ['oil', 'snow', 'oil+snow', 'snow'], [1, 2, 3, 4])
+    assert calls == [4] * 8                                   # eight steps, all four pictures in each
+    for i, effect in enumerate(['oil', 'snow', 'oil+snow', 'snow']):
+        alone = latents(base, collection, images[i:i + 1], [effect], [i + 1])
+        assert (alone[0] - mixed[i]).abs().max() < 1e-4
+    small = latents(base, collection, images, ['oil', 'snow', 'oil+snow', 'snow'], [1, 2, 3, 4], batch=3)
+    assert (small - mixed).abs().max() < 1e-4
+
+
+def test_fixed_seed_fixed_picture(collection):
+    a, b, c = (np.asarray(collection.edit(picture(0), 'oil', seed=s), int) for s in (5, 5, 6))
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_single_and_list_arguments(collection):
+    assert isinstance(collection.edit(picture(0), 'oil'), Image.Image)
+    assert len(collection.edit(picture(0), ['oil', 'snow'])) == 2 and len(collection.edit(picture(0), 'oil', seed=[1, 2, 3])) == 3
+    with pytest.raises(UserError, match='2 effects for 3 pictures'): collection.edit([picture(k) for k in range(3)], ['oil', 'snow'])
+
+
+def test_pictures_of_different_shapes_keep_their_ratio(base, tmp_path_factory):
+    wide, square = picture(0, (256, 64)), picture(1)
+    outputs = E.generate(base, 'base', [wide, square], ['a', 'b'], [0, 1], E.Recipe.few(2))
+    assert [o.image.size for o in outputs] == [base.size(i)[::-1] for i in (wide, square)]
+    assert outputs[0].image.size != outputs[1].image.size
+
+
+def test_grey_and_paths_are_read_and_bad_modes_refused(collection, tmp_path):
+    picture(0).save(tmp_path / 'a.png')
+    assert np.array_equal(collection.edit(tmp_path / 'a.png', 'oil'), collection.edit(picture(0), 'oil'))
+    with pytest.raises(UserError, match='no such file'): collection.edit(tmp_path / 'b.png', 'oil')
+    with pytest.raises(UserError, match='transparent'): collection.edit(Image.new('RGBA', (64, 64), (0, 0, 0, 9)), 'oil')
+
+
+@pytest.mark.parametrize('bad, hint', [('oi', "did you mean 'oil'"), ('snow+oik', "did you mean 'oil'"), ('zzz', 'known: oil, snow')])
+def test_unknown_effect(collection, bad, hint):
+    with pytest.raises(UserError, match='no effect') as e: collection.edit(picture(0), bad)
+    assert hint in str(e.value) and 'collection.safetensors' in str(e.value)
+
+
+def test_strength(base, collection):
+    image, calls = picture(0), []
+    def at(s, neutral=' '): return E.generate(base, collection.role, [image], [collection.prompt('oil')], [3], collection.recipe, [s], neutral)[0].latents
+    without = E.generate(base, collection.role, [image], [' '], [3], collection.recipe)[0].latents
+    plain = latents(base, collection, [image], ['oil'], [3])[0]
+    assert (at(0.) - without).abs().max() < 1e-4 and torch.equal(at(1.), plain)
+    assert (plain - without).abs().max() > 1e-3
+    mixed = E.generate(base, collection.role, [image] * 2, [collection.prompt('oil')] * 2, [3, 3], collection.recipe, [0., 1.])
+    assert (mixed[0].latents - without).abs().max() < 1e-4 and (mixed[1].latents - plain).abs().max() < 1e-4
+
+
+def test_same_picture_through_the_stock_pipeline(base, file, collection):
+    pipe = E.plain_pipeline(base.folder, file)
+    image, prompt = picture(7), collection.prompt('snow')
+    h, w = base.size(image)
+    with torch.random.fork_rng(devices=[]):
+        theirs = pipe(image=[image], prompt=prompt, height=h, width=w, num_inference_steps=8, true_cfg_scale=1., output_type='np', **E.fixed_noise(base, image, 11)).images[0]
+    made = latents(base, collection, [image], ['snow'], [11])
+    ours = base.decode(made, base.grid(image), 'np')[0]
+    assert np.abs(theirs - ours).max() < 1e-5
+    bare = E.generate(base, 'base', [image], [prompt], [11], collection.recipe)[0].latents
+    assert (bare - made[0]).abs().max() > 1e-3                 # the LoRA was there
+
+
+def test_irregular_times_need_sigmas(base, tmp_path):
+    file = collection_file(tmp_path / 'c.safetensors', base, **{'collectionlora.sampling': dict(steps=3, times=[1., .8, .1], stochastic=True, cfg=1.)})
+    c = E.Collection(base, file, role='irregular')
+    assert c.recipe.times == (1., .8, .1) and c.edit(picture(0), 'oil').size == (64, 64)
+    with pytest.raises(UserError, match=r'sigmas=\[1.0, 0.8, 0.1\]'): c.sampler_config()
+    c.close()
+
+
+def test_file_of_another_base(base, file, tmp_path):
+    other = load_base(tiny_base(tmp_path / 'other', seed=3))
+    with pytest.raises(UserError) as e: E.Collection(other, file)
+    assert base.hash[:12] in str(e.value) and other.hash[:12] in str(e.value) and 'collection.safetensors' in str(e.value)
+    assert E.Collection(other, file, allow_other_base=True).edit(picture(0), 'oil').size == (64, 64)
+
+
+@pytest.mark.parametrize('field, message', [('collectionlora.effects', 'no catalogue'), ('collectionlora.sampling', 'sampling')])
+def test_files_without_catalogue_or_recipe(base, tmp_path, field, message):
+    before = set(base.backbone.roles)
+    with pytest.raises(UserError, match=message): E.Collection(base, collection_file(tmp_path / 'c.safetensors', base, **{field: None}), role='incomplete')
+    assert set(base.backbone.roles) == before
+
+
+def test_nan_is_an_error_in_edit_and_a_missing_picture_in_generate(base, collection, monkeypatch):
+    real = base.backbone.velocity
+    def broken(role, x, t, cond):
+        v = real(role, x, t, cond).clone()
+        v[-1] = float('nan')
+        return v
+    monkeypatch.setattr(base.backbone, 'velocity', broken)
+    made = E.generate(base, collection.role, [picture(0), picture(1)], ['a', 'b'], [0, 1], collection.recipe)
+    assert made[0].image is not None and made[1].image is None
+    with pytest.raises(UserError, match="effect 'snow' is not finite"): collection.edit([picture(0), picture(1)], ['oil', 'snow'])
+
+
+def test_methods_share_noise_and_group_by_effect(base, collection):
+    items = [Item(e, 'animal', f'i{k}', 0, np.asarray(picture(k))) for k in range(2) for e in ('oil', 'snow')]
+    used = []
+    def role(e): used.append(e); return collection.role
+    own = E.Method('own', lambda e: collection.role, collection.prompt, collection.recipe)
+    switched = E.Method('switched', role, collection.prompt, collection.recipe, shared=False)
+    a, b = (E.run_method(base, m, items)[0] for m in (own, switched))
+    assert used == ['oil', 'snow'] and max((x.latents - y.latents).abs().max() for x, y in zip(a, b)) < 1e-4
+
+
+def test_recipes():
+    assert E.Recipe.few().nfe == 8 and E.Recipe.ode(40).nfe == 80 and E.Recipe.ode(40).words == '40 steps × CFG'
+    read = E.Recipe.read({'collectionlora.sampling': dict(times=[1., .5], stochastic=False, cfg=2.)}, 'f')
+    assert read.times == (1., .5, 0.) and read.nfe == 4
+    with pytest.raises(UserError, match='f: header field collectionlora.sampling'): E.Recipe.read({}, 'f')

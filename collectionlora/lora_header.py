@@ -36,13 +36,13 @@ class Table(NamedTuple):
     tensors: dict
     start: int
 
-# %% ../nbs/06a_lora_header.ipynb #94083f63
+# %% ../nbs/06a_lora_header.ipynb #3b7558ef
 def _unique(pairs):
-    out = {}
-    for k, v in pairs:
-        if k in out:
-            raise ValueError(f'the key {k[:80]!r} occurs twice')
-        out[k] = v
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen = set()
+        twice = next(k for k, _ in pairs if k in seen or seen.add(k))
+        raise ValueError(f'the key {twice[:80]!r} occurs twice')
     return out
 
 
@@ -87,25 +87,35 @@ def _raw_header(path: Path) -> tuple[bytes, int]:
     except OSError as e:
         raise UserError(f'{path} cannot be read: {e.strerror or e}.') from None
 
-# %% ../nbs/06a_lora_header.ipynb #f10e14ab
+# %% ../nbs/06a_lora_header.ipynb #c7cc4fd4
+_FIELDS = {'dtype', 'shape', 'data_offsets'}
+
+
+def _whole(xs) -> bool:
+    if type(xs) is not list or len(xs) > 8:
+        return False
+    for x in xs:
+        if type(x) is not int or not 0 <= x < 1 << 62:
+            return False
+    return True
+
+
 def _entry(path, name, e) -> Entry:
-    whole = lambda xs: isinstance(xs, list) and all(type(x) is int and 0 <= x < 1 << 62 for x in xs)
-    if not isinstance(e, dict) or set(e) != {'dtype', 'shape', 'data_offsets'}:
-        raise UserError(f'{path}: tensor {name!r} needs exactly dtype, shape and data_offsets in the header.')
+    if type(e) is not dict or e.keys() != _FIELDS:
+        raise UserError(f'{path}: tensor {name[:120]!r} needs exactly dtype, shape and data_offsets in the header.')
     dtype, shape, off = e['dtype'], e['shape'], e['data_offsets']
-    if not isinstance(dtype, str) or dtype not in ITEM:
-        raise UserError(f'{path}: tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}.')
-    if not whole(shape) or len(shape) > 8 or not whole(off) or len(off) != 2:
-        raise UserError(f'{path}: shape and data_offsets of tensor {name!r} must be lists of whole numbers.')
+    if type(dtype) is not str or dtype not in ITEM:
+        raise UserError(f'{path}: tensor {name[:120]!r} has the unknown dtype {str(dtype)[:40]!r}.')
+    if not _whole(shape) or not _whole(off) or len(off) != 2:
+        raise UserError(f'{path}: shape and data_offsets of tensor {name[:120]!r} must be lists of whole numbers.')
     if math.prod(shape) * ITEM[dtype] != off[1] - off[0]:
-        raise UserError(f'{path}: tensor {name!r} of shape {shape} and dtype {dtype} needs {math.prod(shape) * ITEM[dtype]} bytes, '
+        raise UserError(f'{path}: tensor {name[:120]!r} of shape {shape} and dtype {dtype} needs {math.prod(shape) * ITEM[dtype]} bytes, '
                         f'but its offsets span {off[1] - off[0]}; the header lies.')
     return Entry(dtype, tuple(shape), *off)
 
 
-def read_table(path) -> Table:
-    "The checked header of a safetensors file (stdlib only; reads no weights). Raises `UserError` for anything inconsistent."
-    path = Path(path)
+def _parse(path: Path) -> tuple[dict, dict, int, int]:
+    "Metadata, unchecked tensor entries, offset of the payload, size of the file."
     raw, size = _raw_header(path)
     if raw.count(b'[') + raw.count(b'{') > MAX_BRACKETS:
         raise UserError(f'{path}: the header has more than {MAX_BRACKETS} brackets; no LoRA file needs that.')
@@ -115,17 +125,23 @@ def read_table(path) -> Table:
     meta = head.pop('__metadata__', {})
     if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
         raise UserError(f'{path}: __metadata__ must map strings to strings.')
+    return meta, head, 8 + len(raw), size
+
+
+def read_table(path) -> Table:
+    "The checked header of a safetensors file (stdlib only; reads no weights). Raises `UserError` for anything inconsistent."
+    meta, head, start, size = _parse(Path(path))
     tensors = {k: _entry(path, k, e) for k, e in head.items()}
-    at, start = 0, 8 + len(raw)
+    at = 0
     for name, e in sorted(tensors.items(), key=lambda item: item[1][2:]):
         if e.begin != at:
-            raise UserError(f'{path}: tensor {name!r} begins at byte {e.begin} where {at} was expected; offsets overlap or leave a hole.')
+            raise UserError(f'{path}: tensor {name[:120]!r} begins at byte {e.begin} where {at} was expected; offsets overlap or leave a hole.')
         at = e.end
     if start + at != size:
         raise UserError(f'{path} has {size} bytes but its header accounts for {start + at}; it is truncated or carries foreign data.')
     return Table(meta, tensors, start)
 
-# %% ../nbs/06a_lora_header.ipynb #9883d957
+# %% ../nbs/06a_lora_header.ipynb #30edf776
 SCHEMA_VERSION = '1.0'
 _text, _number, _sha = {'type': 'string'}, {'type': 'number'}, {'type': 'string', 'pattern': '^[0-9a-f]{64}$'}
 _strings = {'type': 'array', 'items': _text}
@@ -161,8 +177,9 @@ OWN = {k.removeprefix('collectionlora.') for k in HEADER_SCHEMA['properties']}
 
 
 def read_header(path) -> dict:
-    "Metadata of a LoRA file as a flat dict; `collectionlora.*` values come decoded from JSON. Needs no torch and reads no weights."
-    return decode_metadata(read_table(path).metadata, str(path))
+    """Metadata of a LoRA file as a flat dict; `collectionlora.*` values come decoded from JSON. Needs no torch, reads no weights, and leaves the
+    tensors' entries unchecked (`read_table` checks them)."""
+    return decode_metadata(_parse(Path(path))[0], str(path))
 
 
 def decode_metadata(metadata: dict, where: str) -> dict:
@@ -252,7 +269,7 @@ def modelspec(header: dict) -> dict:
            'ss_tag_frequency': {'effects': dict.fromkeys(triggers, 1)} if triggers else None}
     return {k: v for k, v in out.items() if v is not None}
 
-# %% ../nbs/06a_lora_header.ipynb #4a930645
+# %% ../nbs/06a_lora_header.ipynb #f605cccd
 def encode_metadata(header: dict) -> dict:
     "Header values to strings (JSON for anything that is not a string). `collectionlora.*` fields must be known and fit `HEADER_SCHEMA`."
     out = {}
@@ -266,6 +283,7 @@ def encode_metadata(header: dict) -> dict:
         if v is not None:
             plain = isinstance(v, str) and (not k.startswith('collectionlora.') or k.endswith(('.schema', '_sha256')))
             out[k] = v if plain else json.dumps(v, ensure_ascii=False, sort_keys=True, separators=(',', ':'), allow_nan=False)
+    decode_metadata(out, 'the header to write')                      # what we could not read again is not written
     return out
 
 

@@ -7,13 +7,14 @@ __all__ = ['TARGETS', 'BASE', 'Role', 'INFO_FILE', 'INFO', 'SPECIAL', 'PICTURE',
            'hash_weights', 'Backbone', 'read_info', 'use_areas', 'token_types', 'fix_mm_token_type_ids', 'PilProcessor',
            'has_torchvision', 'Base', 'scheduler_times', 'few_step_scheduler', 'plain_noise', 'load_base', 'tiny_base']
 
-# %% ../nbs/02_backbone.ipynb #13512bc2
+# %% ../nbs/02_backbone.ipynb #450fa5d0
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import json
@@ -414,7 +415,7 @@ def fix_mm_token_type_ids(text_encoder: nn.Module) -> None:
     text_encoder.register_forward_pre_hook(supply, with_kwargs=True)
     text_encoder._token_types_fixed = True
 
-# %% ../nbs/02_backbone.ipynb #9498b29e
+# %% ../nbs/02_backbone.ipynb #3013be9d
 class PilProcessor:
     "Images and text for the stock pipeline without torchvision: `Qwen2VLProcessor` less the video part that needs it."
     def __init__(self, folder: Path):
@@ -443,6 +444,8 @@ def has_torchvision() -> bool: return importlib.util.find_spec('torchvision') is
 def _load_pipe(folder: Path, dtype: torch.dtype):
     "The stock pipeline from its folder; where torchvision is missing, with a `PilProcessor` (same tokens, nearly the same pixels)."
     from diffusers import QwenImageEditPlusPipeline
+    for part in read_json(folder / 'model_index.json').values():      # diffusers takes classes of ours only from imported modules
+        if isinstance(part, list) and str(part[0]).startswith('collectionlora.'): importlib.import_module(part[0])
     passed = {} if has_torchvision() else dict(processor=None)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='.*torch_dtype.*')      # its new name is unknown to older diffusers
@@ -453,14 +456,17 @@ def _load_pipe(folder: Path, dtype: torch.dtype):
 
 @contextmanager
 def _quiet(folder: Path) -> Iterator[None]:
-    "No loading bars for a folder that loads in a moment (under 1 GB)."
+    "No loading bars and remarks for a folder that loads in a moment (under 1 GB)."
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
     small = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()) < 1e9
     logs = [log for log in (of_diffusers, of_transformers) if small and log.is_progress_bar_enabled()]
     for log in logs: log.disable_progress_bar()
+    level = of_diffusers.get_verbosity()
+    if small: of_diffusers.set_verbosity_error()      # it remarks on every autoencoder that is not the full model's
     try: yield
     finally:
+        of_diffusers.set_verbosity(level)
         for log in logs: log.enable_progress_bar()
 
 # %% ../nbs/02_backbone.ipynb #7fe92569

@@ -10,8 +10,9 @@ from PIL import Image
 from collectionlora import flow
 from collectionlora.backbone import (Backbone, Cond, few_step_scheduler, fix_mm_token_type_ids, hash_weights, load_base,
                                      plain_noise, tiny_base, use_areas)
-from collectionlora.core import UserError, read_json, sha256_folder, write_json
+from collectionlora.core import UserError, nano_dir, read_json, rng, sha256_folder, write_json
 from collectionlora.lora_files import Lora, write_lora
+from collectionlora.world import draw_scene, render
 
 GRIDS = ((8, 8), (8, 8))
 ROLES = ('student', 'fake', 'teacher')
@@ -485,12 +486,33 @@ assert 'torchvision' not in sys.modules and type(base.pipe.processor).__name__ =
 '''
 
 
-def test_loads_and_encodes_without_torchvision(base, folder, tmp_path):
+@pytest.mark.parametrize('which', ['tiny', 'nano'])
+def test_loads_and_encodes_without_torchvision(base, which, tmp_path):
+    base = base if which == 'tiny' else load_base(nano_dir())
     image = photo(1, (56, 56))
     np.save(tmp_path / 'image.npy', np.asarray(image))
-    subprocess.run([sys.executable, '-W', 'ignore', '-c', WITHOUT_TORCHVISION, folder, tmp_path / 'image.npy', tmp_path / 'emb.npy'], check=True)
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', WITHOUT_TORCHVISION, base.folder, tmp_path / 'image.npy', tmp_path / 'emb.npy'], check=True)
     emb, _ = base.encode_prompts([image, image], ['make the cat red', 'swap'])
     assert np.abs(np.load(tmp_path / 'emb.npy') - emb.numpy()).max() < 0.02      # the two resize an image by a rounding apart
+
+
+def test_the_shipped_base_equals_the_stock_pipeline():
+    base, grid = load_base(nano_dir()), (8, 8)
+    images = [Image.fromarray(render(draw_scene(rng(i), 'animal'))) for i in range(3)]
+    prompts = ['make the cat red', 'a much longer instruction about the background', ' ']
+    cond = base.cond(images, prompts)
+    assert cond.grids == (grid, grid) and cond.source.shape == (3, 64, 64)
+    for i, p in enumerate(prompts):
+        e, _ = base.pipe.encode_prompt(p, [base.pipe.image_processor.resize(images[i], *base.size(images[i], base.info['condition_area']))])
+        assert (cond.index([i]).emb - e).abs().max() < 1e-5
+    one, uncond, x1 = cond.index([0]), base.uncond(images[:1]), flow.noise_like((1, 64, 64), [3])
+    v = lambda x, t: base.backbone.guided('base', x, t, one, uncond, 4.0, rescale=True)
+    with torch.no_grad(): ours = base.decode(flow.sample_ode(v, x1, base.times(6, grid)), grid, 'np')
+    theirs = base.pipe(images[0], prompts[0], ' ', true_cfg_scale=4.0, height=64, width=64, num_inference_steps=6,
+                       latents=x1, output_type='np').images
+    assert np.abs(ours - theirs).max() < 1e-5
+    again = base.decode(cond.source, grid, 'np')
+    assert np.abs(again - np.stack([np.asarray(im) for im in images]) / 255).mean() < 0.05
 
 
 def test_info_defaults_are_the_full_models(folder, tmp_path):

@@ -6,13 +6,12 @@
 __all__ = ['app', 'Out', 'BaseOption', 'Seed', 'Budget', 'Given', 'guarded', 'command', 'main', 'assignments', 'job_of', 'grid',
            'teach', 'distill', 'evaluate', 'demo', 'edit', 'inspect', 'info', 'run']
 
-# %% ../nbs/16_cli.ipynb #93a1828f
-import functools, json, sys
+# %% ../nbs/16_cli.ipynb #c215e154
+import functools, json
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -82,13 +81,14 @@ def grid(title: str, columns, rows) -> Table:
     for row in rows: table.add_row(*map(str, row))
     return table
 
-# %% ../nbs/16_cli.ipynb #79197a78
+# %% ../nbs/16_cli.ipynb #d536405a
 @command(epilog='Example: collectionlora teach my-effect --out mine -p steps=500')
 def teach(effects: Annotated[list[Path], typer.Argument(help='Effect folders (effect.yaml, source/, target/), or folders of them.')],
           out: Out, base: BaseOption = 'nano', budget: Budget = 'full', seed: Seed = 0, parameter: Given = None):
     "Train one LoRA per effect folder: flow matching on its pairs."
     from collectionlora import demo
-    for id, file in demo.teach(job_of(out, base, budget, seed), demo.checked_effects(effects), assignments(parameter)).items(): print(f'{id}\t{file}')
+    found = demo.checked_effects(effects)
+    for id, file in demo.teach(job_of(out, base, budget, seed), found, assignments(parameter)).items(): print(f'{id}\t{file}')
 
 
 @command(epilog='Example: collectionlora distill mine results/demo/effects -t mine/teachers -t results/demo/teachers --general results/demo/general --out both')
@@ -112,7 +112,7 @@ def evaluate(collection: Annotated[Path, typer.Argument(help='The collection fil
              base: BaseOption = 'nano', budget: Budget = 'full', seed: Seed = 0, parameter: Given = None):
     "Measure a collection on unseen pictures, against what the given files allow, and write the report."
     from collectionlora import demo
-    job, found = job_of(out, base, budget, seed), demo.checked_effects(effects)
+    found, job = demo.checked_effects(effects), job_of(out, base, budget, seed)
     demo.evaluate(job, collection, found, demo.teacher_files(teachers, found) if teachers else {}, acceleration, fm, assignments(parameter))
     print(demo.write_report(job, []))
 

@@ -123,7 +123,7 @@ def write_report(job: Job, records: list[Path], given: dict | None = None) -> Pa
     job.do('report', 'report', {'evaluations': [job.record('evaluation')], 'records': records}, given)
     return job.out/'report.html'
 
-# %% ../nbs/17_demo.ipynb #e667418b
+# %% ../nbs/17_demo.ipynb #e6207993
 def shipped_acceleration(base: Path) -> Path | None:
     "The acceleration LoRA that ships with the nano base; `None` for another base, or where none ships."
     found = sorted((data_dir()/'acceleration').glob('*.safetensors'))
@@ -137,9 +137,9 @@ def default_folder(budget: str, seed: int) -> Path:
 
 def demo(budget: str = 'demo', seed: int = 0, base='nano', out=None) -> Path:
     "The main job on effects of the miniature world; returns the report's path. Started again, it repeats only what has changed."
+    differences('distill', budget)                       # a misspelt budget is found before anything runs
     folder = base_folder(base)
     job = Job(Path(out or default_folder(budget, seed)), folder, budget, seed)
-    differences('distill', budget)
     job.do('effects', 'effects', {})
     effects, general, acceleration = checked_effects([job.out/'effects']), job.out/'general', shipped_acceleration(folder)
     teachers = teach(job, effects)

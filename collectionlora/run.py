@@ -7,8 +7,8 @@ __all__ = ['TYPES', 'OURS', 'UNCOUNTED', 'Parameter', 'notebook_path', 'declared
            'hash_of', 'run_key', 'ThisPython', 'tidy', 'finished', 'RunFailed', 'execute', 'from_file', 'grid_points',
            'sweep']
 
-# %% ../nbs/15_run.ipynb #0d7a3fdb
-import ast, contextlib, functools, importlib.util, io, itertools, os, re, shlex, signal, sys, threading, time, tokenize
+# %% ../nbs/15_run.ipynb #dbeecfc0
+import ast, contextlib, functools, io, itertools, logging, os, re, signal, sys, threading, time, tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from papermill.exceptions import PapermillExecutionError
 
 import collectionlora
 from .core import (UserError, check_keys, folder_lock, nearest, notebooks_dir, plain, read_json, read_yaml, replacing,
-                                 results_dir, run_info, sha256_file, sha256_folder, sha256_json, write_json)
+                                 run_info, sha256_file, sha256_folder, sha256_json, write_json)
 
 # %% ../nbs/15_run.ipynb #732214a8
 TYPES = {t.__name__: t for t in (int, float, str, bool, list, dict)}
@@ -231,7 +231,7 @@ def finished(out_dir, run: str, key: str) -> dict | None:
     intact = all((f := Path(out_dir)/n).is_file() and sha256_file(f) == h for n, h in record['outputs'].items())
     return record if intact else None
 
-# %% ../nbs/15_run.ipynb #c30f2df5
+# %% ../nbs/15_run.ipynb #3f09e430
 class RunFailed(RuntimeError):
     "An experiment's notebook stopped with an error; the message names the executed notebook."
 
@@ -240,8 +240,10 @@ def _how_to_go_on(out_dir, run): return f"{_short(out_dir)}/{run}: stopped; the 
 
 
 def _papermill(path, out, name, values):
-    with _environment(COLLECTIONLORA_COMMAND=f'run {path.stem}/{name}', COLLECTIONLORA_HELD=str(out.resolve()), MPLBACKEND='module://matplotlib_inline.backend_inline'), \
-         _interrupts_go_to_the_kernel():
+    logging.getLogger('papermill').setLevel(logging.ERROR)      # its own reading of the parameters cell, which ours replaces
+    told = {'COLLECTIONLORA_COMMAND': f'run {path.stem}/{name}', 'COLLECTIONLORA_HELD': str(out.resolve()),
+            'MPLBACKEND': 'module://matplotlib_inline.backend_inline', 'PYTHONWARNINGS': 'ignore:IProgress not found'}
+    with _environment(**told), _interrupts_go_to_the_kernel():
         papermill.execute_notebook(str(path), str(out/f'{name}.ipynb'), parameters=values, kernel_name='python3', language='python', progress_bar=False,
                                    stderr_file=sys.stderr, kernel_manager_class=ThisPython, store_widget_state=False)
 

@@ -25,7 +25,7 @@ def call(*args):
     (['run', 'nano_base', '-p', 'steps'], ['name=value']),
     (['run', 'there/absent.yaml'], ['absent.yaml', 'no such file']),
     (['teach', 'absent-folder', '--out', 'x'], ['absent-folder', 'effect.yaml']),
-    (['teach', '.', '--out', 'x', '--base', 'absent-base'], ['absent-base', 'no base here']),
+    (['edit', __file__, 'clay', '--collection', 'x', '--base', 'absent-base'], ['test_cli.py']),
     (['demo', '--budget', 'lavish'], ["'lavish'"]),
 ])
 def test_a_mistake_is_one_sentence_and_code_2(tmp_path, monkeypatch, args, words):

@@ -73,6 +73,20 @@ def test_the_measured_tokens_are_the_triggers(folder):
     assert torch.allclose(mean, emb[0, changed[0]:changed[0] + n].mean(0), atol=1e-5)
 
 
+def test_chosen_triggers_are_spread_out_and_stable(folder):
+    base, ids = load_base(folder), [f'e{i}' for i in range(6)]
+    chosen = aop.choose_triggers(base, ids, 0, taken=['painting'])
+    check_triggers(chosen, ['painting'])
+    worst = lambda t: (trigger_cosines(base, t) - 2*torch.eye(len(t))).max()
+    drawn = sum(worst(make_triggers(ids, seed)) for seed in range(5))/5
+    assert worst(chosen) < drawn
+    assert aop.choose_triggers(base, ids[:4], 0, taken=['painting']) == {i: chosen[i] for i in ids[:4]}
+    kept = list(chosen.values())[:4]
+    more = aop.choose_triggers(base, ['new'], 0, kept=kept)
+    check_triggers({**{str(i): k for i, k in enumerate(kept)}, **more})
+    with pytest.raises(UserError, match="effect 'new'"): aop.choose_triggers(base, ['new'], 0, kept=kept, candidates=0)
+
+
 # --- answers
 def test_clean():
     assert clean(' "Turn  it\n blue."\n') == 'Turn it blue.' and clean('**- red**') == 'red'
@@ -214,6 +228,13 @@ def test_prompts_are_completed_and_never_overwritten(effects, tmp_path):
     assert second['a'] == first['a'] and second['c']['description'] == 'my words' and asked == ['a', 'b']
     assert [e.description for e in with_prompts(effects, path)] == ['edited by hand', 'the look of b', 'my words']
     assert with_prompts(effects, path)[0].pairs_hash == effects[0].pairs_hash
+
+
+def test_triggers_in_prompts_are_chosen_on_a_base(effects, tmp_path, folder):
+    base, say = load_base(folder), lambda e: (lambda pairs, prompt: 'x y')
+    entries = write_prompts(effects, say, 0, tmp_path/'p.yaml', base=base)
+    assert entries['b']['trigger'] == 'MyLook' and entries == write_prompts(effects, say, 0, tmp_path/'p.yaml', base=base)
+    assert entries['a']['trigger'] == aop.choose_triggers(base, ['a'], 0, words_of(['apply the effect', 'my words', 'animal']), kept=['MyLook'])['a']
 
 
 def test_what_was_written_survives_a_failure(effects, tmp_path):

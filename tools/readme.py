@@ -9,6 +9,7 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
 HIDDEN = re.compile(r'^#\|\s*(hide|default_exp)\b', re.M)
+NO_INPUT = re.compile(r'^#\|\s*hide_input\b', re.M)
 DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
 
 
@@ -16,18 +17,22 @@ def shown(nb):
     "The cells that a reader of the front page sees: no hidden ones, no directives, no warnings on stderr."
     nb.cells = [c for c in nb.cells if not HIDDEN.search(c.source)]
     for c in nb.cells:
-        c.source = DIRECTIVE.sub('', c.source)
+        c.source = '' if NO_INPUT.search(c.source) else DIRECTIVE.sub('', c.source)
         if c.cell_type == 'code': c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
     return nb
 
 
 def render(nb) -> tuple[str, dict]:
     "Markdown and its pictures, named assets/readme_N.png in order of appearance."
+    nb.metadata['language_info'] = {'name': 'python'}
     text, resources = MarkdownExporter().from_notebook_node(nb)
     pictures = {}
     for i, (name, data) in enumerate(resources.get('outputs', {}).items()):
         new = f'assets/readme_{i}{Path(name).suffix}'
         text, pictures[new] = text.replace(f']({name})', f']({new})'), data
+    text = re.sub(r'```python\s+```\n', '', text)
+    text = re.sub(r'\]\((\d\w+\.ipynb)\)', r'](nbs/\1)', text)        # links of the notebook are relative to nbs/
+    text = re.sub(r'\n\s+!\[png\]\((\S+)\)\s*\n', r'\n\n![what the cell above shows](\1)\n\n', text)
     note = '<!-- rendered from nbs/index.ipynb by `make readme`; edit the notebook -->\n\n'
     return note + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', pictures
 

@@ -1,0 +1,64 @@
+"The repository as a whole: notebooks that teach, nothing that names a machine, nothing unfinished."
+import json
+import re
+import subprocess
+
+import nbformat
+import pytest
+
+from collectionlora import core, run
+
+ROOT = core.repo_root()
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(s.startswith(('.', '_')) for s in p.relative_to(ROOT).parts))
+MACHINE = re.compile(r'(^|[^\w.:/])/(home|root|tmp|opt|work|Users|mnt|scratch)/[\w.-]+')
+UNFINISHED = re.compile(r'\b(TODO|FIXME|NotImplementedError|skip_exec)\b')
+
+
+def name(path): return path.relative_to(ROOT).as_posix()
+
+
+def tracked() -> list[str]:
+    return subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, check=True).stdout.decode().split('\0')[:-1]
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
+def test_a_notebook_starts_with_title_and_one_line_and_stays_small(path):
+    nb = nbformat.read(path, 4)
+    first = '\n'.join(c.source for c in nb.cells[:3] if c.cell_type == 'markdown')
+    assert re.match(r'# \S.*\n+> \S', first), first[:200]
+    assert nb.metadata.kernelspec.name == 'python3'
+    assert path.stat().st_size < 1_000_000
+    assert not any(o.output_type == 'error' for c in nb.cells for o in c.get('outputs', []))
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
+def test_no_output_names_a_machine(path):
+    cells = nbformat.read(path, 4).cells
+    texts = [json.dumps(o.get('data', {}).get('text/plain', '') or o.get('text', '')) for c in cells for o in c.get('outputs', [])]
+    assert not [t[:200] for t in texts if MACHINE.search(t)]
+
+
+def test_text_files_name_no_machine_and_leave_nothing_unfinished():
+    found = []
+    for file in tracked():
+        if not file.endswith(('.py', '.md', '.yaml', '.yml', '.ini', '.txt', '.sh', '.cff', 'Makefile')) or file.startswith('tests/'): continue
+        text = (ROOT/file).read_text(encoding='utf-8') if (ROOT/file).is_file() else ''
+        found += [f'{file}: {m.group(0)}' for pattern in (MACHINE, UNFINISHED) for m in pattern.finditer(text)]
+    assert not found
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'nbs'/'experiments').glob('*.ipynb')), ids=name)
+def test_an_experiment_can_be_asked_for_its_parameters_and_each_is_explained(path):
+    signature = run.declared(path)
+    assert set(run.OURS) <= set(signature)
+    assert not [p.name for p in signature.values() if not p.help]
+
+
+def test_every_budget_file_fits_its_notebook():
+    files = sorted((ROOT/'nbs'/'experiments').glob('*/*.yaml'))
+    assert files and all(run.from_file(f) for f in files)
+
+
+def test_published_json_is_valid():
+    for file in tracked():
+        if file.endswith('.json') and (ROOT/file).is_file(): json.loads((ROOT/file).read_text())

@@ -250,7 +250,7 @@ def fold(t: torch.Tensor, scale: float, dtype=None) -> torch.Tensor:
     out = t.to(wide, copy=True)
     return (out if scale == 1 else out.mul_(scale)).to(dtype)
 
-# %% ../nbs/06_lora_files.ipynb #f1f042be
+# %% ../nbs/06_lora_files.ipynb #8ab4016e
 def _check_shapes(tensors, groups, modules):
     for name, slot in groups.items():
         a, b = tensors[slot['A']], tensors[slot['B']]
@@ -285,7 +285,7 @@ def _check_missing(groups, modules, allow_missing) -> list[str]:
 def _check_base(header, base):
     said = header.get('collectionlora.base') or {}
     if base is not None and said.get('hash') not in (None, base):
-        raise UserError(f"it was made for the base {said.get('id', '')} {str(said['hash'])[:12]}, the base in use is {base[:12]}.")
+        raise UserError(f"it was made for the base {str(said.get('id', ''))[:60]!r} ({str(said['hash'])[:12]}), the base in use is {base[:12]}.")
     arch = header.get('modelspec.architecture', 'qwen')
     if 'qwen' not in arch.lower():
         raise UserError(f'its header field modelspec.architecture is {arch[:60]!r}; this LoRA was made for another model than Qwen-Image-Edit.')

@@ -141,7 +141,7 @@ def read_table(path) -> Table:
         raise UserError(f'{path} has {size} bytes but its header accounts for {start + at}; it is truncated or carries foreign data.')
     return Table(meta, tensors, start)
 
-# %% ../nbs/06a_lora_header.ipynb #30edf776
+# %% ../nbs/06a_lora_header.ipynb #095bbd54
 SCHEMA_VERSION = '1.0'
 _text, _number, _sha = {'type': 'string'}, {'type': 'number'}, {'type': 'string', 'pattern': '^[0-9a-f]{64}$'}
 _strings = {'type': 'array', 'items': _text}
@@ -190,7 +190,7 @@ def decode_metadata(metadata: dict, where: str) -> dict:
         out[k] = metadata[k] if plain else parse_json(metadata[k], f'{where}: header field {k}')
     version = out.get('collectionlora.schema', SCHEMA_VERSION)
     if not version.replace('.', '', 1).isdecimal() or int(version.split('.')[0]) > int(SCHEMA_VERSION.split('.')[0]):
-        raise UserError(f'{where}: header field collectionlora.schema is {version!r}, this program reads up to {SCHEMA_VERSION}; '
+        raise UserError(f'{where}: header field collectionlora.schema is {version[:40]!r}, this program reads up to {SCHEMA_VERSION}; '
                         'upgrade collectionlora.')
     for k, kind in (('effects', list), ('parents', list), ('sampling', dict), ('base', dict), ('train', dict)):
         if not isinstance(out.get(f'collectionlora.{k}', kind()), kind):

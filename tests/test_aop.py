@@ -147,7 +147,8 @@ def test_pictures_and_words_are_sent(server, ask, monkeypatch):
     server.replies.append(answer('"A neon sign"'))
     assert ask(key_env='MY_KEY') == 'A neon sign'
     path, headers, body = server.requests[0]
-    assert path == '/v1/chat/completions' and headers['Authorization'] == 'Bearer abc' and body['model'] == 'some-model'
+    headers = {k.lower(): v for k, v in headers.items()}           # clients differ in capitals
+    assert path == '/v1/chat/completions' and headers['authorization'] == 'Bearer abc' and body['model'] == 'some-model'
     parts = body['messages'][0]['content']
     urls = [p['image_url']['url'] for p in parts if p['type'] == 'image_url']
     opened = [Image.open(io.BytesIO(base64.b64decode(u.removeprefix('data:image/png;base64,')))) for u in urls]

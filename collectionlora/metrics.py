@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NONE', 'VALUES', 'MANY', 'COPY', 'CEILING', 'FLOOR', 'REFERENCES', 'Row', 'write_rows', 'read_rows', 'defined',
            'numbers', 'gate', 'wilson', 't_interval', 'by_effect', 'crossed', 'two_way_bootstrap', 'Estimate',
-           'estimate', 'Contrast', 'show_p', 'mde', 'holm', 'differences', 'paired', 'confusion', 'bleed',
+           'estimate', 'Contrast', 'show_p', 'mde', 'holm', 'newcombe', 'differences', 'paired', 'confusion', 'bleed',
            'plot_confusion', 'laplacian_energy', 'Item', 'judge', 'bounds', 'descriptor', 'set_distance',
            'leave_one_out', 'by_method', 'summary', 'table', 'contrasts']
 
@@ -182,7 +182,7 @@ def estimate(rows: Sequence[Row], value: str, seed: int = 0, level: float = .95)
         low, high, how = max(0., min(low, w[0])), min(1., max(high, w[1])), how + ', at least Wilson'
     return Estimate(float(x.mean()), float(low), float(high), len(x), len(means), how)
 
-# %% ../nbs/14_metrics.ipynb #c033d487
+# %% ../nbs/14_metrics.ipynb #ce6bdceb
 @dataclass(frozen=True)
 class Contrast:
     "a - b of one quantity: t interval over effects, p (two-sided), pairs, effects, the two-way interval if effects are few, and the MDE."
@@ -205,8 +205,8 @@ def show_p(p: float) -> str:
     return f'p = {p:.3f}' if not p < .001 else 'p < 0.001'
 
 def mde(sd: float, n: int, power: float = .8, level: float = .95) -> float:
-    "Smallest true mean difference found with the given power, for a standard deviation `sd` between n effects."
-    return float((stdtrit(n - 1, .5 + level / 2) + ndtri(power)) * sd / np.sqrt(n)) if n > 1 else float('nan')
+    "Smallest true mean difference found with the given power, for a standard deviation `sd` between n effects; NaN where sd is 0 or n < 2."
+    return float((stdtrit(n - 1, .5 + level / 2) + ndtri(power)) * sd / np.sqrt(n)) if n > 1 and sd > 1e-12 else float('nan')
 
 def holm(p: Sequence[float]) -> list[float]:
     "Holm-adjusted p values, in the order given (NaN stays NaN and is not counted)."
@@ -218,7 +218,17 @@ def holm(p: Sequence[float]) -> list[float]:
         out[i] = running
     return out.tolist()
 
-# %% ../nbs/14_metrics.ipynb #08ffa01d
+# %% ../nbs/14_metrics.ipynb #47364da0
+def _t_test(mean: float, sd: float, n: int) -> float:
+    "Two-sided p of a mean of n values; where they are all the same (sd 0), that of the exact sign-flip test, 2^(1-n)."
+    if abs(mean) < 1e-12: return 1.
+    return float(2 * stdtr(n - 1, -abs(mean) / (sd / np.sqrt(n)))) if sd > 1e-12 else 2. ** (1 - n)
+
+def newcombe(a: Sequence[Row], b: Sequence[Row], level: float = .95) -> tuple[float, float]:
+    "Newcombe's interval for the difference of two bad-case rates, from the two Wilson intervals."
+    (pa, la, ua), (pb, lb, ub) = ((k / n, *wilson(k, n, level)) for k, n in ((sum(not r.applied for r in x), len(x)) for x in (a, b)))
+    return float(pa - pb - np.hypot(pa - la, ub - pb)), float(pa - pb + np.hypot(ua - pa, pb - lb))
+
 def differences(a: Sequence[Row], b: Sequence[Row], value: str) -> list[tuple[Row, float]]:
     "[(row of a, value(a) - value(b))] over the pairs in which both are defined; UserError when the two were made on other pictures."
     left, right = ({r.pair: r for r in rows} for rows in (a, b))
@@ -237,7 +247,8 @@ def paired(a: Sequence[Row], b: Sequence[Row], value: str = 'bcr', seed: int = 0
     if not len(means): raise UserError(f'{a[0].method!r} and {b[0].method!r}: no pair has the quantity {value!r} defined on both sides')
     mid, low, high = t_interval(means, level)
     sd = means.std(ddof=1) if len(means) > 1 else float('nan')
-    p = float('nan') if len(means) < 2 else 1. if mid == 0 else 0. if sd == 0 else float(2 * stdtr(len(means) - 1, -abs(mid) / (sd / np.sqrt(len(means)))))
+    p = float('nan') if len(means) < 2 else _t_test(mid, sd, len(means))
+    if sd < 1e-12 and value == 'bcr': low, high = newcombe([r for r in a if r.valid], [r for r in b if r.valid], level)
     two_way = None
     if len(means) < MANY:
         boot = two_way_bootstrap(crossed(diffs), seed)

@@ -149,7 +149,7 @@ def effect_table(rows: Sequence[Row], effects: Sequence[str], methods: Sequence[
         out.append(dict(effect=e, cells=cells))
     return out
 
-# %% ../nbs/14b_report.ipynb #20223b11
+# %% ../nbs/14b_report.ipynb #1a0560bc
 PAPER_STEPS = 5000          # generator steps of the paper's 50-effect run
 
 def budget_words(effects: int, steps: int, batch: int, p_switch: float, teacher_steps: int, seeds: int = 1, full_steps: int | None = None) -> str:
@@ -180,9 +180,9 @@ def verdict(c: Contrast, p: float, level: float = .05) -> str:
     size = f'{100 * abs(c.difference):.0f} points [{100 * c.low:+.0f}, {100 * c.high:+.0f}]'
     basis = f'{c.pairs} pairs in {c.effects} effects, Holm-adjusted {show_p(p)}'
     a = c.a[:1].upper() + c.a[1:]
-    if math.isnan(p): return f'{a} against {c.b}: one effect alone gives no interval.'
+    if math.isnan(p): return f'{a} against {c.b}: {100 * c.difference:+.0f} points; one effect alone says nothing about others.'
     if p < level: return f'{a} has {"fewer" if c.difference < 0 else "more"} bad cases than {c.b}, by {size} ({basis}).'
-    return f'No difference in bad cases was found between {c.a} and {c.b}: {100 * c.difference:+.0f} points [{100 * c.low:+.0f}, {100 * c.high:+.0f}] ({basis}). A true difference of about {100 * c.mde:.0f} points would have been found with 80 % power.'
+    return f'No difference in bad cases was found between {c.a} and {c.b}: {100 * c.difference:+.0f} points [{100 * c.low:+.0f}, {100 * c.high:+.0f}] ({basis}).' + (f' A true difference of about {100 * c.mde:.0f} points would have been found with 80 % power.' if finite(c.mde) else '')
 
 # %% ../nbs/14b_report.ipynb #994242d3
 def confusion_table(rows: Sequence[Row], effects: Sequence[str]) -> str:
@@ -197,7 +197,7 @@ def confusion_table(rows: Sequence[Row], effects: Sequence[str]) -> str:
         out.append(f'<tr><th>{esc(e)}</th>{cells}</tr>')
     return ''.join(out) + '</table>'
 
-# %% ../nbs/14b_report.ipynb #5ae55f07
+# %% ../nbs/14b_report.ipynb #abc53d80
 STYLE = '''
 :root{color-scheme:light dark;--ink:#1d2330;--soft:#5c6678;--paper:#fbfaf7;--card:#fff;--line:#dfe2e8;--accent:59 125 216;--good:#2f8f63;--bad:#c0463f}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ef;--soft:#9aa4b5;--paper:#14171d;--card:#1c2028;--line:#323845;--accent:102 158 240;--good:#5cc593;--bad:#ef7f77}}
@@ -210,7 +210,7 @@ h2{margin:3rem 0 .4rem;font-size:1.45rem;letter-spacing:-.01em}h3{margin:1.8rem 
 .scroll{overflow-x:auto;-webkit-overflow-scrolling:touch;margin:.6rem 0}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 .main{min-width:920px;width:100%;background:var(--card);border:1px solid var(--line)}.main th,.main td{padding:.5rem .7rem;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}.main th:first-child,.main td:first-child{text-align:left}
 .main thead th{font-weight:600;color:var(--soft);font-size:.86rem}.main small{display:block;white-space:nowrap}.main .w{white-space:nowrap}.main tr.own td{background:rgb(var(--accent)/.1);font-weight:600}.main tr.ref td{color:var(--soft);font-style:italic}.main .chip{display:inline-block;padding:0 .5em;border-radius:9px;background:rgb(192 70 63/calc(var(--s)*.45))}
-.pics td,.pics th{padding:.25rem;text-align:center;font-size:.82rem;font-weight:500;color:var(--soft);vertical-align:top}.pics th{vertical-align:bottom}.pics img,.pics .none{display:block;width:clamp(104px,14.4vw,192px);aspect-ratio:1;border-radius:6px;image-rendering:pixelated;background:var(--line)}.pics img.smooth{image-rendering:auto;aspect-ratio:auto}
+.pics td,.pics th{padding:.25rem;text-align:center;font-size:.82rem;font-weight:500;color:var(--soft);vertical-align:top}.pics th{vertical-align:bottom;max-width:clamp(104px,14.4vw,192px)}.pics img{margin:0 auto}.pics img,.pics .none{display:block;width:clamp(104px,14.4vw,192px);aspect-ratio:1;border-radius:6px;image-rendering:pixelated;background:var(--line)}.pics img.smooth{image-rendering:auto;aspect-ratio:auto}
 .pics .none{display:grid;place-items:center;width:clamp(104px,14.4vw,192px)}.pics .ok{color:var(--good)}.pics .no{color:var(--bad)}.pics td.own img{outline:2px solid rgb(var(--accent)/.8);outline-offset:1px}
 .heats{display:flex;flex-wrap:wrap;gap:1.4rem 2rem;align-items:flex-start}.heat caption{text-align:left;padding-bottom:.3rem;font-size:.9rem}.heat th{font-weight:500;font-size:.78rem;text-align:right;padding-right:.4rem;color:var(--soft)}
 .heat th.v{height:6.6em;vertical-align:bottom;padding:0}.heat th.v span{writing-mode:vertical-rl;transform:rotate(180deg);white-space:nowrap}.heat td{width:1.9em;height:1.9em;text-align:center;font-size:.78rem;border:1px solid var(--line);background:rgb(var(--accent)/calc(var(--s)*.85))}.heat td.d{outline:1.5px solid var(--soft);outline-offset:-2px}
@@ -218,12 +218,12 @@ h2{margin:3rem 0 .4rem;font-size:1.45rem;letter-spacing:-.01em}h3{margin:1.8rem 
 details{margin:.7rem 0}summary{cursor:pointer;color:rgb(var(--accent));font-weight:550}dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1.1rem;font-size:.9rem}dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}code{font-size:.88em;overflow-wrap:anywhere}footer{margin-top:3rem;color:var(--soft);font-size:.88rem}
 @media print{.scroll{overflow:visible}details{display:block}}'''
 
-# %% ../nbs/14b_report.ipynb #b56b1aa9
+# %% ../nbs/14b_report.ipynb #5f322e1d
 PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{{ title }}</title><style>{{ style|safe }}</style></head><body><main>
 <header><h1>{{ title }}</h1><p class="soft">{{ lead }}</p><p class="budget">{{ budget }}</p></header>
 <div class="tiles">{% for l in lines if not l.reference %}<div class="tile{{ ' own' if l.method == own }}"><small>{{ l.method }}</small><b>{{ l.bcr.value }}</b><small>bad cases [{{ l.bcr.interval }}], n = {{ l.n }}<br>{{ l.nfe }} evaluations per image</small></div>{% endfor %}</div>
 {% if verdicts %}<section><h2>In short</h2><ul>{% for v in verdicts %}<li><p>{{ v }}</p></li>{% endfor %}</ul></section>{% endif %}
-{% if gallery %}<section><h2>Pictures</h2><p>{{ gallery_note }}</p>{% for g in gallery %}<h3>{{ g.effect }} <small>{{ g.category }}</small></h3><p class="soft">{{ g.description }}</p>
+{% if gallery %}<section><h2>{{ 'On subjects it has never seen' if lines else 'Pictures' }}</h2><p>{{ gallery_note }}</p>{% for g in gallery %}<h3>{{ g.effect }} <small>{{ g.category }}</small></h3><p class="soft">{{ g.description }}</p>
 <div class="scroll"><table class="pics"><tr>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr>{% for line in g.lines %}<tr>{% for p in line %}<td{{ ' class=own' if p.method == own }}>{% if p.uri %}<img src="{{ p.uri }}" alt="{{ g.effect }}, {{ p.method }}"{{ ' class=smooth' if p.smooth }} loading="lazy">{% else %}<span class="none">–</span>{% endif %}{% if p.mark %}<span class="{{ p.good }}">{{ p.mark }}</span>{% endif %}</td>{% endfor %}</tr>{% endfor %}</table></div>{% endfor %}</section>{% endif %}
 {% if lines %}<section><h2>The table</h2><p>Bad cases and subject score come from one gate: score = (1 − bad-case rate) × mean subject kept where the effect is there. Intervals are at 95 % and treat effects, not images, as the sample ({{ how }}). Distance is to the effect's true targets, in units of their own distance from each other: a true target has about 1. Detail is Laplacian energy in proportion to true targets: 1 is right, lower is blur, higher is noise. Lines in italics are reference policies, the floor and the ceiling of the judge.</p>
 <div class="scroll"><table class="main"><thead><tr><th>method<th>bad cases<th>score<th>subject kept<th>distance<th>detail<th>other effect<th>evaluations<th>file<th>per image<th>n</tr></thead><tbody>{% for l in lines %}<tr class="{{ 'ref' if l.reference else 'own' if l.method == own }}"><td>{{ l.method }}{% for c in (l.bcr, l.score, l.kept, l.distance, l.laplacian) %}<td>{{ c.value }}<small>{{ c.interval }}</small>{% endfor %}<td>{{ l.bleed }}<td>{{ l.nfe }}<td class="w">{{ l.size }}<td class="w">{{ l.seconds }}<td>{{ l.n }}<small>{{ l.effects }} effects{% if l.invalid %}, {{ l.invalid }} invalid{% endif %}</small></tr>{% endfor %}</tbody></table></div>
@@ -263,7 +263,7 @@ def gallery(effects: Mapping[str, dict], pictures: Mapping[tuple[str, str, str],
         out.append(dict(effect=e, category=about['category'], description=about['description'], lines=lines))
     return out
 
-# %% ../nbs/14b_report.ipynb #8e369534
+# %% ../nbs/14b_report.ipynb #7dd5c50b
 def charts_of(records: Mapping[str, Mapping]) -> list[dict]:
     "One block of charts per experiment; record names are 'experiment/run', and runs of one experiment share the charts of their plain lists."
     blocks: dict[str, dict[str, dict]] = {}
@@ -303,7 +303,7 @@ def render(path: str | Path, title: str, lead: str, budget: str, own: str, rows:
     parts = nothing if no_oracle and not rows else measured(rows, own, list(effects), sizes, seed)
     shown = sorted({(e, i) for e, i, _ in pictures})
     costs, total = costs_of(records)
-    note = f'{len(shown)} pictures to edit, the first of each effect and not picked by eye.' + (' Under each output stands what the judge saw: ✓ the asked effect, ✗ what else.' if rows else '')
+    note = f'{len(shown)} edits, the first of each effect and not picked by eye.' + (' Under each output stands what the judge saw: ✓ the asked effect, ✗ what else.' if rows else '')
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE).render(
         **parts, title=title, lead=lead, budget=budget, style=STYLE, own=own, distances=distances, no_oracle=no_oracle if not rows else '',
         gallery=gallery(effects, pictures, rows, columns, shown) if pictures else [], gallery_note=note, columns=columns, charts=charts_of(records), costs=costs, total=total,

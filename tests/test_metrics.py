@@ -158,3 +158,10 @@ def test_set_distance_is_blind_to_size():
     targets = np.stack([M.descriptor(g.normal(1, .5, (64, 4))) for _ in range(6)])
     near, far = (M.set_distance(M.descriptor(g.normal(m, .5, (n, 4))), targets) for m, n in ((1, 256), (0, 64)))
     assert near < 1.3 * M.leave_one_out(targets) < far
+
+
+def test_identical_differences_are_not_certainty():
+    c = M.paired(grid(np.ones((3, 4), bool), 'a'), grid(np.zeros((3, 4), bool), 'b'))
+    assert c.difference == -1 and c.p == .25 and -1 <= c.low < c.high < -.5 and np.isnan(c.mde)
+    lo, hi = M.newcombe(grid(np.ones((2, 5), bool)), grid(np.ones((2, 5), bool)))
+    assert lo == pytest.approx(-M.wilson(0, 10)[1]) and hi == pytest.approx(M.wilson(0, 10)[1])

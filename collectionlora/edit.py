@@ -6,7 +6,7 @@
 __all__ = ['Recipe', 'velocity_fn', 'sample', 'Output', 'buckets', 'generate', 'load_role', 'Collection', 'plain_pipeline',
            'fixed_noise', 'Method', 'run_method', 'contestants']
 
-# %% ../nbs/13_edit.ipynb #adc57450
+# %% ../nbs/13_edit.ipynb #b8f499fb
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,7 +22,7 @@ from .backbone import BASE, Backbone, Base, Cond, Role, load_base
 from .core import UserError, bar, nearest, seed_of
 from .data import load_image, to_rgb
 from .flow import few_step_times, guide, noise_like, ode_times, sample_few, sample_ode
-from .lora_files import Lora, catalogue, read_header, read_lora
+from .lora_files import catalogue, read_header, read_lora
 
 # %% ../nbs/13_edit.ipynb #544bfaf1
 @dataclass(frozen=True)

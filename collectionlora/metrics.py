@@ -9,9 +9,9 @@ __all__ = ['NONE', 'VALUES', 'MANY', 'COPY', 'CEILING', 'FLOOR', 'REFERENCES', '
            'plot_confusion', 'laplacian_energy', 'Item', 'judge', 'bounds', 'descriptor', 'set_distance',
            'leave_one_out', 'by_method', 'summary', 'table', 'contrasts']
 
-# %% ../nbs/14_metrics.ipynb #da072e51
+# %% ../nbs/14_metrics.ipynb #ada2aa7a
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Callable, Iterable, Sequence
 

@@ -7,7 +7,7 @@ __all__ = ['INKS', 'UNSEEN', 'PAPER_STEPS', 'STYLE', 'PAGE', 'image_uri', 'ticks
            'lists', 'show_bytes', 'show_seconds', 'main_table', 'effect_table', 'budget_words', 'budget_of', 'name_of',
            'verdict', 'confusion_table', 'provenance', 'gallery', 'charts_of', 'costs_of', 'measured', 'render']
 
-# %% ../nbs/14b_report.ipynb #ac640cc5
+# %% ../nbs/14b_report.ipynb #2f372d6b
 import base64
 import html
 import io
@@ -20,7 +20,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from .core import UserError, check_keys, replacing
-from .metrics import (COPY, NONE, REFERENCES, Contrast, Estimate, Row, bleed, by_method, confusion, contrasts, show_p, table, wilson)
+from .metrics import (NONE, REFERENCES, Contrast, Estimate, Row, bleed, by_method, confusion, contrasts, show_p, table, wilson)
 
 # %% ../nbs/14b_report.ipynb #8b2c0471
 def image_uri(image, limit: int = 512) -> str:

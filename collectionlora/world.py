@@ -8,9 +8,9 @@ __all__ = ['N', 'SS', 'SPECIES', 'OOD_SPECIES', 'COATS', 'NATURAL', 'EXPRESSIONS
            'PLACE_WORDS', 'TIMES', 'CATEGORIES', 'STRATA', 'MATERIALS', 'STYLES', 'PARTICLES', 'FRAMES', 'FAMILIES',
            'OPS', 'EFFECTS', 'Pen', 'layer', 'over', 'texture', 'shade', 'hsv', 'heldout', 'draw_scene', 'parts',
            'render', 'random_edit', 'Effect', 'get_effect', 'effect_scene', 'apply_effect', 'describe',
-           'describe_scene', 'edit_pair']
+           'describe_scene', 'edit_pair', 'describe_picture', 'Oracle']
 
-# %% ../nbs/03_world.ipynb #cfb62c37
+# %% ../nbs/03_world.ipynb #21af3703
 import copy
 import functools
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from .core import UserError, nearest, rng as named_rng
+from .core import UserError, nearest, rng as named_rng, sha256_json
 
 # %% ../nbs/03_world.ipynb #e364f6f3
 N, SS = 64, 4                       # pixels of a picture, supersampling of the drawing
@@ -721,3 +721,103 @@ def edit_pair(i, seed=0, stratum='train'):
     s = draw_scene(r, CATEGORIES[i % 2], stratum)
     said, t, f = random_edit(s, r)
     return render(s), render(t), said, f, s
+
+# %% ../nbs/03_world.ipynb #678c2888
+_FLOOR = dict(colour=.05, sharp=.4, edge=.4, hist=.06)
+
+def _pool(x, k): return x.reshape(N//k, k, N//k, k, *x.shape[2:]).mean((1, 3))
+
+def describe_picture(image):
+    "The oracle's description of a uint8 picture: `(vector [D], floor [D])`; D is the same for all pictures."
+    x = np.asarray(image, np.float32)/255
+    opp = np.stack([_lum(x), x[..., 0] - x[..., 1], x[..., 2] - (x[..., 0] + x[..., 1])/2], -1)
+    lap = np.abs(4*opp - np.roll(opp, 1, 0) - np.roll(opp, -1, 0) - np.roll(opp, 1, 1) - np.roll(opp, -1, 1))
+    gy, gx = np.gradient(opp[..., 0]); turn = np.stack([np.maximum(0, np.cos(2*(np.arctan2(gy, gx) - t)))*np.hypot(gx, gy) for t in np.arange(4)*np.pi/4], -1)
+    hist = [np.sqrt(np.histogram(opp[..., k], b)[0]/N**2) for k, b in ((0, np.linspace(0, 1, 11)), (1, np.linspace(-.8, .8, 11)), (2, np.linspace(-.8, .8, 11)))]
+    parts_ = dict(colour=_pool(x, 8), sharp=np.log(_pool(lap, 8) + .02), edge=np.log(_pool(turn, 16) + .01), hist=np.concatenate(hist))
+    return np.concatenate([v.ravel() for v in parts_.values()]), np.concatenate([np.full(v.size, _FLOOR[k]) for k, v in parts_.items()])
+
+def _subject_view(image, weight):
+    "Colours and edges of the subject's region on a 16 x 16 grid, weighted by its coverage."
+    x = np.asarray(image, np.float32)/255; w = np.sqrt(_pool(weight, 4))[..., None]
+    return np.concatenate([(w*_pool(x, 4)).ravel(), 2*(w[..., 0]*_pool(_edges(_lum(x)), 4)).ravel()])
+
+_PLACES = {k: slice(*v) for k, v in dict(colour=(0, 192), sharp=(192, 384), edge=(384, 448)).items()}
+
+def _totals(v):
+    "Whole-picture sharpness of brightness and of colour, edge strength and colour spread of a description, [4]."
+    s = v[_PLACES['sharp']].reshape(-1, 3)
+    return np.array([s[:, 0].mean(), s[:, 1:].mean(), v[_PLACES['edge']].mean(), v[_PLACES['colour']].reshape(64, 3).std(0).mean()])
+_TOTAL_FLOOR = np.array([.07, .07, .07, .02])
+
+def _near(d): return np.sort(d)[:3].mean()
+
+# %% ../nbs/03_world.ipynb #18856f06
+class Oracle:
+    """Judges pictures against the known distribution of true targets of `ids` (default: all effects).
+
+    draws: true targets drawn per scene and effect; tau: largest accepted distance; through: a base's autoencoder as a function
+    of a uint8 picture, through which every other true target is sent, so that its losses count as tolerable.
+    Everything is a function of (scene, effect, seed): two oracles agree to the bit."""
+    def __init__(self, ids=None, draws=24, strangers=12, tau=1.4, seed=0, through=None):
+        self.ids, self.draws, self.strangers, self.tau, self.seed, self.through = list(ids or EFFECTS), draws, strangers, tau, seed, through
+        for id in self.ids: get_effect(id)
+        self.fit = functools.lru_cache(4096)(self._fit)
+
+    def _fit(self, key, id):
+        spec = self._specs[key]
+        if id == 'none': v, f = describe_picture(render(spec)); return v, f, 1., (_totals(v), _TOTAL_FLOOR)
+        r = named_rng('oracle', self.seed, key, id)
+        Y = [apply_effect(spec, id, r) for _ in range(self.draws)]
+        V = np.stack([describe_picture(self.through(y) if self.through and k % 4 > 1 else y)[0] for k, y in enumerate(Y)])
+        floor = describe_picture(render(spec))[1]
+        a, b = V[::2], V[1::2]                       # halves judge each other, so that the reference distance is honest
+        ref = np.median([self._d(v, h.mean(0), np.sqrt(h.var(0, ddof=1) + floor**2)) for h, o in ((a, b), (b, a)) for v in o])
+        G = np.stack([_totals(v) for v in V])
+        return V.mean(0), np.sqrt(V.var(0, ddof=1) + floor**2), ref, (G.mean(0), np.sqrt(G.var(0, ddof=1) + _TOTAL_FLOOR**2))
+
+    @staticmethod
+    def _d(v, mu, sd): return float(np.sqrt(np.minimum(((v - mu)/sd)**2, 25).mean()))
+
+    _specs = {}
+    def _key(self, spec):
+        k = sha256_json(spec); self._specs[k] = spec
+        return k
+
+    def likelihoods(self, image, spec, ids=None):
+        "`{effect or 'none': l_e}`; the smallest explains the picture best."
+        v, k = describe_picture(image)[0], self._key(spec)
+        fits = {id: self.fit(k, id) for id in [*(ids or self.ids), 'none']}
+        return {id: .5*self._d(v, mu, sd)**2 + float(np.log(sd).mean()) for id, (mu, sd, *_) in fits.items()}
+
+    def distance(self, image, spec, id):
+        "How unlike a true target, about 1 or less for a true one: the larger of d_e over its median, and of the totals' deviation over 2.5."
+        mu, sd, ref, (g, gd) = self.fit(self._key(spec), id); v = describe_picture(image)[0]
+        return max(self._d(v, mu, sd)/ref, float(np.abs((_totals(v) - g)/gd).max())/2.5)
+
+    @functools.lru_cache(1024)
+    def _subjects(self, key, id):
+        spec, r = self._specs[key], named_rng('oracle subject', self.seed, key, id)
+        own = [parts(effect_scene(spec, id, r)) for _ in range(self.strangers)]
+        w = np.clip(np.mean([a for _, a in own], 0)*1.5, 0, 1)
+        def stranger():
+            s = copy.deepcopy(spec); new = _subject(r, spec['category'], 'train')
+            for a in s['subjects']: a.update({k: v for k, v in new.items() if k not in ('x', 'y', 'scale')})
+            return parts(effect_scene(s, id, r))[0]
+        A = np.stack([_subject_view(im*255, w) for im, _ in own]); B = np.stack([_subject_view(stranger()*255, w) for _ in own])
+        far = lambda v, S: np.linalg.norm(S - v, axis=1)
+        return A, B, w, np.mean([_near(np.delete(far(v, A), i)) for i, v in enumerate(A)]), np.mean([_near(far(v, B)) for v in A])
+
+    def subject(self, image, spec, id):
+        "How well the subject was kept, in [0, 1]: 1 like a true target, 0 like a stranger with the same effect."
+        A, B, w, own, other = self._subjects(self._key(spec), id)
+        v = _subject_view(image, w); d = lambda S: _near(np.linalg.norm(S - v, axis=1))
+        return float(np.clip((d(B) - d(A))/max(other - own, 1e-6), 0, 1))
+
+    def score(self, image, spec, id):
+        """The verdict on a picture that should show effect `id` on the scene `spec`.
+
+        Returns predicted (effect id or 'none'), applied (bool), distance (1 = like a true target) and subject in [0, 1]."""
+        l = self.likelihoods(image, spec, dict.fromkeys([*self.ids, id]))
+        best, d = min(l, key=l.get), self.distance(image, spec, id)
+        return dict(predicted=best, applied=bool(best == id and d <= self.tau), distance=d, subject=self.subject(image, spec, id))

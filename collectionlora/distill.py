@@ -11,7 +11,7 @@ __all__ = ['PRESETS', 'POSITIVE', 'SHARES', 'NOT_NEGATIVE', 'LARGER_THAN_0', 'WH
            'contact_sheet', 'validate', 'passes', 'pass_seconds', 'plan', 'measured_plan', 'fingerprint_of',
            'collection_header', 'prepare', 'distill', 'show_history']
 
-# %% ../nbs/12_distill.ipynb #ff047b2b
+# %% ../nbs/12_distill.ipynb #3350c087
 import json
 import math
 import signal
@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from .lora_files import Lora, catalogue, read_lora, write_lora
 from .pdsr import timetable
 from .teachers import TeacherBank, target_latents
 
-# %% ../nbs/12_distill.ipynb #81a3b38e
+# %% ../nbs/12_distill.ipynb #bad3fc92
 PRESETS = {
     'paper': dict(steps=5000, batch=8, fake_warmup=0, fake_batch='same', fake_targets=0.0, balanced=False, few_shift=3.0, critic_shift=3.0,
                   critic_min=0.0, fake_shift=3.0, fake_min=0.0, anchor_shift=3.0, tau_max=0.75, tau_min=0.5, guidance=4.0, rescale=True,
@@ -97,6 +97,7 @@ class Settings:
     weight_decay: float = field(default=0.0, metadata=dict(help="AdamW's, both optimisers"))
     clip: float = field(default=1.0, metadata=dict(help='largest gradient norm, both optimisers'))
     ema: float = field(default=0.99, metadata=dict(help='decay of the running mean of the student; 0: keep the last weights'))
+    fold_adapters: bool = field(default=True, metadata=dict(help='forwards without gradient run with the adapter folded into the weights (fp32 bases only): quicker'))
     low_precision: bool = field(default=False, metadata=dict(help='round weights and optimiser states to bfloat16 after every update'))
     explosion: float = field(default=300.0, metadata=dict(help='stop when a loss or norm exceeds this many times its running median; 0: never'))
 
@@ -299,7 +300,7 @@ def few_step_sample(backbone: Backbone, role, cond: Cond, times: Sequence[float]
             done.append(sample_few(lambda x, t: backbone.velocity(role, x, t, c), noise(0), times, noise).cpu())
     return torch.cat(done)
 
-# %% ../nbs/12_distill.ipynb #023e2c6e
+# %% ../nbs/12_distill.ipynb #a382edd9
 @dataclass(frozen=True)
 class Batch:
     "What one generator update reads: conditions of student and teacher, the empty prompt, the teacher's role, targets or None."
@@ -335,9 +336,13 @@ class Engine:
 
     def to(self, cond: Cond) -> Cond: return cond.to(self.backbone.device)
 
+    def still(self, role):
+        "Context for forwards of `role` without gradient: its adapter folded into the weights where that rounds nothing away."
+        return self.backbone.merged(role) if self.s.fold_adapters and self.backbone.dtype == torch.float32 else nullcontext()
+
     # --- the student's states
     def simulate(self, cond: Cond, g) -> tuple[Tensor, Tensor]:
-        "Backward simulation: (x_t, t) at a random exit step of every sample."
+        "Backward simulation: (x_t, t) at a random exit step of every sample; to be called inside still('student')."
         exits = draw_exits(len(cond), len(self.times), g)
         v = lambda x, t, rows: self.velocity('student', x, t, cond if rows.stop == len(cond) else cond.index(rows))
         return rollout_each(v, self.noise(cond, g), self.times, exits, lambda k: self.noise(cond, g))
@@ -348,7 +353,7 @@ class Engine:
         return add_noise(y, torch.randn(y.shape, generator=g).to(y.device), t), t
 
     def full_rollout(self, cond: Cond, g) -> Tensor:
-        "The student's clean estimates at every step of one rollout, [few_steps, B, N, C]."
+        "The student's clean estimates at every step of one rollout, [few_steps, B, N, C]; inside still('student')."
         x, found = self.noise(cond, g), []
         with torch.no_grad():
             for k, t in enumerate(self.times):
@@ -366,7 +371,8 @@ class Engine:
         s, x, eps = self.s, x0.detach(), self.noise(b.student, g)
         t = self.times_like(len(x), g, s.critic_shift, lo, s.critic_max)
         x_t, v = add_noise(x, eps, t), velocity(x, eps)
-        with torch.no_grad(): v_fake, v_real = self.velocity('fake', x_t, t, b.student), self.guided(b, x_t, t)
+        with torch.no_grad(), self.still('fake'): v_fake = self.velocity('fake', x_t, t, b.student)
+        with torch.no_grad(), self.still(b.role): v_real = self.guided(b, x_t, t)
         loss = pull(x0 * t_in[:, None, None]**-s.detail_power, velocity_gradient(v, v_fake, v_real, s.normaliser_eps))
         return loss, dict(t=t, x=x, fake_error=F.mse_loss(v_fake, v).item(), teacher_error=F.mse_loss(v_real, v).item())
 
@@ -374,7 +380,8 @@ class Engine:
         "(name, weighted loss, seen) of Eq. 9's terms for this batch, each with its own graph; terms of weight 0 are not computed."
         s, t_critic = self.s, None
         if s.weight_bs:
-            loss, seen = self.match(*self.simulate(b.student, g), b, g, s.critic_min)
+            with self.still('student'): start = self.simulate(b.student, g)
+            loss, seen = self.match(*start, b, g, s.critic_min)
             t_critic = seen['t']
             yield 'bs', s.weight_bs * loss, seen
         if b.y is None: return
@@ -403,17 +410,19 @@ class Engine:
     def fake_samples(self, id: str | None, update: int) -> tuple[Tensor, Cond]:
         "Fresh samples of the student for a fake update, and their conditions; nothing here has a gradient."
         g = torch.Generator().manual_seed(seed_of(self.s.seed, 'fake samples', update))
-        if self.s.shared_rollout: return self.shared_samples(id, update, g)
+        with torch.no_grad(), self.still('student'): return (self.shared_samples if self.s.shared_rollout else self.own_samples)(id, update, g)
+
+    def own_samples(self, id: str | None, update: int, g) -> tuple[Tensor, Cond]:
+        "Samples of a fake update from rollouts of its own."
         cond, y = self.fake_rows(id, update)
         n, starts = len(cond) - len(y), []
-        with torch.no_grad():
-            if n: starts.append(self.simulate(cond.index(slice(0, n)), g))
-            if len(y): starts.append(self.diffuse(y, g))
-            x_t, t = (torch.cat(parts) for parts in zip(*starts))
-            return to_x0(x_t, self.velocity('student', x_t, t, cond), t), cond
+        if n: starts.append(self.simulate(cond.index(slice(0, n)), g))
+        if len(y): starts.append(self.diffuse(y, g))
+        x_t, t = (torch.cat(parts) for parts in zip(*starts))
+        return to_x0(x_t, self.velocity('student', x_t, t, cond), t), cond
 
     def shared_samples(self, id: str | None, update: int, g) -> tuple[Tensor, Cond]:
-        "The same from one full rollout per cycle, which is a function of the cycle's number and the student's weights."
+        "Samples from one full rollout per cycle, which is a function of the cycle's number and the student's weights."
         first = self.cycle_of(update)
         if self._shared[0] != first:
             cond, y = self.fake_rows(id, first)
@@ -423,10 +432,9 @@ class Engine:
         _, cond, y, rollout = self._shared
         n, found = len(cond) - len(y), []
         if n: found.append(rollout[draw_exits(n, len(self.times), g), torch.arange(n)])
-        with torch.no_grad():
-            if len(y):
-                x_t, t = self.diffuse(y, g)
-                found.append(to_x0(x_t, self.velocity('student', x_t, t, cond.index(slice(n, None))), t))
+        if len(y):
+            x_t, t = self.diffuse(y, g)
+            found.append(to_x0(x_t, self.velocity('student', x_t, t, cond.index(slice(n, None))), t))
         return torch.cat(found), cond
 
     def cycle_of(self, update: int) -> int:
@@ -700,7 +708,7 @@ def validate(base: Base, look: Look, times: Sequence[float], seed: int, path: Pa
     return {'val': {id: {k: mean(f, k) for k in f[0]} for id, f in each.items()},
             **{f'val_{k}': mean([d for f in each.values() for d in f], k) for k in ('colour', 'contrast', 'detail')}}
 
-# %% ../nbs/12_distill.ipynb #7fccd5b1
+# %% ../nbs/12_distill.ipynb #050b3fa3
 def passes(s: Settings) -> dict[str, float]:
     "Expected samples through the transformer per cycle (one generator update and its fake updates): forward, gradient."
     rolled, scored, e = (s.few_steps - 1) / 2, 1 + (1 if s.guidance == 1 else 2), s.p_switch
@@ -721,7 +729,7 @@ def pass_seconds(backbone: Backbone, cond: Cond, role: str, repeats: int = 3) ->
         start = time.perf_counter()
         with torch.set_grad_enabled(grad):
             loss = backbone.velocity(role, x, t, cond).square().mean()
-            if grad: torch.autograd.grad(loss, backbone.parameters(role))
+            if grad: torch.autograd.grad(loss, backbone.parameters(role), allow_unused=True)
         loss.item()
         return (time.perf_counter() - start) / len(cond)
     return {name: min(once(grad) for _ in range(repeats)) for name, grad in (('forward', False), ('gradient', True))}

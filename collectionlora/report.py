@@ -7,7 +7,7 @@ __all__ = ['INKS', 'UNSEEN', 'PAPER_STEPS', 'STYLE', 'PAGE', 'image_uri', 'ticks
            'lists', 'show_bytes', 'show_seconds', 'main_table', 'effect_table', 'budget_words', 'budget_of', 'name_of',
            'verdict', 'confusion_table', 'provenance', 'gallery', 'charts_of', 'costs_of', 'measured', 'render']
 
-# %% ../nbs/14b_report.ipynb #2f372d6b
+# %% ../nbs/14b_report.ipynb #a8018f59
 import base64
 import html
 import io
@@ -20,7 +20,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from .core import UserError, check_keys, replacing
-from .metrics import (NONE, REFERENCES, Contrast, Estimate, Row, bleed, by_method, confusion, contrasts, show_p, table, wilson)
+from .metrics import (ENCODED, NONE, REFERENCES, Contrast, Estimate, Row, bleed, by_method, confusion, contrasts, show_p, table, wilson)
 
 # %% ../nbs/14b_report.ipynb #8b2c0471
 def image_uri(image, limit: int = 512) -> str:
@@ -104,7 +104,7 @@ def lists(metrics: Mapping) -> dict[str, list[tuple[float, float]]]:
     plain = {k: v for k, v in metrics.items() if isinstance(v, list) and len(v) > 1 and all(x is None or (isinstance(x, (int, float)) and not isinstance(x, bool)) for x in v)}
     return {k: [(float(i), float('nan') if x is None else float(x)) for i, x in enumerate(v)] for k, v in plain.items()}
 
-# %% ../nbs/14b_report.ipynb #aaf060c5
+# %% ../nbs/14b_report.ipynb #90c24832
 def show_bytes(n: int | None) -> str:
     "'1.3 MB'; '–' for None."
     if n is None: return '–'
@@ -129,7 +129,7 @@ def main_table(rows: Sequence[Row], sizes: Mapping[str, int], seed: int = 0, ref
     check_keys(sizes, by_method(rows), 'file sizes of the report')
     lines = []
     for s in table(rows, seed, references):
-        ref = s['method'] in references
+        ref = s['method'] in (*references, ENCODED)
         lines.append(dict(method=s['method'], reference=ref, n=s['bcr'].n, effects=s['bcr'].effects, invalid=s['invalid'], how=s['bcr'].how,
                           bcr=_cell(s['bcr'], percent=True), score=_cell(s['score']), kept=_cell(s['kept']), distance=_cell(s['distance'], 3),
                           laplacian=_cell(s['laplacian']), bleed=f"{100 * s['bleed']:.0f} %", nfe='–' if ref else f"{s['nfe'].value:.0f}",

@@ -75,9 +75,9 @@ def test_contestants_follow_from_the_files(base, files):
     sizes = V.file_sizes(every, files['collection'], files['teachers'], files['acceleration'], files['fm'])
     assert sizes[every['teacher_acc'].name] == sum(map(size, files['teachers'].values())) + size(files['acceleration']) and every['base'].name not in sizes
     items = V.held_out(EFFECTS, 1)
-    rows, made = V.evaluate(base, every, items, world.Oracle(list(EFFECTS), draws=8, strangers=4), batch=2)
+    rows, made = V.evaluate(base, every, items, V.oracle_for(base, EFFECTS, draws=8, strangers=4), batch=2)
     groups = M.by_method(rows)
-    assert list(groups) == [*(m.name for m in every.values()), *M.REFERENCES] and all(len(g) == 3 for g in groups.values())
+    assert list(groups) == [*(m.name for m in every.values()), *M.REFERENCES, M.ENCODED] and all(len(g) == 3 for g in groups.values())
     pictures = [np.stack([np.asarray(o.image, int) for o in outs]) for outs in made.values()]
     assert all(np.abs(a - b).max() > 0 for i, a in enumerate(pictures) for b in pictures[:i])       # five different roles
     M.table(rows)

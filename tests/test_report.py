@@ -120,3 +120,11 @@ def test_report_without_an_oracle_says_so(everything, tmp_path):
     page = R.render(tmp_path / 'r.html', **{**everything, 'rows': [], 'sizes': {}, 'distances': lines, 'no_oracle': 'There is no ground truth.'})
     assert 'There is no ground truth.' in page and '0.400' in page and 'class="heat"' not in page and 'What the judge' not in page and page.count('<img') == 6
     with pytest.raises((UserError, ValueError)): R.render(tmp_path / 'r2.html', **{**everything, 'rows': [], 'distances': lines})
+
+
+def test_optional_reference_is_set_off_and_no_contestant(everything, tmp_path):
+    everything['rows'] = everything['rows'] + rows(M.ENCODED, 6)
+    lines = R.main_table(everything['rows'], {})
+    assert [l['reference'] for l in lines] == [False, False, True, True, True, True]
+    page = R.render(tmp_path / 'r.html', **everything)
+    assert page.count('class="heat"') == 2 and M.ENCODED in page

@@ -522,3 +522,9 @@ def test_info_defaults_are_the_full_models(folder, tmp_path):
     import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as stock
     before = use_areas(dict(vae_area=7, condition_area=8))
     assert (stock.VAE_IMAGE_SIZE, stock.CONDITION_IMAGE_SIZE) == (7, 8) == use_areas(dict(vae_area=before[0], condition_area=before[1]))
+
+
+def test_a_role_may_not_take_the_name_of_a_module_attribute(folder):
+    "torch's ModuleDict, which holds the adapters, has attributes of its own; such a name used to die in a bare KeyError."
+    backbone = load_base(folder).backbone
+    with pytest.raises(UserError, match='training'): backbone.add_role('training', 2)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'OURS', 'UNCOUNTED', 'Parameter', 'notebook_path', 'declared', 'complete', 'modules_of', 'code_hash',
-           'hash_of', 'run_key', 'ThisPython', 'tidy', 'finished', 'RunFailed', 'execute', 'from_file', 'grid_points',
-           'sweep']
+           'hash_of', 'run_key', 'ThisPython', 'tidy', 'forget_finished', 'finished', 'RunFailed', 'execute',
+           'from_file', 'grid_points', 'sweep']
 
-# %% ../nbs/15_run.ipynb #dbeecfc0
-import ast, contextlib, functools, io, itertools, logging, os, re, signal, sys, threading, time, tokenize
+# %% ../nbs/15_run.ipynb #c8703eab
+import ast, contextlib, functools, io, itertools, logging, os, re, shutil, signal, sys, threading, time, tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,7 +195,7 @@ def _environment(**values):
     finally:
         for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
 
-# %% ../nbs/15_run.ipynb #e2ca39e5
+# %% ../nbs/15_run.ipynb #161bdcc1
 def _last_state(text: str) -> str: return '\n'.join(line.rstrip('\r').split('\r')[-1] for line in text.split('\n'))
 
 
@@ -222,6 +222,15 @@ def _made(folder: Path, run: str, before: dict) -> dict:
     return {n: sha256_file(folder/n) for n, state in sorted(_listing(folder, run).items()) if before.get(n) != state}
 
 
+def forget_finished(out: Path, run: str, key: str) -> None:
+    "Removes the working files (`.<run>`, `.<run>.*`) of a finished run with another key: its checkpoints have served. Those of an unfinished one stay."
+    path = out/f'{run}.json'
+    if not path.is_file() or (old := read_json(path)).get('status') != 'finished' or old.get('key') in (None, key): return
+    for work in [out/f'.{run}', *out.glob(f'.{run}.*')]:
+        if work.is_dir(): shutil.rmtree(work)
+        else: work.unlink(missing_ok=True)
+
+
 def finished(out_dir, run: str, key: str) -> dict | None:
     "The record of a finished run with this key whose files are all as it left them, else `None`."
     path = Path(out_dir)/f'{run}.json'
@@ -231,7 +240,7 @@ def finished(out_dir, run: str, key: str) -> dict | None:
     intact = all((f := Path(out_dir)/n).is_file() and sha256_file(f) == h for n, h in record['outputs'].items())
     return record if intact else None
 
-# %% ../nbs/15_run.ipynb #3f09e430
+# %% ../nbs/15_run.ipynb #a049a431
 class RunFailed(RuntimeError):
     "An experiment's notebook stopped with an error; the message names the executed notebook."
 
@@ -279,6 +288,7 @@ def execute(experiment, out_dir, run: str = 'run', parameters: dict | None = Non
         if record := finished(out, run, key): return _tell(path, run, {**record, 'reused': True})
         print(f'{path.stem}/{run} ...', file=sys.stderr)
         told = {'status': 'running', 'key': key, **run_info(values, seed, hashes)}
+        forget_finished(out, run, key)
         before = _listing(out, run)
         write_json(out/f'{run}.json', told)
         _attempt(path, out, run, {**values, 'out': _short(out), 'run': run, 'seed': seed}, told)

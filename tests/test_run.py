@@ -82,6 +82,23 @@ def test_reuse_is_decided_by_content_only(tmp_path):
     assert not go(seed=1)['reused']
 
 
+KEEPER = BODY + """
+work = Path(out, f'.{run}')
+if (work/'made_with').exists() and (work/'made_with').read_text() != str(n): raise ValueError('checkpoint of another run')
+work.mkdir(exist_ok=True)
+(work/'made_with').write_text(str(n))
+assert n < 10"""
+
+
+def test_checkpoints_of_a_finished_run_go_and_those_of_an_unfinished_one_stay(tmp_path):
+    path = notebook(tmp_path/'a.ipynb', KEEPER)
+    go = lambda n: run.execute(path, tmp_path/'results', parameters={'n': n})
+    assert not go(1)['reused'] and not go(2)['reused'] and go(2)['reused']
+    with pytest.raises(run.RunFailed, match='AssertionError'): go(10)
+    with pytest.raises(run.RunFailed, match='checkpoint of another run'): go(3)
+    assert (tmp_path/'results'/'.run'/'made_with').read_text() == '10'
+
+
 def test_a_failure_leaves_a_record_that_is_no_result(tmp_path):
     path = notebook(tmp_path/'a.ipynb', BODY + "\nif n < 5: raise OSError(28, 'No space left on device')")
     with pytest.raises(run.RunFailed, match='No space left'): run.execute(path, tmp_path/'results')

@@ -97,7 +97,7 @@ class _CastLinear(nn.Linear):
 
 def _aligned(n: int) -> int: return -(-n // 16) * 16      # 64-byte boundaries for fp32
 
-# %% ../nbs/02_backbone.ipynb #155b3315
+# %% ../nbs/02_backbone.ipynb #e445cad0
 class Roles:
     """A frozen `QwenImageTransformer2DModel` and the LoRA adapters on it; role 'base' is none of them.
 
@@ -153,7 +153,7 @@ class Roles:
                 m.lora_B[name].weight.zero_()
 
     def _check_new(self, name: str, rank: int, targets: Sequence[str]) -> None:
-        if name == BASE or name in self.roles or hasattr(nn.ModuleDict, name) or not name.replace('_', 'a').isalnum():
+        if name == BASE or name in self.roles or hasattr(nn.ModuleDict(), name) or not name.replace('_', 'a').isalnum():
             raise UserError(f'role name {name!r}: taken, reserved or not a plain word; choose another.')
         if rank < 1: raise UserError(f'role {name!r}: rank is {rank}; give at least 1.')
         for t in targets:

@@ -22,13 +22,13 @@ from .lora_files import read_header
 from .metrics import CEILING, COPY, ENCODED, FLOOR, Item, Row, descriptor, judge, laplacian_energy, leave_one_out, set_distance
 from .teachers import TeacherBank
 
-# %% ../nbs/14a_evaluate.ipynb #9156621b
+# %% ../nbs/14a_evaluate.ipynb #2ceb7afc
 DRAWS = 4          # true targets whose mean Laplacian energy is an item's unit of detail
 
 def held_out(effects: Mapping[str, str], images: int, seed: int = 0, seeds: int = 1) -> list[Item]:
-    "Items of effects {id: category} on `images` unseen subjects per category, `seeds` noises each. UserError for effects that are not the world's."
+    "Items of effects {id: category, or 'animal or portrait'} on `images` unseen subjects per category, `seeds` noises each. UserError for effects that are not the world's."
     items = []
-    for effect, category in effects.items():
+    for effect, category in [(e, c) for e, told in effects.items() for c in told.split(' or ')]:
         world.get_effect(effect)
         if category not in world.CATEGORIES: raise UserError(f'effect {effect!r}: category {category!r} is not one of the world; {nearest(category, world.CATEGORIES)}')
         for i in range(images):

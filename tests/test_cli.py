@@ -1,4 +1,5 @@
 "The command line as a user meets it: help, mistakes, exit codes, and an installed wheel far from the checkout."
+import os
 import subprocess
 import sys
 import sysconfig
@@ -103,3 +104,17 @@ def test_a_wheels_command_works_far_from_the_checkout(wheel_site, tmp_path):
     metadata = (next(wheel_site.glob('collectionlora-*.dist-info'))/'METADATA').read_text()
     required = [line for line in metadata.splitlines() if line.startswith('Requires-Dist') and 'extra' not in line]
     assert any('peft>=0.21.2' in line for line in required) and not any(name in line for line in required for name in ('nbdev', 'fastcore'))
+
+
+def test_a_wheel_runs_its_notebooks_in_a_folder_of_the_users(wheel_site, tmp_path):
+    "The kernel, too, must find the wheel's package: PYTHONPATH reaches it, and goes before the editable checkout."
+    args = ['run', 'effects', '-o', 'mine', '-p', 'effects=1', '-p', 'pairs=2', '-p', 'general=2']
+    go = lambda: subprocess.run([sys.executable, '-c', 'from collectionlora.cli import main; main()', *args], cwd=tmp_path, capture_output=True, text=True,
+                                env={**os.environ, 'PYTHONPATH': str(wheel_site)})
+    done = go()
+    assert done.returncode == 0, done.stderr
+    record = core.read_json(tmp_path/'mine'/'run.json')
+    assert record['status'] == 'finished' and record['meta']['commit'] is None            # a wheel knows no checkout
+    assert len(list((tmp_path/'mine'/'effects').glob('*/effect.yaml'))) == 1
+    again = go()
+    assert 'reused' in again.stderr and again.stdout == done.stdout

@@ -52,7 +52,7 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file tools/mkdocs.yml
 
 rebase: install
-	$(QUIET) $(BIN)/python -m collectionlora.demo rebase --seed $(SEED)
+	$(QUIET) $(BIN)/collectionlora rebase --seed $(SEED)
 
 clean:
 	rm -rf build dist _docs _proc *.egg-info .pytest_cache .ruff_cache .hypothesis results/scratch

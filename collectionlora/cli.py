@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Out', 'BaseOption', 'Seed', 'Budget', 'Given', 'guarded', 'command', 'main', 'assignments', 'job_of', 'grid',
-           'teach', 'distill', 'evaluate', 'demo', 'edit', 'inspect', 'info', 'run']
+           'teach', 'distill', 'evaluate', 'demo', 'rebase', 'edit', 'inspect', 'info', 'run']
 
 # %% ../nbs/16_cli.ipynb #c215e154
 import functools, json
@@ -81,7 +81,7 @@ def grid(title: str, columns, rows) -> Table:
     for row in rows: table.add_row(*map(str, row))
     return table
 
-# %% ../nbs/16_cli.ipynb #d536405a
+# %% ../nbs/16_cli.ipynb #7d10f393
 @command(epilog='Example: collectionlora teach my-effect --out mine -p steps=500')
 def teach(effects: Annotated[list[Path], typer.Argument(help='Effect folders (effect.yaml, source/, target/), or folders of them.')],
           out: Out, base: BaseOption = 'nano', budget: Budget = 'full', seed: Seed = 0, parameter: Given = None):
@@ -123,7 +123,13 @@ def demo(budget: Budget = 'demo', seed: Seed = 0, base: BaseOption = 'nano', out
     from collectionlora.demo import demo as go
     print(go(budget, seed, base, out))
 
-# %% ../nbs/16_cli.ipynb #421c3828
+@command(hidden=True)
+def rebase(seed: Seed = 0, budget: Budget = 'full'):
+    "Make again what hangs on the nano base (in a checkout): the acceleration LoRA, then the demonstration."
+    from collectionlora.demo import rebase as go
+    print(go(seed, budget))
+
+# %% ../nbs/16_cli.ipynb #b7b2c3e6
 @command(epilog='Example: collectionlora edit cat.png clay neon --collection results/demo/collection.safetensors --out edits')
 def edit(image: Annotated[Path, typer.Argument(help='The picture to edit.')],
          effects: Annotated[list[str], typer.Argument(help="Effect ids; 'a+b' chains two in one instruction.")],
@@ -147,10 +153,10 @@ def edit(image: Annotated[Path, typer.Argument(help='The picture to edit.')],
 def inspect(file: Annotated[Path, typer.Argument(help='A LoRA file in any known dialect, or a trainer folder.')],
             as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False):
     "Say what a LoRA file is: producer, dialect, ranks, scales, norms, and the effects it lists."
-    from collectionlora.lora_files import read_lora, report
     from collectionlora.lora_header import read_header
+    header = {} if file.is_dir() else read_header(file)
+    from collectionlora.lora_files import read_lora, report
     about = report(read_lora(file))
-    header = read_header(file) if file.is_file() else {}
     if as_json: print(json.dumps(core.plain({'report': about, 'header': header}), indent=1))
     else: _show(about, header, file)
 

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['base_folder', 'budgets', 'differences', 'Job', 'effect_folders', 'checked_effects', 'teacher_files', 'teach',
-           'describe', 'paint', 'distill', 'evaluate', 'write_report', 'shipped_acceleration', 'default_folder', 'demo']
+           'describe', 'paint', 'distill', 'evaluate', 'write_report', 'shipped_acceleration', 'default_folder', 'demo',
+           'rebase']
 
-# %% ../nbs/17_demo.ipynb #5d029be7
+# %% ../nbs/17_demo.ipynb #155fb5ba
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import UserError, data_dir, nano_dir, nearest, notebooks_dir, results_dir
+from .core import UserError, data_dir, in_checkout, nano_dir, nearest, notebooks_dir, replacing, results_dir
 from .run import declared, execute, from_file
 
 # %% ../nbs/17_demo.ipynb #e345e2b5
@@ -147,3 +149,13 @@ def demo(budget: str = 'demo', seed: int = 0, base='nano', out=None) -> Path:
     job.do('baseline_fm', 'all_in_one', {'effects': [job.out/'described'/id for id in effects]})
     evaluate(job, collection, effects, teachers, acceleration, job.out/'all_in_one.safetensors')
     return write_report(job, [*(job.record(id, 'teachers') for id in effects), *map(job.record, ('prompts', 'targets', 'collection', 'all_in_one'))])
+
+# %% ../nbs/17_demo.ipynb #adc270d8
+def rebase(seed: int = 0, budget: str = 'full') -> Path:
+    "Trains the acceleration LoRA of the nano base, puts it into data/acceleration, and runs the demonstration. Raises `UserError` outside a checkout."
+    if not in_checkout(): raise UserError('rebase: changes the data that ship with the package; run it in a checkout')
+    job = Job(results_dir()/'acceleration', base_folder(), budget, seed)
+    job.do('effects', 'stream', {})
+    job.do('acceleration', 'acceleration', {'general': job.out/'general'})
+    with replacing(data_dir()/'acceleration'/'acceleration.safetensors') as part: shutil.copyfile(job.out/'acceleration.safetensors', part)
+    return demo(seed=seed)

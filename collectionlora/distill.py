@@ -753,11 +753,12 @@ def measured_plan(base: Base, effects, general, cache: ConditionCache, s: Settin
     try: return plan(s, pass_seconds(base.backbone, cond, 'measured'), len(effects), len(general))
     finally: base.backbone.remove('measured')
 
-# %% ../nbs/12_distill.ipynb #502a4320
+# %% ../nbs/12_distill.ipynb #937a942e
 def _check_inputs(effects, general, bank, s: Settings) -> None:
     if s.p_switch > 0 and not effects: raise UserError('distill: p_switch is above 0 but there are no effects; give some or set p_switch to 0')
     if s.p_switch < 1 and not general: raise UserError('distill: p_switch is below 1 but there is no general data; give some or set p_switch to 1')
     if effects and s.p_switch == 0: raise UserError('distill: effects are given but p_switch is 0, so none would be learnt; raise p_switch or leave them out')
+    if s.init != 'zero' and not Path(s.init).is_file(): raise UserError(f"{s.init}: no such file; init is 'zero' or a LoRA file to start from")
     for e in effects:
         if bank is None or e.id not in bank: raise UserError(f'distill: effect {e.id!r} has no teacher in the bank; {nearest(e.id, bank.files if bank else ())}')
 

@@ -394,6 +394,7 @@ def test_inputs_that_do_not_fit(world, tmp_path):
     assert 'general data' in fails((base, bank, effects, [], cache), SMALL, tmp_path)
     assert 'p_switch is 0' in fails(world, replace(SMALL, p_switch=0.), tmp_path)
     assert "'three' has no teacher" in fails((base, bank, [replace(effects[0], id='three')], general, cache), SMALL, tmp_path)
+    assert 'no such file' in fails(world, replace(SMALL, init='nowhere.safetensors'), tmp_path)
     assert 'trigger' in fails((base, bank, [replace(effects[0], trigger=None)], general, cache), SMALL, tmp_path)
     assert not (tmp_path/'checkpoints').exists() and set(base.backbone.roles) == {bank.role}
 

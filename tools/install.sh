@@ -39,6 +39,9 @@ fi
 pip=".venv/bin/python -m pip --disable-pip-version-check"
 $pip install --quiet ${PIP_INSTALL_ARGS:-} "setuptools>=69" wheel
 $pip install --quiet ${PIP_INSTALL_ARGS:-} --no-build-isolation -c .venv/constraints.txt -e ".[$extras]"
+case ",$extras," in *,dev,*) for tool in nbdev ruff; do        # a shared one has no command in .venv/bin
+    ls .venv/bin/$tool* >/dev/null 2>&1 || $pip install --quiet ${PIP_INSTALL_ARGS:-} --ignore-installed --no-deps -c .venv/constraints.txt $tool
+done;; esac
 purelib=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 cp collectionlora/_compat.py "$purelib/_cpu_torchvision_hook.py"   # for programs that start without us, such as accelerate launch
 echo 'import _cpu_torchvision_hook' > "$purelib/_cpu_torchvision_hook.pth"

@@ -116,7 +116,7 @@ class Settings:
         given = dict(given)
         return cls.preset(given.pop('preset', 'default'), **given)
 
-# %% ../nbs/12_distill.ipynb #18fd5ca0
+# %% ../nbs/12_distill.ipynb #28e8121c
 POSITIVE = ('steps', 'batch', 'fake_per_generator', 'route_every', 'few_steps', 'rank_student', 'rank_fake')
 SHARES = ('fake_targets', 'p_switch', 'tau_max', 'tau_min', 'critic_min', 'critic_max', 'fake_min', 'fake_max', 'anchor_min', 'anchor_max')
 NOT_NEGATIVE = ('seed', 'fake_warmup', 'weight_bs', 'weight_ts', 'weight_fm', 'normaliser_eps', 'detail_power', 'lr_warmup', 'weight_decay', 'explosion')
@@ -153,7 +153,6 @@ def _contradictions(s) -> list[tuple[bool, str]]:
             (s.anchor_after_critic and effects and s.weight_bs == 0, 'anchor_after_critic needs the critic of backward simulation, whose weight_bs is 0'),
             (s.p_switch < 1 and s.weight_bs == 0, 'weight_bs is 0, but the general stream has no other term; set p_switch to 1'),
             (effects and s.weight_bs == s.weight_ts == s.weight_fm == 0, 'all weights are 0; nothing would be learnt'),
-            (not effects and s.route_every > 1, 'route_every has no meaning with p_switch 0'),
             (s.shared_rollout and s.fake_batch == 'same' and s.route_every == 1 and s.fake_per_generator == 1, 'shared_rollout with one fake update per cycle only costs more')]
 
 

@@ -255,7 +255,7 @@ def test_quirk_anchor_is_shifted_twice(world, roles):
 
 
 def test_quirk_weights_and_optimiser_in_bf16(world, tmp_path):
-    s = replace(AUTHORS, steps=2, batch=2, rank_student=2, rank_fake=2, fake_per_generator=2, normaliser_eps=1e-6, p_switch=0., route_every=1)
+    s = replace(AUTHORS, steps=2, batch=2, rank_student=2, rank_fake=2, fake_per_generator=2, normaliser_eps=1e-6, p_switch=0.)
     base, _, _, general, cache = world
     run((base, None, [], general, cache), s, tmp_path)
     for A, B in read_lora(tmp_path/'collection.safetensors').factors.values():
@@ -275,7 +275,7 @@ def test_presets_and_fields_have_help():
     (dict(step=3), "did you mean 'steps'"), (dict(preset='autors'), "did you mean 'authors'"), (dict(tau_max=750), 'not 750'), (dict(batch=0), 'batch'),
     (dict(batch=2.5), 'batch'), (dict(lr_fake=0), 'lr_fake'), (dict(lr_fake='fast'), 'lr_fake'), (dict(betas=[.9]), 'betas'), (dict(ema=1.), 'ema'),
     (dict(p_switch=.5, weight_bs=0), 'weight_bs'), (dict(few_shift=3., tau_max=.2), 'tau_max'), (dict(critic_min=.5, critic_max=.4), 'critic_min'),
-    (dict(fake_batch='both'), 'fake_batch'), (dict(anchor_after_critic=True, anchor_min=.2), 'anchor'), (dict(p_switch=0, route_every=3), 'route_every'),
+    (dict(fake_batch='both'), 'fake_batch'), (dict(anchor_after_critic=True, anchor_min=.2), 'anchor'),
     (dict(lr_student=float('nan')), 'lr_student'), (dict(balanced=1), 'balanced'), (dict(tau_min=1.), 'tau_min'), (dict(seed=-1), 'seed')])
 def test_settings_refuse(given, words):
     with pytest.raises(UserError, match=words): Settings.from_dict(given)

@@ -69,12 +69,13 @@ def test_one_step_of_eq_1_lowers_the_divergence(dim):
 
 
 @quick
-@given(st.integers(1, 40), st.floats(.25, 4.), st.floats(0., .6), st.floats(.05, .4), st.integers(0, 10**6))
+@given(st.integers(1, 40), st.floats(.25, 4.), st.floats(0., .5), st.floats(.05, .4), st.integers(0, 10**6))
 def test_times_are_stratified_within_bounds(n, shift, lo, width, seed):
     t = dmd.draw_times(n, torch.Generator().manual_seed(seed), shift, lo, lo + width)
     assert t.shape == (n,) and t.min() >= lo - 1e-6 and t.max() <= lo + width + 1e-6
-    u, a, b = (flow.shift_time(v, 1 / shift) for v in (t, lo, lo + width))
-    assert sorted(((u - a) / (b - a) * n).clamp(0, n - 1e-3).add(1e-3).long().tolist()) == list(range(n))      # one per stratum
+    u, a, b = (flow.shift_time(v, 1 / shift) for v in (t.double(), lo, lo + width))
+    place, k = ((u - a) / (b - a) * n).sort().values, torch.arange(n)
+    assert ((place > k - .01) & (place < k + 1.01)).all()          # one in each n-th, up to rounding
 
 
 def test_times_refuse_nonsense():

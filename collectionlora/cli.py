@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Out', 'BaseOption', 'Seed', 'Budget', 'Given', 'guarded', 'command', 'main', 'assignments', 'job_of', 'grid',
-           'teach', 'distill', 'evaluate', 'demo', 'rebase', 'edit', 'inspect', 'info', 'run']
+           'teach', 'distill', 'evaluate', 'demo', 'rebase', 'edit', 'inspect', 'convert', 'info', 'run']
 
 # %% ../nbs/16_cli.ipynb #c215e154
 import functools, json
@@ -129,7 +129,7 @@ def rebase(seed: Seed = 0, budget: Budget = 'full'):
     from collectionlora.demo import rebase as go
     print(go(seed, budget))
 
-# %% ../nbs/16_cli.ipynb #b7b2c3e6
+# %% ../nbs/16_cli.ipynb #3ae2cb22
 @command(epilog='Example: collectionlora edit cat.png clay neon --collection results/demo/collection.safetensors --out edits')
 def edit(image: Annotated[Path, typer.Argument(help='The picture to edit.')],
          effects: Annotated[list[str], typer.Argument(help="Effect ids; 'a+b' chains two in one instruction.")],
@@ -151,8 +151,10 @@ def edit(image: Annotated[Path, typer.Argument(help='The picture to edit.')],
 
 @command(epilog='Example: collectionlora inspect some_lora.safetensors --json')
 def inspect(file: Annotated[Path, typer.Argument(help='A LoRA file in any known dialect, or a trainer folder.')],
-            as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False):
+            as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
+            html: Annotated[Optional[Path], typer.Option(help='Write a gallery page of the effects to this file.')] = None):
     "Say what a LoRA file is: producer, dialect, ranks, scales, norms, and the effects it lists."
+    if html: return _gallery(file, html)
     from collectionlora.lora_header import read_header
     header = {} if file.is_dir() else read_header(file)
     from collectionlora.lora_files import read_lora, report
@@ -161,12 +163,28 @@ def inspect(file: Annotated[Path, typer.Argument(help='A LoRA file in any known 
     else: _show(about, header, file)
 
 
+def _gallery(file: Path, html: Path) -> None:
+    from collectionlora.card import gallery_html, inspect as facts
+    page = gallery_html(facts(file))
+    with core.replacing(html) as part: Path(part).write_text(page, encoding='utf-8')
+    _say(f'wrote {html}', 'green')
+
+
 def _show(about: dict, header: dict, file: Path) -> None:
     console = Console()
     flat = [(k, json.dumps(core.plain(v)) if isinstance(v, (dict, list, tuple)) else v) for k, v in about.items()]
     console.print(grid(file.name, ('', ''), [(k, str(v)[:200]) for k, v in flat]))
     effects = header.get('collectionlora.effects', [])
     if effects: console.print(grid('effects', ('id', 'category', 'trigger'), [(e['id'], e.get('category', ''), e.get('trigger', '')) for e in effects]))
+
+
+@command(epilog='Example: collectionlora convert teacher.safetensors for_kohya.safetensors --dialect kohya')
+def convert(file: Annotated[Path, typer.Argument(help='A LoRA file in any known dialect, or a trainer folder.')], to: Annotated[Path, typer.Argument(help='What to write.')],
+            dialect: Annotated[str, typer.Option(help='canonical, ai-toolkit, diffusers, peft, kohya, diffsynth or lightning.')] = 'canonical'):
+    "Write a LoRA in another dialect, or any dialect in the canonical one that loads everywhere."
+    from collectionlora.lora_files import convert as rewrite
+    rewrite(file, to, dialect)
+    _say(f'wrote {to} ({dialect})', 'green')
 
 
 @command()

@@ -28,6 +28,8 @@ def call(*args):
     (['teach', 'absent-folder', '--out', 'x'], ['absent-folder', 'effect.yaml']),
     (['edit', __file__, 'clay', '--collection', 'x', '--base', 'absent-base'], ['test_cli.py']),
     (['demo', '--budget', 'lavish'], ["'lavish'"]),
+    (['convert', 'absent.safetensors', 'to.safetensors'], ['absent.safetensors']),
+    (['inspect', 'absent.safetensors', '--html', 'page.html'], ['absent.safetensors']),
 ])
 def test_a_mistake_is_one_sentence_and_code_2(tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)
@@ -43,6 +45,21 @@ def test_every_command_has_help_with_an_example():
         result = call(name, '--help')
         assert result.exit_code == 0 and command.callback.__doc__.split('.')[0][:40] in result.output
         if name not in ('info', 'rebase'): assert 'Example' in result.output, name
+
+
+def test_a_file_is_converted_there_and_back_and_shown_as_a_page(tmp_path):
+    import torch
+    from collectionlora.lora_files import Lora, lora_hash, read_lora, write_lora
+    g = torch.Generator().manual_seed(0)
+    lora = Lora({'transformer_blocks.0.attn.to_q': (torch.randn(2, 8, generator=g), torch.randn(6, 2, generator=g))}, {})
+    entry = {'id': 'clay', 'category': 'animal', 'trigger': 'zorvik', 'prompt': 'zorvik, clay', 'description': 'clay'}
+    write_lora(tmp_path/'a.safetensors', lora, {'collectionlora.effects': [entry]})
+    for source, to, dialect in (('a', 'b', 'kohya'), ('b', 'c', 'canonical')):
+        assert call('convert', tmp_path/f'{source}.safetensors', tmp_path/f'{to}.safetensors', '--dialect', dialect).exit_code == 0
+    assert lora_hash(read_lora(tmp_path/'c.safetensors')) == lora_hash(lora)
+    assert call('convert', tmp_path/'a.safetensors', tmp_path/'d.safetensors', '--dialect', 'koyha').exit_code == 2
+    assert call('inspect', tmp_path/'a.safetensors', '--html', tmp_path/'page.html').exit_code == 0
+    assert 'zorvik' in (tmp_path/'page.html').read_text() and '<html' in (tmp_path/'page.html').read_text()
 
 
 def test_help_and_mistakes_do_not_load_torch():

@@ -6,9 +6,10 @@
 __all__ = ['SPECIAL', 'PICTURE', 'CHAT', 'SIZES', 'PIXELS', 'PatchPCA', 'to_tensor', 'latent_scale', 'fit_pca', 'psnr',
            'laplacian_energy', 'reconstruct', 'pca_pictures', 'prompt_template', 'corpus', 'make_tokenizer',
            'text_config', 'components', 'vision_patches', 'prompt_ids', 'embed', 'pack', 'nonsense', 'dress',
-           'base_loss', 'warm_start', 'BaseTrainer', 'render_pairs', 'save_base']
+           'flow_loss', 'draw_times', 'labels', 'Reading', 'last_hidden', 'embed_all', 'BaseTrainer', 'reading_loss',
+           'matrices', 'drawing_loss', 'render_pairs', 'edit_example', 'save_base']
 
-# %% ../nbs/04_nano.ipynb #02bab04f
+# %% ../nbs/04_nano.ipynb #ab23eccc
 import json
 import math
 import multiprocessing as mp
@@ -27,7 +28,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from . import world
 from .core import UserError, bar, replacing, rng, seed_of, write_json
 
-# %% ../nbs/04_nano.ipynb #2dbcf7ab
+# %% ../nbs/04_nano.ipynb #80bfe157
 class PatchPCA(ModelMixin, ConfigMixin):
     """A linear autoencoder with `AutoencoderKLQwenImage`'s interface: patches of `patch`² pixels to `z_dim` numbers.
 
@@ -59,7 +60,7 @@ def latent_scale(sigma, soften):
     s = torch.as_tensor(sigma, dtype=torch.float64)
     return (s**(1 - soften)*((s**(2*soften)).mean()).sqrt()).tolist()
 
-def fit_pca(pictures, z_dim=16, patch=4, soften=.5):
+def fit_pca(pictures, z_dim=16, patch=4, soften=1.):
     "The closed-form autoencoder of a set of pictures, uint8 `[B, H, W, 3]`; `soften` as in `latent_scale`."
     u = torch.nn.functional.pixel_unshuffle(to_tensor(pictures)[:, :, 0], patch).permute(0, 2, 3, 1).reshape(-1, 3*patch*patch).double()
     mu = u.mean(0); lam, V = torch.linalg.eigh((u - mu).T @ (u - mu) / len(u))
@@ -68,7 +69,7 @@ def fit_pca(pictures, z_dim=16, patch=4, soften=.5):
     vae.W.data, vae.mu.data = V.flip(1)[:, :z_dim].T.float().contiguous(), mu.float()
     return vae.eval()
 
-# %% ../nbs/04_nano.ipynb #71ec1c43
+# %% ../nbs/04_nano.ipynb #1befc7a6
 def psnr(a, b):
     "Peak signal-to-noise ratio in dB of uint8 pictures, over all of them."
     return float(-10*np.log10(np.mean((np.asarray(a, float) - np.asarray(b, float))**2)/255**2))
@@ -85,14 +86,14 @@ def reconstruct(vae, pictures):
     return ((y[:, :, 0].permute(0, 2, 3, 1).clamp(-1, 1) + 1)*127.5).round().numpy().astype(np.uint8)
 
 def pca_pictures(n=600, seed=0):
-    "Scenes and effects, half and half, for fitting the autoencoder."
-    r = rng('pca', seed); ids = list(world.EFFECTS); out = []
+    "Scenes and general edits of the whole picture, half and half, for fitting the autoencoder."
+    r = rng('pca', seed); out = []
     for i in range(n):
         s = world.draw_scene(r, world.CATEGORIES[i % 2])
-        out.append(world.render(s) if i % 2 else world.apply_effect(s, ids[(i//2) % len(ids)], r))
+        out.append(world.render(s if i % 2 else world.random_edit(s, r, ('style', 'material', 'compose')[i//2 % 3])[1]))
     return np.stack(out)
 
-# %% ../nbs/04_nano.ipynb #9249ce4e
+# %% ../nbs/04_nano.ipynb #8e9089aa
 SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>', '<|vision_pad|>', '<|image_pad|>', '<|video_pad|>')
 PICTURE = 'Picture 1: <|vision_start|><|image_pad|><|vision_end|>'
 CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -102,11 +103,10 @@ def prompt_template():
     return next(c for c in QwenImageEditPlusPipeline.__init__.__code__.co_consts if isinstance(c, str) and c.startswith('<|im_start|>system'))
 
 def corpus(n=4000, seed=0):
-    "Instructions, effect prompts and descriptions: the words of this world."
+    "Instructions and descriptions of scenes: the words of this world. Effects are not in it; a base does not know them beforehand."
     r, out = rng('corpus', seed), []
     for i in range(n):
         s = world.draw_scene(r, world.CATEGORIES[i % 2]); out += [world.random_edit(s, r)[0], world.describe_scene(s)]
-    for e in world.EFFECTS.values(): out += [e.prompt, e.description, e.id.replace('_', ' ')]*20
     return out
 
 def make_tokenizer(texts, vocab=1600):
@@ -121,7 +121,7 @@ def make_tokenizer(texts, vocab=1600):
     v.setdefault('<|endoftext|>', len(v))
     return Qwen2Tokenizer(vocab=v, merges=merges, eos_token='<|im_end|>', additional_special_tokens=list(SPECIAL[1:]))
 
-# %% ../nbs/04_nano.ipynb #eec6dcfb
+# %% ../nbs/04_nano.ipynb #a35cee7b
 SIZES = dict(layers=4, heads=4, head_dim=32, rope=(8, 12, 12), text=128, text_layers=2, vision=64, vision_layers=2)
 PIXELS = 64
 
@@ -147,7 +147,7 @@ def components(tok, vae, sizes=SIZES, seed=0):
     sch = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0, use_dynamic_shifting=False)
     return dict(scheduler=sch, vae=vae, text_encoder=te, tokenizer=tok, processor=Qwen2VLProcessor(ip, tok, Qwen2VLVideoProcessor(), chat_template=CHAT), transformer=tr)
 
-# %% ../nbs/04_nano.ipynb #a06d3656
+# %% ../nbs/04_nano.ipynb #63bf9e17
 _MEAN, _STD = torch.tensor([.48145466, .4578275, .40821073]), torch.tensor([.26862954, .26130258, .27577711])
 
 def vision_patches(pictures):
@@ -186,50 +186,73 @@ def dress(prompt, r):
     u = r.random()
     return ' ' if u < .1 else f'{nonsense(r)} {prompt}' if u < .2 else prompt
 
-def base_loss(tr, te, tok, vae, x, y, prompts, g):
-    "Flow-matching loss of a batch: sources x and targets y uint8 `[B, 64, 64, 3]`, noise and times from the generator g."
-    emb, mask = embed(te, tok, x, prompts); y0, src = pack(vae, y), pack(vae, x)
-    t, eps = torch.rand(len(y0), generator=g), torch.randn(y0.shape, generator=g)
+def flow_loss(tr, y0, src, emb, mask, t, eps):
+    "Flow-matching loss: targets y0 and sources `[B, 64, 64]` packed, embeddings `[B, L, D]` with mask, times `[B]`, noise like y0."
     x_t = (1 - t)[:, None, None]*y0 + t[:, None, None]*eps
     grids = [[(1, 8, 8), (1, 8, 8)]]*len(y0)
     v = tr(hidden_states=torch.cat([x_t, src], 1), timestep=t, encoder_hidden_states=emb, encoder_hidden_states_mask=mask, img_shapes=grids, return_dict=False)[0][:, :y0.shape[1]]
-    return (v - (eps - y0)).pow(2).mean()
+    return (v.float() - (eps - y0)).pow(2).mean()
 
-# %% ../nbs/04_nano.ipynb #41d3909e
-def warm_start(folder, soften=.5):
-    """Parts of the base in `folder` with its latents rescaled to `soften`; the input layer is divided by the same factors.
+def draw_times(n, g, shift=3.):
+    "Times `[n]`: half of them uniform in [0, 1], half shifted towards noise, where the instruction decides."
+    u = torch.rand(n, generator=g)
+    return torch.where(torch.arange(n) % 2 == 0, u, shift*u/(1 + (shift - 1)*u))
 
-    A base trained on whitened latents (soften 0) goes on from what it has learned about instructions and copying."""
-    parts = dict(QwenImageEditPlusPipeline.from_pretrained(folder).components)
-    old, sigma = parts['vae'], torch.tensor(parts['vae'].config.latents_std)
-    new = PatchPCA(old.config.z_dim, old.config.patch, old.config.latents_mean, latent_scale(sigma, soften))
-    new.load_state_dict(old.state_dict())
-    grow = sigma/torch.tensor(new.config.latents_std)                  # scaled latents become this much larger
-    with torch.no_grad(): parts['transformer'].img_in.weight.div_(grow.repeat_interleave(4))
-    return {**parts, 'vae': new.eval()}
+# %% ../nbs/04_nano.ipynb #30442950
+def labels(spec):
+    "The attributes of a scene as class indices `[25]`; 0 where there is none."
+    return [0 if v is None else 1 + list(o).index(v) if v in o else 0 for v, o in ((world.read_scene(spec)[k], world.SLOTS[k]) for k in world.SLOTS)]
 
-# %% ../nbs/04_nano.ipynb #85b3f576
+class Reading(torch.nn.Linear):
+    "A linear reading of all slots from hidden states `[B, D]`; `loss` and `right` take class indices `[B, 25]`."
+    def __init__(self, width):
+        self.sizes = [1 + len(o) for o in world.SLOTS.values()]
+        super().__init__(width, sum(self.sizes))
+    def loss(self, h, c): return torch.stack([torch.nn.functional.cross_entropy(z, k) for z, k in zip(self(h).split(self.sizes, -1), c.T)]).sum()
+    def right(self, h, c): return torch.stack([z.argmax(-1) == k for z, k in zip(self(h).split(self.sizes, -1), c.T)], -1)
+
+def last_hidden(te, tok, pictures, prompts):
+    "Hidden state of the last token of every prompt, `[B, D]`."
+    h, m = embed(te, tok, pictures, prompts)
+    return h[:, -1] if m is None else h[torch.arange(len(h)), m.sum(1) - 1]
+
+def embed_all(te, tok, pairs, n, seed=0, batch=64):
+    """Embeddings of all pairs, float16 `[n, 2, L, D]`, and lengths `[n, 2]`: as written, and blank or behind a nonsense word by turns."""
+    out, lengths = [], []
+    for k in bar(range(0, n, batch), desc='embedding pairs'):
+        x, _, said = zip(*(pairs(i) for i in range(k, min(n, k + batch))))
+        other = [' ' if i % 2 else f"{nonsense(rng('nonsense', seed, k + i))} {s}" for i, s in enumerate(said)]
+        with torch.no_grad(): both = [embed(te, tok, np.stack(x), list(s)) for s in (said, other)]
+        out.append([h.half() for h, _ in both]); lengths.append(torch.stack([torch.full((len(x),), h.shape[1]) if m is None else m.sum(1) for h, m in both], 1))
+    L = int(torch.cat(lengths).max()); E = torch.zeros(n, 2, L, out[0][0].shape[-1], dtype=torch.float16)
+    for k, hs in enumerate(out):
+        for j, h in enumerate(hs): E[k*batch:k*batch + len(h), j, :h.shape[1]] = h
+    return E, torch.cat(lengths)
+
+# %% ../nbs/04_nano.ipynb #01034f74
 class BaseTrainer:
-    """Trains a nano base on pairs; `run(steps)` yields `(step, loss)` and can be stopped and resumed anywhere.
+    """Minimises `loss(r, g)` over `params`; `run()` yields `(step, loss)` and can be stopped and resumed anywhere.
 
-    pairs: function of an index giving (source, target, instruction); n: how many there are."""
-    def __init__(self, parts, pairs, n, batch=32, steps=4000, lr=1e-3, warmup=100, ema=.999, seed=0):
-        self.tr, self.te, self.tok, self.vae = (parts[k] for k in ('transformer', 'text_encoder', 'tokenizer', 'vae'))
-        self.pairs, self.n, self.batch, self.steps, self.ema_decay, self.seed, self.step = pairs, n, batch, steps, ema, seed, 0
-        self.params = [p for m in (self.tr, self.te) for p in m.parameters()]
-        self.opt = torch.optim.AdamW(self.params, lr=lr, betas=(.9, .99), weight_decay=.01, fused=True)
-        self.sched = torch.optim.lr_scheduler.LambdaLR(self.opt, lambda s: min(1, (s + 1)/warmup)*(.02 + .98*.5*(1 + math.cos(math.pi*min(1, s/steps)))))
+    loss: function of a numpy and a torch generator, both derived from (seed, step), giving a scalar tensor; muon: those of `params`
+    (matrices) that the Muon optimiser takes, the rest goes to AdamW."""
+    def __init__(self, params, loss, steps=4000, lr=1e-3, warmup=100, ema=.999, muon=(), seed=0):
+        self.params, self.loss, self.steps, self.ema_decay, self.seed, self.step = list(params), loss, steps, ema, seed, 0
+        ids = {id(p) for p in muon}
+        self.opts = [torch.optim.AdamW([p for p in self.params if id(p) not in ids], lr=lr, betas=(.9, .98), weight_decay=.01, fused=True)]
+        if ids: self.opts.append(torch.optim.Muon(list(muon), lr=lr, weight_decay=.01, adjust_lr_fn='match_rms_adamw'))
+        fall = lambda s: min(1, (s + 1)/warmup)*(.02 + .98*.5*(1 + math.cos(math.pi*min(1, s/steps))))
+        self.scheds = [torch.optim.lr_scheduler.LambdaLR(o, fall) for o in self.opts]
         self.ema = [p.detach().clone() for p in self.params]
         self.losses = []
 
     def one(self):
         "One optimiser step; returns the loss."
-        r = rng('base_step', self.seed, self.step); g = torch.Generator().manual_seed(seed_of('base_noise', self.seed, self.step))
-        x, y, said = zip(*(self.pairs(i) for i in r.integers(0, self.n, self.batch)))
-        loss = base_loss(self.tr, self.te, self.tok, self.vae, np.stack(x), np.stack(y), [dress(s, r) for s in said], g)
-        self.opt.zero_grad(); loss.backward()
+        loss = self.loss(rng('base_step', self.seed, self.step), torch.Generator().manual_seed(seed_of('base_noise', self.seed, self.step)))
+        for o in self.opts: o.zero_grad()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.params, 1.)
-        self.opt.step(); self.sched.step(); self.step += 1
+        for o in (*self.opts, *self.scheds): o.step()
+        self.step += 1
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - min(self.ema_decay, self.step/(self.step + 10)))
         self.losses.append(loss.item())
         return self.losses[-1]
@@ -240,22 +263,43 @@ class BaseTrainer:
 
     def save(self, path):
         "Writes everything a resumed run needs, atomically."
-        state = dict(step=self.step, losses=self.losses, ema=self.ema, opt=self.opt.state_dict(), sched=self.sched.state_dict(), params=[p.detach() for p in self.params])
+        state = dict(step=self.step, losses=self.losses, ema=self.ema, opts=[o.state_dict() for o in (*self.opts, *self.scheds)], params=[p.detach() for p in self.params])
         with replacing(path) as p: torch.save(state, p)
 
     def load(self, path):
         "Restores what `save` wrote; the run goes on to the same bits."
         s = torch.load(path, weights_only=True)
         for p, q in zip(self.params, s['params']): p.data.copy_(q)
-        self.opt.load_state_dict(s['opt']); self.sched.load_state_dict(s['sched'])
+        for o, q in zip((*self.opts, *self.scheds), s['opts']): o.load_state_dict(q)
         self.step, self.losses, self.ema = s['step'], s['losses'], s['ema']
 
     def use_ema(self):
         "Copies the averaged weights into the models (for evaluation and export)."
         for p, q in zip(self.params, self.ema): p.data.copy_(q)
 
+def reading_loss(te, head, tok, pairs, C, batch=64):
+    "The loss of a reading step over the pairs with classes C `[n, 25]`, as `BaseTrainer` wants it."
+    def loss(r, g):
+        i = r.integers(0, len(C), batch); x, _, said = zip(*(pairs(k) for k in i))
+        return head.loss(last_hidden(te, tok, np.stack(x), list(said)), C[torch.as_tensor(i)])
+    return loss
+
+def matrices(tr):
+    "The matrices of a transformer's blocks, modulation excepted: Muon's share."
+    return [p for k, p in tr.named_parameters() if p.ndim == 2 and 'transformer_blocks' in k and '_mod.' not in k]
+
+def drawing_loss(tr, vae, pairs, E, lengths, batch=32, shift=3., device='cpu', dtype=torch.float32):
+    "The loss of a drawing step over pairs with embeddings E `[n, 2, L, D]`: one instruction in five is blank or follows a nonsense word."
+    def loss(r, g):
+        i = torch.as_tensor(r.integers(0, len(E), batch)); j = torch.as_tensor(r.random(batch) < .2).long()
+        x, y, _ = zip(*(pairs(int(k)) for k in i)); n = lengths[i, j]; L = int(n.max())
+        y0, t = pack(vae, np.stack(y)), draw_times(batch, g, shift); eps = torch.randn(y0.shape, generator=g); mask = torch.arange(L) < n[:, None]
+        args = [a.to(device) for a in (y0, pack(vae, np.stack(x)), E[i, j, :L].float(), mask, t, eps)]
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32): return flow_loss(tr, *args)
+    return loss
+
 def render_pairs(folder, n, seed=0, shard=2000, workers=2):
-    """Pairs 0..n-1 of a seed as memory-mapped pictures `[n, 2, 64, 64, 3]` uint8 and a list of instructions.
+    """Pairs 0..n-1 of a seed: a function of an index giving (source, target, instruction), pictures uint8 `[64, 64, 3]`, and classes `[n, 25]`.
 
     Drawn once in shards of `shard`, each written whole or not at all; a second call only opens them."""
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -263,16 +307,20 @@ def render_pairs(folder, n, seed=0, shard=2000, workers=2):
     if missing:
         with mp.get_context('spawn').Pool(workers) as pool: list(bar(pool.imap_unordered(_render_shard, missing), total=len(missing), desc='rendering pairs'))
     X = [np.load(folder/f'x{k}.npy', mmap_mode='r') for k in range(-(-n//shard))]
-    T = [t for k in range(-(-n//shard)) for t in json.loads((folder/f't{k}.json').read_text())[0]]
-    return (lambda i: (X[i//shard][i % shard, 0], X[i//shard][i % shard, 1], T[i])), T
+    T, C = zip(*(json.loads((folder/f't{k}.json').read_text()) for k in range(-(-n//shard))))
+    return (lambda i: (X[i//shard][i % shard, 0], X[i//shard][i % shard, 1], T[i//shard][i % shard])), torch.tensor([c for k in C for c in k][:n])
 
 def _render_shard(job):
     folder, k, seed, shard = job
-    X, T, F = np.zeros((shard, 2, PIXELS, PIXELS, 3), np.uint8), [], []
-    for j in range(shard):
-        X[j, 0], X[j, 1], said, f, _ = world.edit_pair(k*shard + j, seed); T.append(said); F.append(f)
+    X, T, C = np.zeros((shard, 2, PIXELS, PIXELS, 3), np.uint8), [], []
+    for j in range(shard): X[j, 0], X[j, 1], said, c = edit_example(k*shard + j, seed); T.append(said); C.append(c)
     np.save(folder/f'x{k}.npy', X)
-    write_json(folder/f't{k}.json', [T, F])
+    write_json(folder/f't{k}.json', [T, C])
+
+def edit_example(i, seed=0):
+    "Training pair number `i` of a seed: source, target, instruction, and the classes of the target scene."
+    r = rng('base pair', seed, i); s = world.draw_scene(r, world.CATEGORIES[i % 2]); said, t, _ = world.random_edit(s, r)
+    return world.render(s), world.render(t), said, labels(t)
 
 def save_base(parts, folder, record):
     "Writes the pipeline folder, with `collectionlora.json` (areas, schedule shift, pixels) and the training record."

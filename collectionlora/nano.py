@@ -229,9 +229,9 @@ def embed_all(te, tok, pairs, n, seed=0, batch=64):
         for j, h in enumerate(hs): E[k*batch:k*batch + len(h), j, :h.shape[1]] = h
     return E, torch.cat(lengths)
 
-# %% ../nbs/04_nano.ipynb #01034f74
+# %% ../nbs/04_nano.ipynb #2d42f78c
 class BaseTrainer:
-    """Minimises `loss(r, g)` over `params`; `run()` yields `(step, loss)` and can be stopped and resumed anywhere.
+    """Minimises `loss(r, g, step)` over `params`; `run()` yields `(step, loss)` and can be stopped and resumed anywhere.
 
     loss: function of a numpy and a torch generator, both derived from (seed, step), giving a scalar tensor; muon: those of `params`
     (matrices) that the Muon optimiser takes, the rest goes to AdamW."""
@@ -247,7 +247,7 @@ class BaseTrainer:
 
     def one(self):
         "One optimiser step; returns the loss."
-        loss = self.loss(rng('base_step', self.seed, self.step), torch.Generator().manual_seed(seed_of('base_noise', self.seed, self.step)))
+        loss = self.loss(rng('base_step', self.seed, self.step), torch.Generator().manual_seed(seed_of('base_noise', self.seed, self.step)), self.step)
         for o in self.opts: o.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.params, 1.)
@@ -279,7 +279,7 @@ class BaseTrainer:
 
 def reading_loss(te, head, tok, pairs, C, batch=64):
     "The loss of a reading step over the pairs with classes C `[n, 25]`, as `BaseTrainer` wants it."
-    def loss(r, g):
+    def loss(r, g, step):
         i = r.integers(0, len(C), batch); x, _, said = zip(*(pairs(k) for k in i))
         return head.loss(last_hidden(te, tok, np.stack(x), list(said)), C[torch.as_tensor(i)])
     return loss
@@ -288,12 +288,14 @@ def matrices(tr):
     "The matrices of a transformer's blocks, modulation excepted: Muon's share."
     return [p for k, p in tr.named_parameters() if p.ndim == 2 and 'transformer_blocks' in k and '_mod.' not in k]
 
-def drawing_loss(tr, vae, pairs, E, lengths, batch=32, shift=3., device='cpu', dtype=torch.float32):
-    "The loss of a drawing step over pairs with embeddings E `[n, 2, L, D]`: one instruction in five is blank or follows a nonsense word."
-    def loss(r, g):
+def drawing_loss(tr, vae, pairs, E, lengths, batch=32, shift=3., late=None, device='cpu', dtype=torch.float32):
+    """The loss of a drawing step over pairs with embeddings E `[n, 2, L, D]`: one instruction in five is blank or follows a nonsense word.
+
+    shift: as in `draw_times`; late: (step, shift) that holds from that step on."""
+    def loss(r, g, step):
         i = torch.as_tensor(r.integers(0, len(E), batch)); j = torch.as_tensor(r.random(batch) < .2).long()
         x, y, _ = zip(*(pairs(int(k)) for k in i)); n = lengths[i, j]; L = int(n.max())
-        y0, t = pack(vae, np.stack(y)), draw_times(batch, g, shift); eps = torch.randn(y0.shape, generator=g); mask = torch.arange(L) < n[:, None]
+        y0, t = pack(vae, np.stack(y)), draw_times(batch, g, late[1] if late and step >= late[0] else shift); eps = torch.randn(y0.shape, generator=g); mask = torch.arange(L) < n[:, None]
         args = [a.to(device) for a in (y0, pack(vae, np.stack(x)), E[i, j, :L].float(), mask, t, eps)]
         with torch.autocast(device, dtype, enabled=dtype != torch.float32): return flow_loss(tr, *args)
     return loss

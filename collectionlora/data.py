@@ -7,7 +7,7 @@ __all__ = ['log', 'IMAGE_SUFFIXES', 'REFUSED', 'MANIFEST_KEYS', 'GENERAL_KEYS', 
            'load_effect', 'check_unique', 'load_effects', 'write_effect', 'load_general', 'general_specs',
            'write_general', 'pick_effects', 'write_world_effect', 'write_world_general', 'ConditionCache']
 
-# %% ../nbs/05_data.ipynb #e444b276
+# %% ../nbs/05_data.ipynb #772e2cb9
 import hashlib, json, logging, os, re, shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -27,7 +27,7 @@ from .core import UserError, bar, check_keys, nearest, read_yaml, replacing, rng
 
 log = logging.getLogger('collectionlora')
 
-# %% ../nbs/05_data.ipynb #9d427d40
+# %% ../nbs/05_data.ipynb #9bb36466
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
 REFUSED = {'CMYK': 'inks (CMYK)', 'YCbCr': 'YCbCr', 'LAB': 'LAB', 'HSV': 'HSV', 'F': '32-bit floats', 'I': '32-bit integers'}
 
@@ -61,7 +61,7 @@ def load_image(path) -> Image.Image:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise UserError(f"{path}: cannot be read as an image ({e}); export it again") from e
 
-# %% ../nbs/05_data.ipynb #c889c71f
+# %% ../nbs/05_data.ipynb #80455b56
 MANIFEST_KEYS = ('id', 'category', 'prompt', 'description', 'trigger')
 
 
@@ -101,7 +101,7 @@ class EffectSet:
 
     def __repr__(self): return f'EffectSet({self.id!r}, {self.category}, {len(self)} pairs, {self.prompt!r})'
 
-# %% ../nbs/05_data.ipynb #1df955f4
+# %% ../nbs/05_data.ipynb #08411f94
 def _read_manifest(path: Path) -> dict:
     "The checked fields of an `effect.yaml`."
     if not path.is_file(): raise UserError(f"{path.parent}: has no effect.yaml; write one with the lines `id:`, `category:` and `prompt:`")
@@ -154,7 +154,7 @@ def load_effect(folder) -> EffectSet:
     return EffectSet(**fields, sources=tuple(sources.values()), targets=tuple(targets[s] for s in sources),
                      folder=folder, files_hash=sha256_json(files))
 
-# %% ../nbs/05_data.ipynb #4c3c5d93
+# %% ../nbs/05_data.ipynb #91d172d8
 def check_unique(effects: Sequence[EffectSet]) -> None:
     "Raises `UserError` if two effects share an id or a trigger (capitals do not count)."
     for field in ('id', 'trigger'):
@@ -201,7 +201,7 @@ def write_effect(folder, *, id: str, category: str, prompt: str, pairs: Sequence
     os.replace(part, folder)
     return load_effect(folder)
 
-# %% ../nbs/05_data.ipynb #00af49d4
+# %% ../nbs/05_data.ipynb #bc520d47
 GENERAL_KEYS = ('image', 'prompt', 'spec')
 
 
@@ -246,7 +246,7 @@ def write_general(folder, entries: Iterable[tuple]) -> list[tuple[Path, str]]:
     with replacing(folder/'manifest.jsonl') as part: part.write_text(''.join(json.dumps(e) + '\n' for e in lines))
     return load_general(folder)
 
-# %% ../nbs/05_data.ipynb #28edd239
+# %% ../nbs/05_data.ipynb #d040568a
 def pick_effects(n: int, seed: int) -> list[str]:
     "The first n effects of the world in an order drawn by seed in which the families take turns; smaller sets are parts of larger ones."
     if not 1 <= n <= len(world.EFFECTS): raise UserError(f"pick_effects: {n} effects asked, the miniature world has 1 to {len(world.EFFECTS)}")
@@ -271,7 +271,7 @@ def write_world_general(folder, n: int, seed: int) -> list[tuple[Path, str]]:
     drawn = (world.edit_pair(i, seed) for i in bar(range(n), desc='general stream'))
     return write_general(folder, ((source, said, spec) for source, _, said, _, spec in drawn))
 
-# %% ../nbs/05_data.ipynb #5f86aaf5
+# %% ../nbs/05_data.ipynb #7533827b
 ENCODING = 'edit-plus-1+mm_token_type_ids'
 
 
@@ -289,7 +289,7 @@ class _Memory:
         self.kept[key], self.bytes = entry, self.bytes + size(entry)
         while self.bytes > self.limit and len(self.kept) > 1: self.bytes -= size(self.kept.popitem(last=False)[1])
 
-# %% ../nbs/05_data.ipynb #5d0f950d
+# %% ../nbs/05_data.ipynb #b10baaa1
 class ConditionCache:
     """Latents and embeddings of images and prompts under one base, on disk and (up to `memory` bytes) in memory.
 
@@ -309,7 +309,7 @@ class ConditionCache:
 
     def _key(self, path, prompt: str | None, flip: bool) -> str:
         "Name of an entry: the latents of an image (prompt None) or the embeddings of image and prompt."
-        return hashlib.sha256('\0'.join([ENCODING, self.base.hash, str(self.base.backbone.dtype), self._sha(Path(path)), 'flip' if flip else '',
+        return hashlib.sha256('\0'.join([ENCODING, self.base.encoding, self.base.hash, str(self.base.backbone.dtype), self._sha(Path(path)), 'flip' if flip else '',
                                          'image' if prompt is None else 'prompt:' + prompt]).encode()).hexdigest()
 
     def _file(self, key: str) -> Path: return self.folder/key[:2]/f'{key}.safetensors'
@@ -326,8 +326,11 @@ class ConditionCache:
 
     def _write(self, key: str, value: Tensor, grid: tuple = ()) -> None:
         file, value = self._file(key), value.detach().cpu().contiguous()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as part: save_file({'value': value}, part, metadata={'grid': json.dumps(list(grid))})
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as part: save_file({'value': value}, part, metadata={'grid': json.dumps(list(grid))})
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{self.folder}: the cache cannot be written ({e}); make room and run the same again, what is encoded stays") from e
         self._memory.put(key, {'value': value, 'grid': tuple(grid)})
         self.encoded += 1
 

@@ -7,10 +7,11 @@ __all__ = ['TIMES', 'flow_loss', 'draw_times', 'Example', 'examples', 'Bucket', 
            'balanced_rows', 'draw_batch', 'train_fm', 'finish', 'train_teacher', 'teacher_header', 'TeacherBank',
            'sample_targets', 'target_latents', 'make_targets']
 
-# %% ../nbs/07_teachers.ipynb #32c367df
-import math, os, shutil, time
+# %% ../nbs/07_teachers.ipynb #d45b8bda
+import math, os, shutil, threading, time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from .data import ConditionCache, EffectSet, load_effect
 from .flow import add_noise, noise_like, ode_times, sample_ode, shift_time, velocity
 from .lora_files import Lora, read_lora
 
-# %% ../nbs/07_teachers.ipynb #1e85dc71
+# %% ../nbs/07_teachers.ipynb #9bd48c65
 def flow_loss(v_pred: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
     "Mean squared error of a predicted velocity [B, N, C] against `eps - x0` (Eq. 2), a scalar, in fp32."
     return (v_pred.float() - velocity(x0.float(), eps.float())).pow(2).mean()
@@ -42,7 +43,7 @@ def draw_times(n: int, kind: str, shift: float, generator: torch.Generator) -> T
     t = torch.rand(n, generator=generator) if kind == 'uniform' else torch.randn(n, generator=generator).sigmoid()
     return shift_time(t, shift)
 
-# %% ../nbs/07_teachers.ipynb #428368a5
+# %% ../nbs/07_teachers.ipynb #73b4a563
 @dataclass(frozen=True)
 class Example:
     "One training pair: image files, the instruction it is trained with, and the group (effect id) that batches are balanced over."
@@ -95,7 +96,7 @@ def _bucket(cache: ConditionCache, found: Sequence[Example], flips: Sequence[boo
     cond = Cond.cat([cache.cond(asked, flip=f) for f in flips] + [cache.uncond(sources, flip=f) for f in flips])
     return Bucket(x0.to(device), cond.to(device), tuple(e.group for e in found) * len(flips))
 
-# %% ../nbs/07_teachers.ipynb #ee97f3f5
+# %% ../nbs/07_teachers.ipynb #e0634358
 @dataclass(frozen=True)
 class FlowSettings:
     """How flow matching is trained. Defaults are the paper's where it says (lr 1e-4, 2,000 steps); rank 16 and AdamW(0.9, 0.999).
@@ -154,7 +155,7 @@ def draw_batch(data: FlowData, s: FlowSettings, step: int) -> tuple[Tensor, Tens
     dropped = torch.rand(s.batch, generator=g) < s.dropout
     return x0.float(), eps, t, bucket.cond.index((rows + len(bucket.groups)*dropped).tolist())
 
-# %% ../nbs/07_teachers.ipynb #eb0f7ddd
+# %% ../nbs/07_teachers.ipynb #098190a8
 def _save(path: Path, state: dict) -> None:
     try:
         with replacing(path) as part: torch.save(state, part)
@@ -221,23 +222,25 @@ def _train(backbone, data, s, checkpoint, role, state):
 
 
 def finish(training: Generator, total: int, desc: str = 'training', watch: Callable[[dict], None] | None = None):
-    """Runs a training generator to its end under a bar; returns (its result, the list of its infos). watch(info) is called for each.
+    """Runs a training generator to its end under a bar; returns (its result, the list of its infos). watch(info) is called for each, and what it
+    returns, a dict, is shown. An info whose step came before takes the place of everything from there on (a run that went back).
 
     Ctrl-C lets the generator save and is raised again, after a line that says how to go on."""
     infos, show = [], bar(total=total, desc=desc)
     with closing(training), show:
         try:
             while True:
-                infos.append(next(training))
-                if watch: watch(infos[-1])
-                show.update()
-                if 'loss' in infos[-1]: show.set_postfix(loss=f"{infos[-1]['loss']:.4f}", refresh=False)
+                info = next(training)
+                infos[info['step'] - 1 if 'step' in info else len(infos):] = [info]
+                said = (watch and watch(info)) or ({'loss': f"{info['loss']:.4f}"} if 'loss' in info else {})
+                show.update(len(infos) - show.n)
+                if said: show.set_postfix(said, refresh=False)
         except StopIteration as done: return done.value, infos
         except KeyboardInterrupt:
             show.write(f'{desc}: stopped after step {len(infos)}; run the same again to go on from there', file=show.fp)
             raise
 
-# %% ../nbs/07_teachers.ipynb #8d4f4129
+# %% ../nbs/07_teachers.ipynb #7f27b191
 def train_teacher(base, effect: EffectSet, cache: ConditionCache, settings: FlowSettings, checkpoint=None, flip: bool = False) -> Generator[dict, None, Lora]:
     "Eq. 2 for one effect: yields per-step infos, returns the `Lora`, whose meta['header'] is ready for `lora_files.write_lora`."
     data = flow_data(cache, examples(effect), flip=flip, device=base.backbone.device)
@@ -253,22 +256,62 @@ def teacher_header(base, effect: EffectSet, settings: FlowSettings, data_hash: s
             'collectionlora.base': {'hash': base.hash}, 'collectionlora.effects': [entry],
             'collectionlora.train': {'kind': 'teacher', 'settings': asdict(settings), 'data': data_hash, 'effect': effect.pairs_hash}}
 
-# %% ../nbs/07_teachers.ipynb #a1b65a9a
+# %% ../nbs/07_teachers.ipynb #b2eb65ad
+class _Ahead:
+    "Teachers laid out by a background thread, at most `room` of them; `lay_out(id, buffer or None)` returns the flat tensor."
+    def __init__(self, lay_out: Callable[[str, Tensor | None], Tensor], room: int):
+        self.lay_out, self.room, self.coming, self.buffers, self.pool = lay_out, room, OrderedDict(), [], None
+
+    def expect(self, ids: Sequence[str]) -> None:
+        "Begins to lay out the first `room` of `ids` and forgets all others."
+        wanted = list(dict.fromkeys(ids))[:self.room]
+        for id in [i for i in self.coming if i not in wanted]: self._forget(self.coming.pop(id))
+        if wanted and self.pool is None: self.pool = ThreadPoolExecutor(1, 'teachers')
+        for id in wanted:
+            if id not in self.coming: self.coming[id] = self.pool.submit(self._work, id)
+
+    def _work(self, id: str) -> Tensor:
+        buffer, event = self.buffers.pop() if self.buffers else (None, None)
+        if event is not None: event.synchronize()               # the GPU has fetched what was in it
+        return self.lay_out(id, buffer)
+
+    def _forget(self, job: Future) -> None:
+        if not job.cancel(): job.add_done_callback(lambda j: j.exception() or self.give(j.result()))
+
+    def ready(self, id: str) -> bool: return id in self.coming and self.coming[id].done()
+
+    def take(self, id: str) -> Tensor | None:
+        "What was laid out for `id`, once it is there; None if it was not expected, or its file could not be read."
+        job = self.coming.pop(id, None)
+        try: return job and job.result()
+        except (UserError, OSError): return None
+
+    def give(self, buffer: Tensor, event=None) -> None:
+        "Takes a buffer back, to be filled again when `event` has passed."
+        if len(self.buffers) < self.room: self.buffers.append((buffer, event))
+
+    def close(self) -> None:
+        if self.pool: self.pool.shutdown(wait=True, cancel_futures=True)
+        self.pool, self.coming, self.buffers = None, OrderedDict(), []
+
+# %% ../nbs/07_teachers.ipynb #eb81a4ad
 class TeacherBank:
-    """Teacher LoRAs by effect id, on the host at their own rank (at most `capacity` of them, least recently used go first), and one slot
-    on the backbone, role `role`, of rank `rank` (None: the largest).
+    """Teacher LoRAs by effect id, on the host at their own rank (at most `capacity` of them and `memory` bytes, least recently used go first), and
+    one slot on the backbone, role `role`, of rank `rank` (None: the largest). `ahead`: how many expected teachers a thread lays out, 0 none.
 
     All files are read and checked by the constructor. `allow_missing` as in `read_lora`; True because a teacher may lack modules."""
 
-    def __init__(self, backbone: Backbone, files: Mapping[str, Path], rank: int | None = None, capacity: int = 64, role: str = 'teacher', allow_missing=True):
+    def __init__(self, backbone: Backbone, files: Mapping[str, Path], rank: int | None = None, capacity: int = 64, role: str = 'teacher', allow_missing=True,
+                 memory: int = 8 << 30, ahead: int = 2):
         if not files: raise UserError('TeacherBank: no teachers; give a mapping of effect id to LoRA file')
-        self.backbone, self.files, self.capacity, self.role, self.allow_missing = backbone, {k: Path(p) for k, p in files.items()}, max(1, capacity), role, allow_missing
-        self.modules, self._kept, self.shas, self._stats, self.current, self.copies = backbone.modules(), OrderedDict(), {}, {}, None, 0
+        self.backbone, self.files, self.capacity, self.memory, self.role, self.allow_missing = backbone, {k: Path(p) for k, p in files.items()}, max(1, capacity), memory, role, allow_missing
+        self.modules, self._kept, self._lock, self.shas, self._stats, self.current, self.copies = backbone.modules(), OrderedDict(), threading.RLock(), {}, {}, None, 0
         ranks = {id: self._read(id).rank for id in bar(self.files, desc='reading teachers')}
         largest = max(ranks, key=ranks.get)
         if rank is not None and rank < ranks[largest]:
             raise UserError(f"{self.files[largest]}: has rank {ranks[largest]}, the teacher slot {rank}; give the slot at least {ranks[largest]}")
         backbone.add_role(role, rank or ranks[largest])
+        self._ahead, self._stream = _Ahead(self._lay_out, ahead), torch.cuda.Stream(backbone.device) if backbone.device.type == 'cuda' else None
 
     @staticmethod
     def _stat(path: Path):
@@ -278,32 +321,66 @@ class TeacherBank:
 
     def _read(self, id: str) -> Lora:
         "Reads a file strictly, into the LRU; refuses one whose content is not what it was."
-        path = self.files[id]
-        self._stats[id] = self._stat(path)
+        path, stat = self.files[id], self._stat(self.files[id])
         if self.shas.setdefault(id, sha := sha256_file(path)) != sha:
             raise UserError(f"{path}: was replaced while the bank is in use (now {sha[:12]}, was {self.shas[id][:12]}); start again with the new file")
-        self._kept[id] = read_lora(path, self.modules, allow_missing=self.allow_missing, base=self.backbone.hash)
-        while len(self._kept) > self.capacity: self._kept.popitem(last=False)
-        return self._kept[id]
+        lora = read_lora(path, self.modules, allow_missing=self.allow_missing, base=self.backbone.hash)
+        with self._lock:
+            self._stats[id], self._kept[id] = stat, lora
+            while len(self._kept) > self.capacity or (len(self._kept) > 1 and self.held > self.memory): self._kept.popitem(last=False)
+        return lora
+
+    @property
+    def held(self) -> int:
+        "Bytes of the teachers on the host."
+        with self._lock: return sum(t.nbytes for lora in self._kept.values() for factors in lora.factors.values() for t in factors)
 
     def __contains__(self, id: str) -> bool: return id in self.files
 
     def __len__(self) -> int: return len(self.files)
 
+    def _known(self, id: str) -> None:
+        if id not in self.files: raise UserError(f"teacher bank: no teacher for effect {id!r}; {nearest(id, self.files)}")
+
+    def _fresh(self, id: str) -> bool: return self._stat(self.files[id]) == self._stats[id]
+
     def get(self, id: str) -> Lora:
         "The teacher of an effect, from the host's memory or its file. Raises `UserError` for an unknown id, a replaced or absent file."
-        if id not in self.files: raise UserError(f"teacher bank: no teacher for effect {id!r}; {nearest(id, self.files)}")
-        if id not in self._kept or self._stat(self.files[id]) != self._stats[id]: return self._read(id)
-        self._kept.move_to_end(id)
-        return self._kept[id]
+        self._known(id)
+        with self._lock:
+            lora = self._kept.get(id) if self._fresh(id) else None
+            if lora is not None: self._kept.move_to_end(id)
+        return lora or self._read(id)
+
+    def _lay_out(self, id: str, buffer: Tensor | None) -> Tensor:
+        if buffer is None: buffer = torch.empty(self.backbone.flat(self.role).shape, pin_memory=self._stream is not None)
+        return self.backbone.pack(self.role, self.get(id), buffer)
+
+    def expect(self, ids: Sequence[str]) -> None:
+        "Says which teachers will be used next, so that they are read and laid out meanwhile. Changes nothing else."
+        for id in ids: self._known(id)
+        self._ahead.expect([i for i in ids if i != self.current])
+
+    def move(self, id: str) -> None:
+        "On a GPU: starts to copy a teacher that lies ready into the slot, beside what the GPU is doing. The slot may be read again after `use(id)` only."
+        if self._stream is None or id == self.current or not self._ahead.ready(id): return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream): self._fill(id)
+
+    def _fill(self, id: str) -> None:
+        laid = self._ahead.take(id)
+        if not self._fresh(id): self._read(id)               # touched is fine, replaced is an error
+        self.current = None
+        self.backbone.put(self.role, self._lay_out(id, None) if laid is None else laid)
+        self.current, self.copies = id, self.copies + 1
+        if laid is not None: self._ahead.give(laid, self._stream and torch.cuda.current_stream().record_event())
 
     def use(self, id: str) -> str:
         "Puts teacher `id` into the slot (no copy if it is there) and returns the slot's role."
-        lora = self.get(id)
-        if id != self.current:
-            self.current = None
-            self.backbone.load(self.role, lora)
-            self.current, self.copies = id, self.copies + 1
+        self._known(id)
+        if self._stream is not None: torch.cuda.current_stream().wait_stream(self._stream)
+        if id != self.current: self._fill(id)
+        elif not self._fresh(id): self._read(id)
         return self.role
 
     def stack(self, id: str, *roles: str) -> tuple[str, ...]:
@@ -311,11 +388,12 @@ class TeacherBank:
         return (self.use(id), *roles)
 
     def close(self) -> None:
-        "Takes the slot off the backbone."
+        "Ends the thread and takes the slot off the backbone."
+        self._ahead.close()
         self.backbone.remove(self.role)
         self.current = None
 
-# %% ../nbs/07_teachers.ipynb #24949ae0
+# %% ../nbs/07_teachers.ipynb #3d1ccb3b
 @torch.no_grad()
 def sample_targets(backbone: Backbone, role, cond: Cond, uncond: Cond, seeds: Sequence[int], times: Sequence[float], w: float = 4.0,
                    batch: int = 16, rescale: bool = False, progress=None) -> Tensor:
@@ -331,7 +409,7 @@ def sample_targets(backbone: Backbone, role, cond: Cond, uncond: Cond, seeds: Se
         if progress is not None: progress.update(len(part))
     return torch.cat(done)
 
-# %% ../nbs/07_teachers.ipynb #7f63cd42
+# %% ../nbs/07_teachers.ipynb #ffeefecb
 def target_latents(effect: EffectSet) -> list[Tensor]:
     "The latents [N, C] of an effect painted by `make_targets`, in the order of its sources."
     found = []

@@ -528,3 +528,56 @@ def test_a_role_may_not_take_the_name_of_a_module_attribute(folder):
     "torch's ModuleDict, which holds the adapters, has attributes of its own; such a name used to die in a bare KeyError."
     backbone = load_base(folder).backbone
     with pytest.raises(UserError, match='training'): backbone.add_role('training', 2)
+
+
+# --- options that trade memory, time and precision
+
+def gradients(b, role='student', B=2):
+    x, t, cond = inputs(B)
+    v = b.velocity(role, x, t, cond)
+    grads = torch.autograd.grad(v.square().mean(), b.parameters(role), allow_unused=True)
+    return v.detach(), torch.cat([torch.zeros(p.numel()) if g is None else g.flatten() for g, p in zip(grads, b.parameters(role))])
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_offloaded_activations_give_the_same_bits_and_weights_stay(fresh, checkpointing, monkeypatch):
+    from collectionlora import backbone as module
+    with_roles(fresh)
+    v, g = gradients(fresh)
+    copied, original = [], torch.empty
+    monkeypatch.setattr(module.torch, 'empty', lambda *a, **kw: copied.append(a[0]) or original(*a, **kw))
+    fresh.offload(True)
+    fresh.checkpointing(checkpointing)
+    w, h = gradients(fresh)
+    monkeypatch.undo()
+    weights = {tuple(p.shape) for p in fresh.transformer.parameters() if p.ndim == 2}
+    assert torch.equal(v, w) and torch.equal(g, h) and len(copied) > (0 if checkpointing else 20) and not weights & set(copied)
+    with torch.no_grad(): assert torch.equal(fresh.velocity('student', *inputs()), v)
+
+
+@pytest.mark.parametrize('kind, deviation', [('int8', .02), ('fp8', .08)])
+def test_an_eight_bit_base_is_near_and_its_adapters_are_as_fine_as_before(folder, fresh, kind, deviation):
+    low = load_base(folder, frozen=kind).backbone
+    size = lambda b: sum(b.transformer.get_submodule(n).weight.nbytes for n in b.modules())
+    assert size(low) == size(fresh) / 4 and low.hash == load_base(folder).hash and low.numerics['frozen'] == kind != fresh.numerics['frozen']
+    (v, g), (w, h) = gradients(with_roles(fresh)), gradients(with_roles(low))
+    assert 0 < (v - w).norm() / v.norm() < deviation and torch.nn.functional.cosine_similarity(g, h, 0) > .98
+    assert all(p.dtype == torch.float32 for p in low.parameters('student'))
+    low.checkpointing(True)
+    assert torch.equal(gradients(low)[1], h)
+    with torch.no_grad(), low.merged('student'): assert torch.equal(low.velocity('student', *inputs()), w)
+    with pytest.raises(UserError, match='too late'): low.quantise(kind)
+    with pytest.raises(UserError, match="did you mean 'int8'"): fresh.quantise('int')
+
+
+def test_compiled_blocks_play_every_role(fresh):
+    with_roles(fresh)
+    plain = {r: gradients(fresh, r) for r in ROLES}
+    fresh.compile(backend='aot_eager')
+    try:
+        for r in (*ROLES, *reversed(ROLES)):
+            v, g = gradients(fresh, r)
+            assert torch.allclose(v, plain[r][0], atol=1e-5) and torch.allclose(g, plain[r][1], rtol=1e-3, atol=1e-5)
+        with torch.no_grad(): assert torch.allclose(fresh.velocity('base', *inputs()), fresh.velocity({'student': 0.}, *inputs()), atol=1e-5)
+    finally: fresh.compile(False)
+    assert torch.equal(gradients(fresh)[1], plain['student'][1]) and not fresh.numerics['compiled']

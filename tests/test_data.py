@@ -234,3 +234,37 @@ def test_one_grid_per_call_and_memory_is_bounded(base, effect, tmp_path):
     expected = ConditionCache(base, tmp_path/'c').cond([(p, 'do it') for p in effect.sources])
     assert torch.equal(cache.cond([(p, 'do it') for p in effect.sources]).emb, expected.emb)
     assert cache._memory.bytes <= 5000 or len(cache._memory.kept) == 1
+
+
+def test_a_full_disk_is_one_sentence_and_what_is_encoded_stays(base, effect, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+    pairs, calls, original = [(p, 'do it') for p in effect.sources], [], data.save_file
+    def full(*args, **kw):
+        calls.append(1)
+        if len(calls) == 5: raise SafetensorError('I/O error: No space left on device')
+        original(*args, **kw)
+    monkeypatch.setattr(data, 'save_file', full)
+    with pytest.raises(UserError, match='No space left.*make room'): ConditionCache(base, tmp_path/'c', batch=1).warm(pairs)
+    monkeypatch.undo()
+    assert not list((tmp_path/'c').rglob('*.part')) and ConditionCache(base, tmp_path/'c').warm(pairs) == 2
+
+
+def test_a_full_cache_serves_a_base_without_encoders(tmp_path, effect):
+    import weakref
+    own = load_base(tiny_base(tmp_path/'tiny'))
+    pairs = [(p, 'do it') for p in effect.sources]
+    before = ConditionCache(own, tmp_path/'c')
+    before.warm(pairs, images=effect.targets)
+    cond, encoder, held = before.cond(pairs), weakref.ref(own.pipe.text_encoder), own.encoder_bytes
+    assert own.drop_encoders() == held > 0 == own.encoder_bytes == own.drop_encoders() and encoder() is None
+    after = ConditionCache(own, tmp_path/'c')
+    assert after.warm(pairs, images=effect.targets) == 0 and torch.equal(after.cond(pairs).emb, cond.emb)
+    assert len(own.decode(after.latents(effect.targets), (8, 8))) == 3
+    with pytest.raises(UserError, match="'something new'.*warm the cache"): after.cond([(effect.sources[0], 'something new')])
+
+
+def test_what_encodes_is_part_of_the_key(base, effect, tmp_path, monkeypatch):
+    cache = ConditionCache(base, tmp_path/'c')
+    cache.warm([(effect.sources[0], 'do it')])
+    monkeypatch.setattr(type(base), 'encoding', property(lambda self: 'another resizer'))
+    assert cache.warm([(effect.sources[0], 'do it')]) == 2

@@ -279,6 +279,102 @@ def test_bad_teachers_are_found_before_anything_runs(base, files, tmp_path):
     with pytest.raises(UserError, match='no teachers'): TeacherBank(base.backbone, {})
 
 
+def test_expected_teachers_are_the_same_and_come_in_any_order(base, files, asked):
+    plain, told = TeacherBank(base.backbone, files, role='plain', ahead=0), TeacherBank(base.backbone, files, role='told', capacity=1)
+    try:
+        expected = {id: v(base, plain.use(id), asked) for id in files}
+        order = ['wide', 'narrow', 'third', 'narrow', 'narrow', 'wide', 'third', 'wide', 'narrow'] * 3
+        for k, id in enumerate(order):
+            told.expect(order[k + k % 2:k + 3])                        # now with, now without the one that is asked next
+            if k % 3 == 0: told._ahead.coming and next(iter(told._ahead.coming.values())).result()
+            assert torch.equal(v(base, told.use(id), asked), expected[id])
+            assert len(told._kept) == 1 and len(told._ahead.coming) <= 2 and len(told._ahead.buffers) <= 2
+        assert not plain._ahead.coming and plain._ahead.pool is None
+        with pytest.raises(UserError, match="'narow'"): told.expect(['narow'])
+    finally: plain.close(); told.close()
+
+
+def test_a_thread_never_touches_the_slot(base, bank, asked):
+    first = v(base, bank.use('wide'), asked)
+    bank.expect(['narrow', 'third'])
+    for job in list(bank._ahead.coming.values()): job.result()
+    assert bank._ahead.ready('narrow') and torch.equal(v(base, bank.role, asked), first) and bank.current == 'wide'
+
+
+@pytest.mark.parametrize('when', ['before', 'after'])
+def test_a_teacher_replaced_or_lost_under_the_threads_hands(base, bank, files, when):
+    bank.use('wide')
+    if when == 'after':                                                # it was laid out from the old file, and is still not lent
+        bank.expect(['third'])
+        bank._ahead.coming['third'].result()
+    write_lora(files['third'], random_lora(base, 4, 77), {'collectionlora.base': {'hash': base.hash}})
+    bank.expect(['third'])
+    with pytest.raises(UserError, match='third.safetensors: was replaced'): bank.use('third')
+    bank.expect(['narrow'])
+    files['narrow'].unlink()
+    with pytest.raises(UserError, match='narrow.safetensors: no such file'): bank.use('narrow')
+    assert bank.use('wide') == 'teacher'
+
+
+class OneStream:
+    "Stands in for CUDA streams where there is no GPU: notes who waits for whom."
+    said = []
+    def __init__(self, name): self.name = name
+    def wait_stream(self, other): self.said.append((self.name, other.name))
+    def record_event(self): return self
+    def synchronize(self): self.said.append('filled again')
+
+
+def test_moving_ahead_waits_for_the_slot_and_using_waits_for_the_move(base, bank, asked, monkeypatch):
+    import contextlib
+    expected = {id: v(base, bank.use(id), asked) for id in ('wide', 'third', 'narrow')}
+    main, empty = OneStream('main'), torch.empty
+    monkeypatch.setattr(torch, 'empty', lambda *a, pin_memory=False, **kw: empty(*a, **kw))
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda *a: main)
+    monkeypatch.setattr(torch.cuda, 'stream', lambda s: contextlib.nullcontext())
+    for id in ('wide', 'third'): bank.expect([id]); bank._ahead.coming[id].result()
+    bank._stream = OneStream('side')
+    bank.move('wide')                                                  # forgotten again: not ready, so nothing happens
+    assert bank.current == 'narrow' and not OneStream.said
+    bank.move('third')
+    assert OneStream.said == [('side', 'main')] and bank.current == 'third' and torch.equal(v(base, bank.use('third'), asked), expected['third'])
+    assert OneStream.said[1:] == [('main', 'side')]
+    assert torch.equal(v(base, bank.use('wide'), asked), expected['wide']) and OneStream.said[2:] == [('main', 'side')]
+    bank.expect(['narrow'])
+    assert torch.equal(v(base, bank.use('narrow'), asked), expected['narrow']) and 'filled again' in OneStream.said
+    bank._stream = None
+
+
+def test_a_hundred_and_eighty_teachers_in_bounded_memory(base, tmp_path, asked):
+    made = random_lora(base, 1, 0)
+    factors = lambda k: {n: (A * (1 + k), B) for n, (A, B) in made.factors.items()}
+    files = {f'e{k:03d}': tmp_path/f'{k}.safetensors' for k in range(180)}
+    for k, file in enumerate(files.values()): write_lora(file, Lora(factors(k)), {'collectionlora.base': {'hash': base.hash}})
+    size = sum(t.nbytes for ab in made.factors.values() for t in ab)
+    bank = TeacherBank(base.backbone, files, memory=7*size + 1)
+    try:
+        assert len(bank) == 180 and bank.held == 7*size
+        b = base.backbone
+        for k in (0, 179, 42, 42, 7, 100):
+            bank.expect([f'e{k:03d}', f'e{(k + 1) % 180:03d}'])
+            role = bank.use(f'e{k:03d}')
+            assert torch.equal(b.flat(role), b.pack(role, Lora(factors(k)))) and bank.held <= 7*size and len(bank._ahead.coming) <= 2
+    finally: bank.close()
+
+
+def test_nan_in_a_teacher_is_found_before_anything_runs(base, files, tmp_path):
+    lora = random_lora(base, 2, 5)
+    name = next(iter(lora.factors))
+    write_lora(tmp_path/'nan.safetensors', lora, {'collectionlora.base': {'hash': base.hash}})
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(tmp_path/'nan.safetensors')
+    key = next(k for k in tensors if name in k)
+    tensors[key][0, 0] = math.nan
+    save_file(tensors, tmp_path/'nan.safetensors')
+    with pytest.raises(UserError, match='nan.safetensors.*(NaN|finite)'): TeacherBank(base.backbone, {**files, 'bad': tmp_path/'nan.safetensors'})
+    assert 'teacher' not in base.backbone.roles
+
+
 # --- targets
 def test_guidance_one_is_the_plain_ode(base, world):
     effect, cache, _ = world

@@ -6,7 +6,7 @@
 __all__ = ['STYLE', 'MODEL_FILES', 'SNIPPET', 'inspect', 'layer', 'megabytes', 'printable', 'facts', 'terminal', 'gallery_html',
            'student_prompt', 'find_effect', 'comfyui_workflow', 'model_card', 'write_card']
 
-# %% ../nbs/06c_card.ipynb #8895ac7f
+# %% ../nbs/06c_card.ipynb #e3506084
 import html, json
 from collections import Counter
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 from .core import UserError, nearest, replacing, write_json
 from .lora_header import decode_metadata, file_sha256, read_table, usage_hint
 
-# %% ../nbs/06c_card.ipynb #941d2fa2
+# %% ../nbs/06c_card.ipynb #57210030
 def inspect(path) -> dict:
     "What a LoRA file says about itself: size, tensors, ranks, dtypes, base, sampling, training, effects. Reads the header only, needs no torch."
     path = Path(path)
@@ -39,7 +39,7 @@ def megabytes(n: int) -> str:
     "Bytes in words: 2.36 GB, 12.0 MB, 9 kB."
     return f'{n / 1e9:.2f} GB' if n >= 1e9 else f'{n / 1e6:.1f} MB' if n >= 1e6 else f'{n / 1e3:.0f} kB'
 
-# %% ../nbs/06c_card.ipynb #3cab9631
+# %% ../nbs/06c_card.ipynb #96f3a13b
 def printable(value) -> str:
     "Text of any header value, without control characters."
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -52,6 +52,7 @@ def facts(info: dict) -> list[tuple[str, str]]:
             ('rank', ', '.join(f'{r} on {n} modules' for r, n in info['ranks'].items())), ('numbers', ', '.join(info['dtypes'])),
             ('sampling', usage_hint(info['sampling']) if info['sampling'] else 'not said'), ('effects', str(len(info['effects']))),
             ('license', info['license'] or 'not said')]
+    rows += [('needs', 'diffusers 0.40 or newer, or ComfyUI or DiffSynth: older diffusers scale mixed ranks wrongly')] if len(info['ranks']) > 1 else []
     return [(k, printable(v)) for k, v in rows]
 
 
@@ -67,7 +68,7 @@ def terminal(info: dict):
         listing.add_row(*(Text(printable(e.get(k) or '')) for k in ('id', 'category', 'trigger', 'prompt')))
     return Group(about, listing) if info['effects'] else about
 
-# %% ../nbs/06c_card.ipynb #744106c0
+# %% ../nbs/06c_card.ipynb #674fd9ba
 STYLE = """:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(220px,1fr));gap:1rem;padding:0}.grid li{list-style:none;border:1px solid #8886;border-radius:.6rem;padding:.8rem}
 img{width:100%;border-radius:.4rem}code{word-break:break-word}dt{font-weight:600}dd{margin:0 0 .4rem}small{opacity:.75}h3{margin:.4rem 0}"""
@@ -93,7 +94,7 @@ def gallery_html(info: dict) -> str:
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">{policy}<title>{title}</title>'
             f'<style>{STYLE}</style></head><body><h1>{title}</h1><dl>{rows}</dl><ul class="grid">{"".join(map(_tile, info["effects"]))}</ul></body></html>\n')
 
-# %% ../nbs/06c_card.ipynb #32ee7915
+# %% ../nbs/06c_card.ipynb #d09e38e2
 MODEL_FILES = {'transformer': 'qwen_image_edit_2509_fp8_e4m3fn.safetensors', 'text_encoder': 'qwen_2.5_vl_7b_fp8_scaled.safetensors', 'vae': 'qwen_image_vae.safetensors'}
 
 
@@ -139,7 +140,7 @@ def comfyui_workflow(info: dict, effect_id: str | None = None, seed: int = 0, fi
     wired = lambda v: [number[v[0]], 0] if isinstance(v, tuple) else v
     return {number[name]: {'class_type': kind, 'inputs': {k: wired(v) for k, v in inputs.items()}, '_meta': {'title': name}} for name, (kind, inputs) in nodes.items()}
 
-# %% ../nbs/06c_card.ipynb #9c59e344
+# %% ../nbs/06c_card.ipynb #2aa7e68d
 SNIPPET = '''import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline
 from diffusers.utils import load_image
@@ -172,7 +173,7 @@ def model_card(info: dict, sha256: str | None = None) -> str:
         out += ['| ' + ' | '.join(_cell(v or '') for v in (e['id'], e.get('category'), e.get('trigger'), e.get('prompt') or e.get('description'))) + ' |' for e in effects]
     return '\n'.join(out) + '\n'
 
-# %% ../nbs/06c_card.ipynb #74a98c2f
+# %% ../nbs/06c_card.ipynb #cab125a6
 def write_card(path) -> list[Path]:
     "Write `<stem>.README.md`, `<stem>.html` and `<stem>.comfyui.json` beside a collection file; returns the paths written."
     path = Path(path)

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'ALL', 'NO_ORACLE', 'held_out', 'in_world', 'references', 'round_trip', 'oracle_for', 'assemble',
-           'file_sizes', 'evaluate', 'user_items', 'evaluate_sets', 'save_pictures', 'read_pictures']
+           'file_sizes', 'evaluate', 'user_items', 'evaluate_sets', 'Measured', 'measure', 'save_pictures',
+           'read_pictures']
 
-# %% ../nbs/14a_evaluate.ipynb #b57b58e3
+# %% ../nbs/14a_evaluate.ipynb #8ba9d98b
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from .lora_files import read_header
 from .metrics import CEILING, COPY, ENCODED, FLOOR, Item, Row, descriptor, judge, laplacian_energy, leave_one_out, set_distance
 from .teachers import TeacherBank
 
-# %% ../nbs/14a_evaluate.ipynb #2ceb7afc
+# %% ../nbs/14a_evaluate.ipynb #9dfef1ef
 DRAWS = 4          # true targets whose mean Laplacian energy is an item's unit of detail
 
 def held_out(effects: Mapping[str, str], images: int, seed: int = 0, seeds: int = 1) -> list[Item]:
@@ -42,7 +44,7 @@ def in_world(effects: Sequence[str]) -> bool:
     "Whether all effects are the world's own, so that its oracle can judge them."
     return all(e in world.EFFECTS for e in effects)
 
-# %% ../nbs/14a_evaluate.ipynb #654f57cc
+# %% ../nbs/14a_evaluate.ipynb #9263640e
 def references(items: Sequence[Item]) -> dict[str, list[np.ndarray]]:
     "Pictures of the three reference policies, in the order of items."
     def other(item: Item) -> str:
@@ -53,7 +55,7 @@ def references(items: Sequence[Item]) -> dict[str, list[np.ndarray]]:
     def draw(item: Item, effect: str, why: str): return world.apply_effect(item.spec, effect, rng(why, item.effect, item.image, item.seed))
     return {COPY: [i.source for i in items], CEILING: [draw(i, i.effect, 'ceiling') for i in items], FLOOR: [draw(i, other(i), 'floor') for i in items]}
 
-# %% ../nbs/14a_evaluate.ipynb #7298e24d
+# %% ../nbs/14a_evaluate.ipynb #233084d5
 def round_trip(base: Base):
     "picture uint8 [H, W, 3] -> the same through the base's autoencoder and back."
     def through(picture: np.ndarray) -> np.ndarray:
@@ -65,7 +67,7 @@ def oracle_for(base: Base, effects: Sequence[str], **kw) -> world.Oracle:
     "The world's oracle for some effects, tolerant of what the base's autoencoder loses."
     return world.Oracle(list(effects), through=round_trip(base), **kw)
 
-# %% ../nbs/14a_evaluate.ipynb #4934b0e1
+# %% ../nbs/14a_evaluate.ipynb #416ae6c3
 ALL = ('base', 'teacher', 'teacher_acc', 'fm_acc', 'ours')
 
 def assemble(base: Base, collection: Collection, teachers: Mapping[str, str | Path] = {}, acceleration: str | Path = '', fm: str | Path = '', slow: Recipe = Recipe.ode(),
@@ -89,14 +91,14 @@ def file_sizes(methods: Mapping[str, Method], collection: str | Path, teachers: 
     needs = dict(teacher=[*teachers.values()], teacher_acc=[*teachers.values(), acceleration], fm_acc=[fm, acceleration], ours=[collection])
     return {m.name: size(*needs[k]) for k, m in methods.items() if k in needs}
 
-# %% ../nbs/14a_evaluate.ipynb #308ae392
+# %% ../nbs/14a_evaluate.ipynb #9dab1ce9
 def evaluate(base: Base, methods: Mapping[str, Method], items: Sequence[Item], oracle, batch: int = 16, run: str = '') -> tuple[list[Row], dict[str, list[Output]]]:
     "(rows of all methods and of the reference policies, outputs by method name); the oracle should come from `oracle_for` the same base."
     rows, made = [], {}
     for m in methods.values():
         made[m.name], seconds = run_method(base, m, items, batch)
         pictures = [o.image for o in made[m.name]]
-        rows += _judged(m.name, items, pictures, oracle, seconds, m.recipe.nfe, run)
+        rows += _judged(m.name, items, pictures, oracle, seconds, m.nfe, run)
     scale = references(items)
     scale[ENCODED] = [round_trip(base)(p) for p in scale[CEILING]]
     for name, pictures in scale.items(): rows += _judged(name, items, pictures, oracle, 0., 0, run)
@@ -110,7 +112,7 @@ def _judged(name, items, pictures, oracle, seconds, nfe, run) -> list[Row]:
             progress.update()
     return out
 
-# %% ../nbs/14a_evaluate.ipynb #380a8c3a
+# %% ../nbs/14a_evaluate.ipynb #86ca2b36
 NO_ORACLE = 'These effects have no known ground truth, so bad-case rate and subject score cannot be computed. Shown instead is the distance of each output to the effect\'s target pictures in latent space (a style distance): smaller is nearer, the unedited source is the floor, and the targets among themselves are the ceiling.'
 
 def user_items(effects: Sequence[EffectSet], pictures: Sequence[str | Path] = (), images: int = 0, seeds: int = 1) -> list[Item]:
@@ -128,10 +130,31 @@ def evaluate_sets(base: Base, methods: Mapping[str, Method], items: Sequence[Ite
         made[m.name], seconds = run_method(base, m, items, batch)
         for id, t in targets.items():
             d = [set_distance(descriptor(o.latents.numpy()), t) for i, o in zip(items, made[m.name]) if i.effect == id and o.image is not None]
-            lines.append(dict(method=m.name, effect=id, distance=float(np.mean(d)) if d else None, floor=float(np.mean(floors[id])), ceiling=leave_one_out(t), n=len(d), seconds=seconds, nfe=m.recipe.nfe))
+            lines.append(dict(method=m.name, effect=id, distance=float(np.mean(d)) if d else None, floor=float(np.mean(floors[id])), ceiling=leave_one_out(t), n=len(d), seconds=seconds, nfe=m.nfe))
     return lines, made
 
-# %% ../nbs/14a_evaluate.ipynb #0b92d1b5
+# %% ../nbs/14a_evaluate.ipynb #775bd867
+@dataclass(frozen=True)
+class Measured:
+    "What `measure` found: rows where the world's oracle judged, `distances` (see `evaluate_sets`) where it could not; items, and outputs by method name."
+    judged: bool
+    items: list[Item]
+    rows: list[Row]
+    distances: list[dict]
+    made: dict[str, list[Output]]
+
+def measure(base: Base, methods: Mapping[str, Method], effects: Mapping[str, str], sets: Sequence[EffectSet] = (), pictures: Sequence[str | Path] = (),
+            images: int = 2, seeds: int = 1, seed: int = 0, batch: int = 16) -> Measured:
+    """Methods on unseen subjects. effects: id -> category. Judged by the oracle if all effects, and folders where given, are the world's and no own pictures are;
+    else by the distance to the folders' targets. UserError if there is neither an oracle nor a folder."""
+    judged = in_world(effects) and not pictures and all(any(e.specs) for e in sets)      # an own effect may share a name with one of the world's
+    if not judged and not sets: raise UserError('effects: some are not the miniature world\'s, so no oracle knows them; give their effect folders, whose targets the outputs are compared with')
+    items = held_out(effects, images, seed, seeds) if judged else user_items(sets, pictures, images, seeds)
+    rows, made = evaluate(base, methods, items, oracle_for(base, list(effects)), batch) if judged else ([], {})
+    distances, made = ([], made) if judged else evaluate_sets(base, methods, items, sets, batch)
+    return Measured(judged, items, rows, distances, made)
+
+# %% ../nbs/14a_evaluate.ipynb #20c83786
 def save_pictures(folder: str | Path, items: Sequence[Item], made: Mapping[str, Sequence[Output]], keep: int) -> Path:
     "Writes source, true target and every method's picture of the first `keep` items of each effect; returns the index file."
     folder, index = Path(folder), []

@@ -7,10 +7,11 @@ __all__ = ['LEAVES', 'TOP', 'PREFIXES', 'FLAT_PREFIXES', 'ENDING', 'FOREIGN', 'N
            'FLOATS', 'INTS', 'CONFIG_NAMES', 'WEIGHT_NAMES', 'PEFT_PREFIXES', 'DIALECTS', 'Lora', 'lora_hash',
            'unflatten', 'Key', 'parse_key', 'module_name', 'Dialect', 'group_keys', 'check_config', 'config_scale',
            'Payload', 'finite', 'power_of_two', 'fold', 'find_weights', 'guess_producer', 'Opened', 'open_lora',
-           'read_lora', 'key_names', 'write_lora', 'convert', 'peft_config', 'delta_norm', 'report', 'factor_svd',
-           'balanced', 'resize', 'comfyui_view', 'diffsynth_view', 'catalogue', 'read_header']
+           'read_lora', 'key_names', 'write_lora', 'convert', 'peft_config', 'annotate', 'delta_norm', 'report',
+           'factor_svd', 'balanced', 'resize', 'rank_for', 'shrink', 'comfyui_view', 'diffsynth_view', 'catalogue',
+           'read_header']
 
-# %% ../nbs/06_lora_files.ipynb #f54dc380
+# %% ../nbs/06_lora_files.ipynb #155cadba
 import fnmatch, hashlib, math, mmap, re, struct
 from collections import Counter
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from .lora_header import (SCHEMA_VERSION, catalogue, decode_metadata, encode_met
 
 _all_ = ['catalogue', 'read_header']          # the header's two readers are part of this room's interface
 
-# %% ../nbs/06_lora_files.ipynb #5f86e000
+# %% ../nbs/06_lora_files.ipynb #e0b4db29
 @dataclass
 class Lora:
     "`factors`: dotted module name -> (A [r, in], B [out, r]) with alpha/r folded into B, fp32. `meta`: what the file said about itself."
@@ -57,7 +58,7 @@ def lora_hash(lora: Lora) -> str:
             digest.update(_bytes(t, torch.float32))
     return digest.hexdigest()
 
-# %% ../nbs/06_lora_files.ipynb #7b0273a3
+# %% ../nbs/06_lora_files.ipynb #99563d7a
 LEAVES = ('img_mod.1', 'txt_mod.1', 'attn.to_q', 'attn.to_k', 'attn.to_v', 'attn.add_q_proj', 'attn.add_k_proj', 'attn.add_v_proj',
           'attn.to_out.0', 'attn.to_add_out', 'img_mlp.net.0.proj', 'img_mlp.net.2', 'txt_mlp.net.0.proj', 'txt_mlp.net.2')
 TOP = ('img_in', 'txt_in', 'proj_out', 'norm_out.linear', 'time_text_embed.timestep_embedder.linear_1',
@@ -116,7 +117,7 @@ def module_name(key: Key, modules: dict | None = None) -> str:
     options = modules if modules is not None else [f'transformer_blocks.0.{leaf}' for leaf in LEAVES] + list(TOP)
     raise UserError(f'module {key.body[:120]!r} does not exist in the base; {nearest(name or key.body[:120], options)}')
 
-# %% ../nbs/06_lora_files.ipynb #6680820d
+# %% ../nbs/06_lora_files.ipynb #265348e0
 @dataclass(frozen=True)
 class Dialect:
     "How one file writes its keys: the prefix, the style of the factor names, and whether alpha tensors are present."
@@ -160,7 +161,7 @@ def group_keys(names, modules: dict | None = None) -> tuple[dict, Dialect]:
         raise UserError(f'{with_alpha} of {len(groups)} modules have an alpha tensor; programs disagree about the others, so it is ambiguous.')
     return groups, Dialect(_one(prefixes, 'key prefixes'), _one(styles, 'adapter names or factor styles'), with_alpha > 0)
 
-# %% ../nbs/06_lora_files.ipynb #8541a678
+# %% ../nbs/06_lora_files.ipynb #cd6a1b22
 CHANGES_FORWARD = ('use_dora', 'use_qalora', 'use_bdlora', 'lora_bias', 'alora_invocation_tokens', 'arrow_config', 'kasa_config',
                    'monteclora_config', 'velora_config', 'layer_replication', 'trainable_token_indices', 'target_parameters')
 SHIFTS_BASE = ('pissa', 'olora', 'corda', 'loftq', 'lora_ga')
@@ -211,7 +212,7 @@ def config_scale(config: dict, name: str, rank: int) -> float:
         raise UserError(f'the adapter config gives module {name} rank {r}, its tensors have rank {rank}.')
     return _pattern(config.get('alpha_pattern') or {}, name, config['lora_alpha']) / (rank ** .5 if config.get('use_rslora') else rank)
 
-# %% ../nbs/06_lora_files.ipynb #0de268b0
+# %% ../nbs/06_lora_files.ipynb #d4a58c06
 FLOATS = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
 INTS = {'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'U8': torch.uint8}
 
@@ -247,10 +248,12 @@ def fold(t: torch.Tensor, scale: float, dtype=None) -> torch.Tensor:
             return t
         dtype = t.dtype if power_of_two(scale) and t.dtype != torch.float16 else torch.float32
     wide = torch.promote_types(t.dtype, torch.float32) if scale != 1 and not power_of_two(scale) else torch.promote_types(t.dtype, dtype)
+    if scale != 1 and wide == t.dtype:
+        return (t * scale).to(dtype)                     # one pass over the memory instead of two
     out = t.to(wide, copy=True)
     return (out if scale == 1 else out.mul_(scale)).to(dtype)
 
-# %% ../nbs/06_lora_files.ipynb #8ab4016e
+# %% ../nbs/06_lora_files.ipynb #816f4779
 def _check_shapes(tensors, groups, modules):
     for name, slot in groups.items():
         a, b = tensors[slot['A']], tensors[slot['B']]
@@ -290,7 +293,7 @@ def _check_base(header, base):
     if 'qwen' not in arch.lower():
         raise UserError(f'its header field modelspec.architecture is {arch[:60]!r}; this LoRA was made for another model than Qwen-Image-Edit.')
 
-# %% ../nbs/06_lora_files.ipynb #8505896c
+# %% ../nbs/06_lora_files.ipynb #7690b95d
 CONFIG_NAMES = ('adapter_config.json', 'lora_config/adapter_config.json')
 WEIGHT_NAMES = ('adapter_model.safetensors', 'pytorch_lora_weights.safetensors')
 PEFT_PREFIXES = ('base_model.model.', 'model.base_model.model.')
@@ -351,7 +354,7 @@ def _scales(payload, groups, dialect, beside, alpha) -> tuple[dict, str]:
             raise UserError(f"module {n}: {' and '.join(found)} give different scales; the file is ambiguous.")
     return scales, source
 
-# %% ../nbs/06_lora_files.ipynb #a46b555a
+# %% ../nbs/06_lora_files.ipynb #7029d432
 class Opened(NamedTuple):
     "A checked file: `factors` maps module -> (A, B) as stored (mapped), `scales` module -> s, `meta` as in `Lora`."
     factors: dict
@@ -400,7 +403,7 @@ def read_lora(path, modules: dict | None = None, allow_missing=(), alpha: float 
             raise UserError(f"{meta['path']}: module {bad} overflows when its scale {scales[bad]:g} is folded in.")
     return Lora(out, meta)
 
-# %% ../nbs/06_lora_files.ipynb #7239b436
+# %% ../nbs/06_lora_files.ipynb #77185a93
 _DTYPES = {torch.float32: 'F32', torch.bfloat16: 'BF16', torch.float16: 'F16'}
 DIALECTS = {'canonical': Dialect('diffusion_model.', 'lora_A/B', False), 'ai-toolkit': Dialect('diffusion_model.', 'lora_A/B', False),
             'diffusers': Dialect('transformer.', 'lora_A/B', False), 'peft': Dialect('base_model.model.', 'lora_A/B', False),
@@ -459,7 +462,12 @@ def write_lora(path, lora: Lora, header: dict | None = None, dtype=torch.float32
     _write(path, lora.factors, {}, DIALECTS['canonical'], dtype, None, _metadata(lora.rank, header or {}), True)
     return file_sha256(path)
 
-# %% ../nbs/06_lora_files.ipynb #5aa333a1
+# %% ../nbs/06_lora_files.ipynb #c5a0341a
+def _own_fields(header: dict) -> dict:
+    "What a rewritten file keeps of a header: catalogue and descriptions, not the checksums."
+    return {k: v for k, v in header.items() if k.startswith(('collectionlora.', 'modelspec.')) and not k.endswith('_sha256')}
+
+
 def convert(source, target, dialect='canonical', dtype=None, out_alpha: float | None = None, header: dict | None = None, **reading) -> dict:
     """Convert a LoRA between dialects; returns the report of what was read. `reading`: the arguments of `read_lora` that decide what is accepted.
     `dtype=None` picks the smallest exact format; `out_alpha` is the alpha to write where the dialect has one (default: the rank)."""
@@ -470,8 +478,7 @@ def convert(source, target, dialect='canonical', dtype=None, out_alpha: float | 
     target, own = Path(target), dialect == 'canonical'
     rank = max(a.shape[0] for a, _ in factors.values())
     if own:
-        kept = {k: v for k, v in meta['header'].items() if k.startswith(('collectionlora.', 'modelspec.')) and not k.endswith('_sha256')}
-        metadata = _metadata(rank, kept | (header or {}))
+        metadata = _metadata(rank, _own_fields(meta['header']) | (header or {}))
     else:
         metadata = {'format': 'pt'}
     if dialect == 'peft':
@@ -491,7 +498,15 @@ def peft_config(factors: dict) -> dict:
                 use_rslora=False, use_dora=False, bias='none', lora_dropout=0.0, init_lora_weights=True, inference_mode=True,
                 base_model_name_or_path=None)
 
-# %% ../nbs/06_lora_files.ipynb #b2f35008
+# %% ../nbs/06_lora_files.ipynb #11978150
+def annotate(path, fields: dict) -> str:
+    "Add fields to effects of a collection file's catalogue ({effect id: {'thumbnail': ..., 'metrics': ...}}), weights untouched; returns its sha256."
+    entries = catalogue(path)
+    check_keys(fields, [e['id'] for e in entries], f'{path}: effects to annotate')
+    convert(path, path, header={'collectionlora.effects': [e | fields.get(e['id'], {}) for e in entries]})
+    return file_sha256(path)
+
+# %% ../nbs/06_lora_files.ipynb #a55ad153
 def delta_norm(a: torch.Tensor, b: torch.Tensor) -> float:
     "Frobenius norm of B A from the factors, without forming the product."
     a, b = a.double(), b.double()
@@ -511,7 +526,7 @@ def report(lora: Lora, norms=True) -> dict:
         out['norms'] = {n: delta_norm(a, b) for n, (a, b) in lora.factors.items()}
     return out
 
-# %% ../nbs/06_lora_files.ipynb #dfc1f660
+# %% ../nbs/06_lora_files.ipynb #bd9b2a0d
 def factor_svd(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Thin SVD of B A from its factors: U [out, m], S [m], V [in, m] with m = min(r, in, out)."
     qa, ra = torch.linalg.qr(a.float().T)
@@ -545,7 +560,32 @@ def resize(lora: Lora, rank: int | None = None, energy: float | None = None) -> 
             factors[name] = balanced(u[:, :k], s[:k], v[:, :k])
     return Lora(factors, lora.meta | {'kept': kept})
 
-# %% ../nbs/06_lora_files.ipynb #3f107aae
+
+def rank_for(lora: Lora, energy: float) -> int:
+    "The smallest rank that, given to all modules, keeps the share `energy` of their squared norms together."
+    total = torch.zeros(max(lora.rank, 1), dtype=torch.float64)
+    for a, b in lora.factors.values():
+        s = factor_svd(a, b)[1].double().square()
+        total[:len(s)] += s
+    return min(len(total), 1 + int((total.cumsum(0) < (energy - 1e-9) * total.sum()).sum()))
+
+
+def shrink(source, target, rank: int | None = None, energy: float | None = None, mixed=False, dtype=None) -> Lora:
+    """Write a smaller copy of a LoRA file; returns what was written. Either `rank`, or the smallest one that keeps the share `energy`, for all modules;
+    with `mixed` each module keeps that share with a rank of its own, which diffusers scales rightly from 0.40 on only. Catalogue and recipe go with
+    it; the header names the original, by sha256, as parent. `dtype=None` writes bfloat16 where the original has it, else float32."""
+    lora = read_lora(source, allow_missing=True)
+    asked = {'rank': rank} if energy is None else {'energy': energy, 'mixed': mixed}
+    one = rank is None and energy is not None and 0 < energy <= 1 and not mixed
+    small = resize(lora, *((rank_for(lora, energy), None) if one else (rank, energy)))
+    total, said = sum(delta_norm(*f) ** 2 for f in lora.factors.values()), _own_fields(lora.meta['header'])
+    kept = sum(delta_norm(*f) ** 2 for f in small.factors.values()) / max(total, 1e-300)
+    parent = {'sha256': file_sha256(lora.meta['path']), 'energy_kept': round(kept, 6), **asked}
+    header = {k: v for k, v in said.items() if k != 'modelspec.merged_from'} | {'collectionlora.parents': [parent]}
+    write_lora(target, small, header, dtype or (torch.bfloat16 if lora.meta['dtype'] == 'BF16' else torch.float32))
+    return small
+
+# %% ../nbs/06_lora_files.ipynb #2c7032f5
 def comfyui_view(tensors: dict, modules) -> dict:
     "Module -> (A, B) as ComfyUI's key map finds them for a Qwen-Image model, alpha/r applied (1 without an alpha tensor)."
     styles = (('lora_down', 'lora_up', ''), ('lora_A', 'lora_B', ''), ('lora_A', 'lora_B', '.default'))

@@ -7,14 +7,14 @@ __all__ = ['MAX_HEADER', 'MAX_BRACKETS', 'MAX_METADATA', 'ITEM', 'SCHEMA_VERSION
            'Entry', 'Table', 'parse_json', 'read_table', 'read_header', 'decode_metadata', 'catalogue', 'violation',
            'usage_hint', 'modelspec', 'encode_metadata', 'header_digest', 'write_table', 'file_sha256', 'verify']
 
-# %% ../nbs/06a_lora_header.ipynb #285bf832
+# %% ../nbs/06a_lora_header.ipynb #59f5d3c8
 import hashlib, json, math, re, struct
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 
 from .core import UserError, check_keys, replacing
 
-# %% ../nbs/06a_lora_header.ipynb #500385e6
+# %% ../nbs/06a_lora_header.ipynb #d15665f3
 MAX_HEADER = 3_000_000          # bytes of JSON
 MAX_BRACKETS = 200_000          # opening brackets anywhere in it
 MAX_METADATA = 1_000_000        # bytes of metadata that we are willing to write
@@ -36,7 +36,7 @@ class Table(NamedTuple):
     tensors: dict
     start: int
 
-# %% ../nbs/06a_lora_header.ipynb #3b7558ef
+# %% ../nbs/06a_lora_header.ipynb #f7d993f3
 def _unique(pairs):
     out = dict(pairs)
     if len(out) != len(pairs):
@@ -87,7 +87,7 @@ def _raw_header(path: Path) -> tuple[bytes, int]:
     except OSError as e:
         raise UserError(f'{path} cannot be read: {e.strerror or e}.') from None
 
-# %% ../nbs/06a_lora_header.ipynb #c7cc4fd4
+# %% ../nbs/06a_lora_header.ipynb #b216cc74
 _FIELDS = {'dtype', 'shape', 'data_offsets'}
 
 
@@ -141,7 +141,7 @@ def read_table(path) -> Table:
         raise UserError(f'{path} has {size} bytes but its header accounts for {start + at}; it is truncated or carries foreign data.')
     return Table(meta, tensors, start)
 
-# %% ../nbs/06a_lora_header.ipynb #095bbd54
+# %% ../nbs/06a_lora_header.ipynb #bed9586e
 SCHEMA_VERSION = '1.0'
 _text, _number, _sha = {'type': 'string'}, {'type': 'number'}, {'type': 'string', 'pattern': '^[0-9a-f]{64}$'}
 _strings = {'type': 'array', 'items': _text}
@@ -210,7 +210,7 @@ def catalogue(path) -> list[dict]:
         raise UserError(f'{path} has no catalogue (header field collectionlora.effects); it is not a collection file.')
     return header['collectionlora.effects']
 
-# %% ../nbs/06a_lora_header.ipynb #7a5717ed
+# %% ../nbs/06a_lora_header.ipynb #76b7cfae
 _KINDS = {'object': dict, 'array': (list, tuple), 'string': str, 'integer': int, 'number': (int, float), 'boolean': bool, 'null': type(None)}
 
 
@@ -247,7 +247,7 @@ def _scalar_violation(value, schema, where):
         if not (low <= value <= high and value > above):
             return f'{where} is {value}, which is out of range'
 
-# %% ../nbs/06a_lora_header.ipynb #4e3af7c1
+# %% ../nbs/06a_lora_header.ipynb #6b7e359d
 def usage_hint(sampling: dict) -> str:
     "One line of advice for people whose program does not read `collectionlora.sampling`."
     times = sampling.get('times') or []
@@ -269,7 +269,7 @@ def modelspec(header: dict) -> dict:
            'ss_tag_frequency': {'effects': dict.fromkeys(triggers, 1)} if triggers else None}
     return {k: v for k, v in out.items() if v is not None}
 
-# %% ../nbs/06a_lora_header.ipynb #f605cccd
+# %% ../nbs/06a_lora_header.ipynb #736edf14
 def encode_metadata(header: dict) -> dict:
     "Header values to strings (JSON for anything that is not a string). `collectionlora.*` fields must be known and fit `HEADER_SCHEMA`."
     out = {}
@@ -325,7 +325,7 @@ def write_table(path, tensors: Iterable[tuple[str, str, tuple, Callable]], metad
             f.seek(0)
             f.write(struct.pack('<Q', start) + _pack(meta, table))
 
-# %% ../nbs/06a_lora_header.ipynb #6667b4b2
+# %% ../nbs/06a_lora_header.ipynb #1407ddd9
 def file_sha256(path, offset=0) -> str:
     "sha256 of a file from byte `offset` on, streamed in pieces of 4 MB."
     digest, buffer = hashlib.sha256(), memoryview(bytearray(4 << 20))

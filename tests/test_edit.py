@@ -1,4 +1,7 @@
 "Using a collection: strict loading, fixed seeds, mixed batches, composition, strength, and equality with the stock pipeline."
+import base64
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,8 @@ from collectionlora import edit as E
 from collectionlora.backbone import load_base, tiny_base
 from collectionlora.core import UserError
 from collectionlora.flow import few_step_times
-from collectionlora.lora_files import Lora, write_lora
+from collectionlora.lora_files import Lora, catalogue, lora_hash, read_lora, write_lora
+from collectionlora.lora_header import file_sha256
 from collectionlora.metrics import Item
 
 SAMPLING = dict(steps=8, shift=3., times=few_step_times(8, 3.), stochastic=True, cfg=1.)
@@ -116,6 +120,42 @@ def test_strength(base, collection):
     assert (plain - without).abs().max() > 1e-3
     mixed = E.generate(base, collection.role, [image] * 2, [collection.prompt('oil')] * 2, [3, 3], collection.recipe, [0., 1.])
     assert (mixed[0].latents - without).abs().max() < 1e-4 and (mixed[1].latents - plain).abs().max() < 1e-4
+
+
+def test_blends_ask_their_roles_in_turn_or_all(base, collection, monkeypatch):
+    image, recipe, asked, real = picture(3), E.Recipe(4, 1.), [], base.backbone.velocity
+    def at(role): return E.generate(base, role, [image], ['a cat'], [5], recipe)[0].latents
+    alone = {role: at(role) for role in ('base', collection.role)}
+    monkeypatch.setattr(base.backbone, 'velocity', lambda role, *a: asked.append(role) or real(role, *a))
+    both = ('base', collection.role)
+    made = {rule: at(E.Blend(both, rule)) for rule in ('switch', 'composite')}
+    assert asked == [*both] * 2 + [*both] * 4
+    assert all((m - a).abs().max() > 1e-3 for m in made.values() for a in alone.values()) and (made['switch'] - made['composite']).abs().max() > 1e-3
+    assert (at(E.Blend((collection.role,) * 3, 'composite')) - alone[collection.role]).abs().max() < 1e-4
+    for bad in (lambda: E.Blend(both, 'mean'), lambda: E.Blend((), 'switch')):
+        with pytest.raises(UserError, match='composite'): bad()
+    assert E.Method('m', lambda e: E.Blend(both, 'composite'), str, E.Recipe.ode(3), passes=2).nfe == 12
+
+
+def test_a_finished_file_shows_and_explains_itself(base, tmp_path):
+    file = collection_file(tmp_path / 'c.safetensors', base)
+    before = read_lora(file)
+    beside = E.present(base, file, {'oil': picture(1, (80, 64)), 'snow': picture(2)}, side=32, seed=4)
+    assert {p.name for p in beside} == {'c.README.md', 'c.html', 'c.comfyui.json'} == {p.name for p in tmp_path.iterdir()} - {'c.safetensors'}
+    entries, sha = {e['id']: e for e in catalogue(file)}, file_sha256(file)
+    assert lora_hash(read_lora(file)) == lora_hash(before) and sha in beside[0].read_text() and 'presented' not in base.backbone.roles
+    for id, image in (('oil', picture(1, (80, 64))), ('snow', picture(2))):
+        shot = Image.open(io.BytesIO(base64.b64decode(entries[id]['thumbnail'].split(',')[1])))
+        c = E.Collection(base, file)
+        want = c.edit(image, id, seed=entries[id]['example_seed'])
+        c.close()
+        want.thumbnail((32, 32), Image.LANCZOS)
+        assert shot.size == want.size and np.abs(np.asarray(shot, int) - np.asarray(want.convert('RGB'), int)).mean() < 20 and entries[id]['example_seed'] == 4
+        assert entries[id]['thumbnail'] in (tmp_path / 'c.html').read_text()
+    E.present(base, file, {'oil': picture(1, (80, 64)), 'snow': picture(2)}, side=32, seed=4)
+    assert file_sha256(file) == sha
+    with pytest.raises(UserError, match="did you mean 'oil'"): E.present(base, file, {'oi': picture(1)})
+    assert 'presented' not in base.backbone.roles
 
 
 def test_same_picture_through_the_stock_pipeline(base, file, collection):

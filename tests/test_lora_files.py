@@ -1,6 +1,7 @@
 """LoRA files against the programs that write and read them: real PEFT and diffusers files, outputs compared, and every refusal by name."""
 import json, logging, shutil, struct, subprocess, sys
 
+import diffusers as installed
 import pytest
 import safetensors.torch
 import torch
@@ -8,13 +9,13 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 from peft import LoraConfig, get_peft_model
 
-from collectionlora.core import UserError
-from collectionlora.lora_files import (DIALECTS, Lora, comfyui_view, convert, diffsynth_view, find_weights, lora_hash, read_lora, report,
-                                       resize, write_lora)
+from collectionlora.core import UserError, data_dir, read_json
+from collectionlora.lora_files import (DIALECTS, Lora, annotate, comfyui_view, convert, diffsynth_view, find_weights, lora_hash, read_lora, report,
+                                       resize, shrink, write_lora)
 from collectionlora.lora_header import catalogue, file_sha256, read_header, read_table
 
 logging.getLogger('diffusers').setLevel(logging.CRITICAL)
-RANK = 4
+RANK, DIFFUSERS = 4, tuple(map(int, installed.__version__.split('.')[:2]))
 
 
 def tiny(seed=0):
@@ -83,10 +84,10 @@ def tensors_of(prefix='diffusion_model.', a='lora_A', b='lora_B', adapter='', al
 
 
 DOWN = dict(a='lora_down', b='lora_up')
-# row -> (tensors, ours, diffusers, ComfyUI, DiffSynth); True right, False silently ignored, 'error' refused by the program
+# row -> (tensors, ours, diffusers, ComfyUI, DiffSynth); True right, False silently ignored, 'scale' of a wrong strength, 'error' refused by the program
 MATRIX = {
     'diffusion_model': (dict(), True, True, True, True),
-    'diffusion_model alpha': (dict(alpha=8), True, True, True, True),
+    'diffusion_model alpha': (dict(alpha=8), True, True if DIFFUSERS >= (0, 42) else 'scale', True, True),
     'diffusion_model down/up alpha': (dict(alpha=2, **DOWN), True, True, True, True),
     'transformer': (dict(prefix='transformer.'), True, True, True, False),
     'transformer alpha': (dict(prefix='transformer.', alpha=8), True, 'error', True, False),
@@ -114,6 +115,8 @@ def test_golden_matrix(row, tmp_path):
     if diffusers == 'error':
         with pytest.raises(Exception):
             through_diffusers(path)
+    elif diffusers == 'scale':
+        assert not close(seen := through_diffusers(path)) and not close(seen, PLAIN)
     elif diffusers is not None:
         assert close(through_diffusers(path), TRUTH if diffusers else PLAIN)
     # whatever came in, what goes out is right everywhere
@@ -172,7 +175,36 @@ def test_peft_reads_our_folder(tmp_path):
     convert(tmp_path / 'm.safetensors', tmp_path / 'peft', 'peft')
     assert close(output(PeftModel.from_pretrained(tiny(), tmp_path / 'peft').eval()), changed(mixed.factors))
     assert lora_hash(read_lora(tmp_path / 'peft')) == lora_hash(mixed)
-    assert close(through_diffusers(tmp_path / 'm.safetensors'), changed(mixed.factors))
+
+
+def test_a_smaller_file_has_one_rank_because_old_diffusers_scale_mixed_ones_wrongly(tmp_path):
+    whole = write_lora(tmp_path / 'm.safetensors', LORA, {'collectionlora.effects': [dict(id='a', trigger='b', category='c')]}, torch.bfloat16)
+    for mixed in (False, True):
+        path = tmp_path / f'{mixed}.safetensors'
+        small = shrink(tmp_path / 'm.safetensors', path, energy=.7, mixed=mixed)
+        assert (len(report(small)['ranks']) > 1) == mixed and catalogue(path)[0]['id'] == 'a' and read_table(path).tensors.popitem()[1].dtype == 'BF16'
+        want, tensors = changed(read_lora(path).factors), safetensors.torch.load_file(path)
+        assert close(changed(comfyui_view(tensors, MODULES)), want) and close(changed(diffsynth_view(tensors, MODULES)), want)
+        assert close(through_diffusers(path), want) == (not mixed or DIFFUSERS >= (0, 40))
+        parent, = read_header(path)['collectionlora.parents']
+        assert parent['sha256'] == whole and parent['energy'] == .7 <= parent['energy_kept'] < 1
+    shrink(tmp_path / 'm.safetensors', path, rank=RANK - 1, dtype=torch.float32)
+    assert read_header(path)['ss_network_dim'] == '3' and read_lora(path).rank == 3
+    for kw in (dict(), dict(rank=0), dict(energy=1.2), dict(energy=0.), dict(rank=2, energy=.5)):
+        with pytest.raises(UserError, match='rank of at least 1 or an energy'): shrink(tmp_path / 'm.safetensors', path, **kw)
+
+
+def test_a_catalogue_is_completed_afterwards(tmp_path):
+    path = tmp_path / 'c.safetensors'
+    before = write_lora(path, LORA, {'collectionlora.effects': [dict(id='a', trigger='b', category='c'), dict(id='d', trigger='e', category='c')]}, torch.bfloat16)
+    payload = read_header(path)['collectionlora.payload_sha256']
+    after = annotate(path, {'d': {'metrics': {'bcr': .25}, 'example_seed': 3}})
+    assert after == file_sha256(path) != before and read_header(path)['collectionlora.payload_sha256'] == payload
+    assert catalogue(path) == [dict(id='a', trigger='b', category='c'), dict(id='d', trigger='e', category='c', metrics={'bcr': .25}, example_seed=3)]
+    assert annotate(path, {'d': {'metrics': {'bcr': .25}}}) == after
+    for fields, match in (({'f': {}}, "unknown key 'f'"), ({'a': {'metrics': {'bcr': 'low'}}}, 'metrics'), ({'a': {'thumbnail': 'x' * 1_000_000}}, 'thumbnails')):
+        with pytest.raises(UserError, match=match): annotate(path, fields)
+        assert file_sha256(path) == after and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize('dialect', DIALECTS)
@@ -389,6 +421,7 @@ def test_our_validator_agrees_with_jsonschema():
     import jsonschema
     from collectionlora.lora_header import HEADER_SCHEMA, violation
     jsonschema.Draft202012Validator.check_schema(HEADER_SCHEMA)
+    assert read_json(data_dir() / 'lora_header.schema.json') == HEADER_SCHEMA, 'publish the schema again: core.write_json(core.data_dir()/"lora_header.schema.json", HEADER_SCHEMA)'
     effect = dict(id='a', category='b', trigger='c')
     good = {'collectionlora.schema': '1.0', 'collectionlora.payload_sha256': '0' * 64}
     odd = [None, True, 1, -1, 1.5, '', 'x', '1.0', [], ['x'], [1], {}, {'sha256': 'f' * 64}, [{'sha256': 'f' * 64}], [{'sha256': 'F'}], [effect], [effect | {'strength': True}],

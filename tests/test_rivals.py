@@ -1,0 +1,83 @@
+"The size ladder and the rivals without training, run as experiments on a tiny base with files of every kind that they take."
+import pytest
+import torch
+
+from collectionlora import core, metrics, run, world
+from collectionlora.backbone import load_base, tiny_base
+from collectionlora.core import UserError
+from collectionlora.data import write_effect
+from collectionlora.evaluate import held_out
+from collectionlora.lora_files import Lora, read_header, read_lora, write_lora
+
+EFFECTS = {'oil_painting': 'animal', 'confetti_party': 'portrait'}
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    torch.set_num_threads(1)
+    return load_base(tiny_base(tmp_path_factory.mktemp('base')))
+
+
+def lora_file(path, base, effects, rank, seed, few=True):
+    "A file of random weights whose spectrum decays."
+    g, decay = torch.Generator().manual_seed(seed), torch.logspace(0, -1, rank)
+    factors = {n: (torch.randn(rank, i, generator=g)/i**.5*decay[:, None], .1*torch.randn(o, rank, generator=g)) for n, (i, o) in base.backbone.modules().items()}
+    entries = [dict(id=e, category=c, trigger=f'trigger{k}', description=world.describe(e), teacher_prompt=world.EFFECTS[e].prompt) for k, (e, c) in enumerate(effects.items())]
+    write_lora(path, Lora(factors), {'collectionlora.base': {'hash': base.hash}, 'collectionlora.effects': entries, **({'collectionlora.sampling': {'steps': 2, 'shift': 1.}} if few else {})})
+    return path
+
+
+@pytest.fixture(scope='module')
+def files(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('files')
+    teachers = [lora_file(folder/f'{e}.safetensors', base, {e: c}, 3 + k, k, few=False) for k, (e, c) in enumerate(EFFECTS.items())]
+    return dict(base=base.folder, collection=lora_file(folder/'c.safetensors', base, EFFECTS, 6, 7), teachers=teachers, acceleration=lora_file(folder/'acc.safetensors', base, {}, 2, 8))
+
+
+@pytest.mark.slow
+def test_the_ladder_leaves_files_a_table_and_a_record(files, tmp_path):
+    record = run.execute('ladder', tmp_path, 'l', dict(fractions=[.5], ranks=[1], energies=[.9], dtype='bfloat16', images=1), {k: files[k] for k in ('base', 'collection')})
+    rungs, methods = record['metrics']['rungs'], record['metrics']['methods']
+    assert list(rungs) == ['rank 6, whole', 'rank 3', 'rank 1', '0.9 of the energy'] and {'rank 0, the base alone', *rungs, *metrics.REFERENCES} <= set(methods)
+    assert rungs['rank 6, whole']['energy_kept'] == 1 > rungs['rank 3']['energy_kept'] > rungs['rank 1']['energy_kept'] and rungs['0.9 of the energy']['energy_kept'] >= .9
+    assert rungs['rank 6, whole']['bytes'] > rungs['rank 3']['bytes'] > rungs['rank 1']['bytes']
+    for name, kind in (('rank 3', 'rank3'), ('rank 1', 'rank1'), ('0.9 of the energy', 'energy0.9')):
+        file = tmp_path/f'l.{kind}.safetensors'
+        assert core.sha256_file(file) == rungs[name]['sha256'] == record['outputs'][file.name] and read_lora(file).rank == rungs[name]['rank']
+        assert read_header(file)['collectionlora.parents'][0]['sha256'] == core.sha256_file(files['collection']) and len(read_header(file)['collectionlora.effects']) == 2
+    assert len(metrics.read_rows(tmp_path/'l.rows.jsonl')) == 2*(5 + 4) and all(methods[n]['n'] == 2 for n in rungs)
+    assert [c['a'] for c in record['metrics']['contrasts']['bcr']] == ['rank 3', 'rank 1', '0.9 of the energy', 'rank 0, the base alone'] and (tmp_path/'l.png').is_file()
+
+
+@pytest.mark.slow
+def test_the_ladder_measures_distances_where_there_is_no_oracle(base, files, tmp_path):
+    truth = held_out({'oil_painting': 'animal'}, 3)
+    effect = write_effect(tmp_path/'mine', id='mine', category='animal', prompt='oil', pairs=[(i.source, i.truth) for i in truth])
+    g = torch.Generator().manual_seed(0)
+    lora = Lora({n: (torch.randn(2, i, generator=g), .01*torch.randn(o, 2, generator=g)) for n, (i, o) in base.backbone.modules().items()})
+    write_lora(tmp_path/'c.safetensors', lora, {'collectionlora.effects': [dict(id='mine', category='animal', trigger='zorvik', description='oil paint')], 'collectionlora.sampling': {'steps': 2}})
+    given = dict(fractions=[.5], energies=[], images=2), {'base': base.folder, 'collection': tmp_path/'c.safetensors'}
+    with pytest.raises(UserError, match='effect folders'): run.execute('ladder', tmp_path/'out', 'l', *given)
+    record = run.execute('ladder', tmp_path/'out', 'l', given[0], {**given[1], 'effects': [effect.folder]})
+    assert not record['metrics']['oracle'] and [d['n'] for d in record['metrics']['distances']] == [2]*3
+
+
+@pytest.mark.slow
+def test_rivals_share_subjects_and_sampler_with_ours(files, tmp_path):
+    given = dict(merges=['cat', 'linear', 'svd', 'dare_ties_svd', 'ctm'], weights=[1., 0.], teacher_steps=2, images=1)
+    found = run.execute('rivals', tmp_path, 'r', given, files)['metrics']
+    assert {f'{m}, w = {w}' for m in ('cat', 'svd', 'dare_ties_svd', 'ctm') for w in ('1', '0.5')} == set(found['merges'])
+    assert set(found['refused']) == {'linear, w = 1', 'linear, w = 0.5'} and 'one rank' in found['refused']['linear, w = 1']      # the teachers' ranks differ
+    assert found['merges']['cat, w = 1']['sum_error'] < 1e-5 and found['merges']['cat, w = 1']['rank'] == 7 and found['merges']['svd, w = 1']['rank'] == 6
+    rows = metrics.by_method(metrics.read_rows(tmp_path/'r.rows.jsonl'))
+    names = {'ours, 2 steps', 'teacher + acceleration, 2 steps', 'teacher, 2 steps × CFG', 'switch', 'composite', *found['merges']}
+    assert names <= set(rows) and len({tuple(r.pair for r in rows[n]) for n in names}) == 1                    # same subjects, same noise
+    assert {n: rows[n][0].nfe for n in ('cat, w = 1', 'switch', 'composite', 'teacher, 2 steps × CFG')} == {'cat, w = 1': 2, 'switch': 2, 'composite': 4, 'teacher, 2 steps × CFG': 4}
+    assert found['own'] == 'ours, 2 steps' and {c['b'] for c in found['contrasts']['score']} >= names - {found['own']}
+    assert read_header(tmp_path/'r.svd-1.safetensors')['collectionlora.parents'] == [{'sha256': core.sha256_file(f)} for f in files['teachers']]
+
+
+@pytest.mark.slow
+def test_rivals_refuse_what_does_not_belong_together(files, tmp_path):
+    with pytest.raises(UserError, match='give both or none'): run.execute('rivals', tmp_path, 'r', {}, {k: files[k] for k in ('base', 'collection')})
+    with pytest.raises(UserError, match="did you mean 'ties_svd'"): run.execute('rivals', tmp_path, 'r', dict(merges=['tise_svd']), files)

@@ -35,10 +35,10 @@ lint: install
 	$(BIN)/ruff check --isolated --target-version py310 --select $(LINT) collectionlora tools tests setup.py
 
 notebooks: install
-	$(QUIET) OMP_NUM_THREADS=1 timeout 900 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
+	$(QUIET) OMP_NUM_THREADS=1 timeout 1800 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
 
 pytest: install
-	$(QUIET) timeout 600 $(BIN)/python -m pytest -q tests
+	$(QUIET) timeout 1500 $(BIN)/python -m pytest -q tests
 
 export: install
 	$(BIN)/nbdev_export

@@ -8,7 +8,7 @@ __all__ = ['CONSONANTS', 'VOWELS', 'ENDINGS', 'REFERENCE', 'Backend', 'QUESTION'
            'Refusal', 'clean', 'rewrite', 'WorldDescriber', 'OpenAIVision', 'LocalQwenVL', 'read_prompts',
            'write_prompts', 'with_prompts']
 
-# %% ../nbs/10_aop.ipynb #094c0e5c
+# %% ../nbs/10_aop.ipynb #7c1809e6
 import base64, io, json, os, re, time, urllib.error, urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +24,7 @@ from .backbone import PilProcessor, token_types
 from .core import UserError, check_keys, nearest, read_yaml, rng, write_yaml
 from .data import EffectSet, load_image
 
-# %% ../nbs/10_aop.ipynb #adfea798
+# %% ../nbs/10_aop.ipynb #9b2310f7
 CONSONANTS, VOWELS, ENDINGS = 'bdfgjklmnprstvwz', 'aeiou', 'bdfgklmnprstvxz'
 
 
@@ -67,7 +67,7 @@ def make_triggers(ids: Sequence[str], seed: int, taken: Iterable[str] = ()) -> d
         made[id] = word
     return made
 
-# %% ../nbs/10_aop.ipynb #f08e0468
+# %% ../nbs/10_aop.ipynb #26c52b69
 def student_prompt(trigger: str, description: str, category: str) -> str:
     """`[trigger, description]` of Eq. 5, e.g. "zorvik, turn the animal into ...". Where the description does not say what is kept, it is said
     that the subject is (named by `category` if that is one word). Raises `UserError` if trigger or description is empty."""
@@ -82,7 +82,7 @@ def compose(prompts: Sequence[str]) -> str:
     "Two or more student prompts chained in one instruction, the paper's zero-shot composition."
     return '; and '.join(p.rstrip('.') for p in prompts)
 
-# %% ../nbs/10_aop.ipynb #66a1304c
+# %% ../nbs/10_aop.ipynb #8a76155b
 def trigger_embeddings(base, triggers: Sequence[str], batch: int = 32) -> Tensor:
     "Mean embedding [K, D] over each trigger's own tokens, seen by the base's encoder with a neutral grey image."
     tokens, grey, found = (lambda text: len(base.pipe.tokenizer(text)['input_ids'])), Image.new('RGB', (64, 64), (128, 128, 128)), []
@@ -104,7 +104,7 @@ def trigger_cosines(base, triggers: Mapping[str, str] | Sequence[str]) -> Tensor
     e = torch.nn.functional.normalize(e - e.mean(0), dim=1)
     return e @ e.T
 
-# %% ../nbs/10_aop.ipynb #c0e1cd4b
+# %% ../nbs/10_aop.ipynb #4353932b
 REFERENCE = 64
 
 
@@ -125,7 +125,7 @@ def choose_triggers(base, ids: Sequence[str], seed: int, taken: Iterable[str] = 
         chosen[id] = min(free, key=worst)
     return chosen
 
-# %% ../nbs/10_aop.ipynb #d3fc752a
+# %% ../nbs/10_aop.ipynb #2dda674b
 Backend = Callable[[Sequence[tuple[Image.Image, Image.Image]], str], str]
 
 QUESTION = ('Each pair below shows a picture before and after one and the same visual effect. The effect was asked for with the words "{prompt}". '
@@ -165,7 +165,7 @@ class WorldDescriber:
 
     def __call__(self, pairs, teacher_prompt: str) -> str: return world.describe(self.effect_id)
 
-# %% ../nbs/10_aop.ipynb #42dfcda5
+# %% ../nbs/10_aop.ipynb #96ea038c
 def _data_url(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, 'PNG')
@@ -228,7 +228,7 @@ class OpenAIVision:
             raise Refusal(message.get('refusal') or message.get('content') or 'stopped by the content filter')
         return message.get('content') or ''
 
-# %% ../nbs/10_aop.ipynb #0cf39153
+# %% ../nbs/10_aop.ipynb #fb66cc20
 class LocalQwenVL:
     "A Qwen2.5-VL in `folder`: a checkpoint of its own, or the text encoder of a Qwen-Image-Edit pipeline folder."
 
@@ -255,7 +255,7 @@ class LocalQwenVL:
         out = self.model.generate(**inputs, mm_token_type_ids=kinds, max_new_tokens=self.max_new_tokens, do_sample=False)
         return self.processor.tokenizer.decode(out[0, inputs['input_ids'].shape[1]:], skip_special_tokens=True)
 
-# %% ../nbs/10_aop.ipynb #3b4e956d
+# %% ../nbs/10_aop.ipynb #552d8cbb
 PROMPT_KEYS = ('trigger', 'description', 'by', 'refusal')
 
 

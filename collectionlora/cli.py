@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'Out', 'BaseOption', 'Seed', 'Budget', 'Given', 'guarded', 'command', 'main', 'assignments', 'job_of', 'grid',
-           'teach', 'distill', 'evaluate', 'demo', 'rebase', 'edit', 'inspect', 'convert', 'info', 'run']
+           'teach', 'distill', 'evaluate', 'demo', 'rebase', 'edit', 'inspect', 'convert', 'resize', 'info',
+           'files_among', 'run']
 
-# %% ../nbs/16_cli.ipynb #c215e154
+# %% ../nbs/16_cli.ipynb #f932351a
 import functools, json
 from pathlib import Path
 from typing import Annotated, Optional
@@ -18,7 +19,7 @@ from rich.table import Table
 from . import core
 from .core import UserError
 
-# %% ../nbs/16_cli.ipynb #9e0a73cd
+# %% ../nbs/16_cli.ipynb #30a2e62f
 app = typer.Typer(name='collectionlora', no_args_is_help=True, rich_markup_mode='rich', pretty_exceptions_enable=False, add_completion=False,
                   context_settings={'help_option_names': ['-h', '--help']},
                   help="Many effect LoRAs and few-step sampling, distilled into one LoRA.\n\nStart with [bold]collectionlora demo[/bold].")
@@ -50,7 +51,7 @@ def main() -> None:
     "The console script."
     app()
 
-# %% ../nbs/16_cli.ipynb #a8b73625
+# %% ../nbs/16_cli.ipynb #5fe969fd
 def assignments(pairs) -> dict:
     "`['steps=10', 'lr=1e-4']` as a dict; values are YAML. Raises `UserError` for anything that is no assignment, and for a name given twice."
     found = {}
@@ -61,7 +62,7 @@ def assignments(pairs) -> dict:
         found[name] = core.parse_yaml(value, f'-p {name}')
     return found
 
-# %% ../nbs/16_cli.ipynb #4f0d97e4
+# %% ../nbs/16_cli.ipynb #801f740f
 Out = Annotated[Path, typer.Option('--out', '-o', help='Folder to write to; the same command goes on where it stopped.')]
 BaseOption = Annotated[str, typer.Option('--base', '-b', help="'nano', or the folder of a Qwen-Image-Edit pipeline.")]
 Seed = Annotated[int, typer.Option('--seed', '-s', min=0, help='Seed of every draw.')]
@@ -81,7 +82,7 @@ def grid(title: str, columns, rows) -> Table:
     for row in rows: table.add_row(*map(str, row))
     return table
 
-# %% ../nbs/16_cli.ipynb #7d10f393
+# %% ../nbs/16_cli.ipynb #cc1c0c08
 @command(epilog='Example: collectionlora teach my-effect --out mine -p steps=500')
 def teach(effects: Annotated[list[Path], typer.Argument(help='Effect folders (effect.yaml, source/, target/), or folders of them.')],
           out: Out, base: BaseOption = 'nano', budget: Budget = 'full', seed: Seed = 0, parameter: Given = None):
@@ -129,7 +130,7 @@ def rebase(seed: Seed = 0, budget: Budget = 'full'):
     from collectionlora.demo import rebase as go
     print(go(seed, budget))
 
-# %% ../nbs/16_cli.ipynb #3ae2cb22
+# %% ../nbs/16_cli.ipynb #54b93715
 @command(epilog='Example: collectionlora edit cat.png clay neon --collection results/demo/collection.safetensors --out edits')
 def edit(image: Annotated[Path, typer.Argument(help='The picture to edit.')],
          effects: Annotated[list[str], typer.Argument(help="Effect ids; 'a+b' chains two in one instruction.")],
@@ -180,11 +181,25 @@ def _show(about: dict, header: dict, file: Path) -> None:
 
 @command(epilog='Example: collectionlora convert teacher.safetensors for_kohya.safetensors --dialect kohya')
 def convert(file: Annotated[Path, typer.Argument(help='A LoRA file in any known dialect, or a trainer folder.')], to: Annotated[Path, typer.Argument(help='What to write.')],
-            dialect: Annotated[str, typer.Option(help='canonical, ai-toolkit, diffusers, peft, kohya, diffsynth or lightning.')] = 'canonical'):
+            dialect: Annotated[str, typer.Option(help='canonical, ai-toolkit, diffusers, peft, kohya, diffsynth or lightning.')] = 'canonical',
+            alpha: Annotated[Optional[float], typer.Option(help='The alpha that the file was trained with, where neither it nor a config beside it says so.')] = None):
     "Write a LoRA in another dialect, or any dialect in the canonical one that loads everywhere."
     from collectionlora.lora_files import convert as rewrite
-    rewrite(file, to, dialect)
+    rewrite(file, to, dialect, alpha=alpha)
     _say(f'wrote {to} ({dialect})', 'green')
+
+
+@command(epilog='Example: collectionlora resize collection.safetensors small.safetensors --rank 32')
+def resize(file: Annotated[Path, typer.Argument(help='A LoRA file in any known dialect, e.g. a collection.')], to: Annotated[Path, typer.Argument(help='What to write.')],
+           rank: Annotated[Optional[int], typer.Option(help='The new rank.')] = None,
+           energy: Annotated[Optional[float], typer.Option(help='Instead of a rank: the share of the squared norm to keep, e.g. 0.95.')] = None,
+           mixed: Annotated[bool, typer.Option('--mixed', help='With --energy: a rank of its own for each module (diffusers 0.40 or newer).')] = False):
+    "Write a smaller copy of a LoRA by singular values, with the same catalogue and, for a collection, a card."
+    from collectionlora.card import write_card
+    from collectionlora.lora_files import shrink
+    small = shrink(file, to, rank, energy, mixed)
+    beside = write_card(to) if small.meta['header'].get('collectionlora.effects') else []
+    _say(f"wrote {', '.join(map(str, [to, *beside]))}; rank {small.rank}, {to.stat().st_size/1e6:.1f} MB", 'green')
 
 
 @command()
@@ -194,7 +209,13 @@ def info():
             ('results go to', core.results_dir())]
     Console().print(grid('collectionlora', ('', ''), rows))
 
-# %% ../nbs/16_cli.ipynb #800bc954
+# %% ../nbs/16_cli.ipynb #b86849a7
+def files_among(values: dict) -> dict:
+    "The parameters that name existing files or folders (or lists of them): inputs, which a run knows by content and not by name."
+    paths = lambda v: v if isinstance(v, list) else [v]
+    return {n: v for n, v in values.items() if paths(v) and all(isinstance(p, str) and p and Path(p).exists() for p in paths(v))}
+
+
 @command(epilog='Examples: collectionlora run distill --list   |   collectionlora run distill -o results/mine -p steps=10')
 def run(experiment: Annotated[str, typer.Argument(help='Name of an experiment, or a run file .../experiment/run.yaml.')],
         out: Annotated[Optional[Path], typer.Option('--out', '-o', help='Default: results/<experiment>.')] = None,
@@ -208,4 +229,4 @@ def run(experiment: Annotated[str, typer.Argument(help='Name of an experiment, o
         experiment, name, told, seed = from_file(experiment)
         values = {**told, **values}
     if list_only: Console().print(grid(experiment, ('parameter', 'type', 'default', ''), [(p.name, p.type, repr(p.default), p.help) for p in declared(experiment).values()]))
-    else: print(json.dumps(execute(experiment, out or core.results_dir()/experiment, name, values, seed=seed)['metrics'], indent=1))
+    else: print(json.dumps(execute(experiment, out or core.results_dir()/experiment, name, values, files_among(values), seed=seed)['metrics'], indent=1))

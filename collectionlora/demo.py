@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['base_folder', 'budgets', 'differences', 'Job', 'effect_folders', 'checked_effects', 'teacher_files', 'teach',
-           'describe', 'paint', 'distill', 'evaluate', 'write_report', 'shipped_acceleration', 'default_folder', 'demo',
-           'rebase']
+           'describe', 'paint', 'distill', 'evaluate', 'ladder', 'rivals', 'write_report', 'shipped_acceleration',
+           'default_folder', 'demo', 'rebase']
 
-# %% ../nbs/17_demo.ipynb #155fb5ba
+# %% ../nbs/17_demo.ipynb #e5cb8d0c
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 from .core import UserError, data_dir, in_checkout, nano_dir, nearest, notebooks_dir, replacing, results_dir
 from .run import declared, execute, from_file
 
-# %% ../nbs/17_demo.ipynb #e345e2b5
+# %% ../nbs/17_demo.ipynb #606a818f
 def base_folder(name='nano') -> Path:
     "The folder of a base: the embedded one for 'nano', else a pipeline folder. Raises `UserError` if there is no pipeline in it."
     folder = nano_dir() if str(name) == 'nano' else Path(name)
@@ -35,7 +35,7 @@ def differences(experiment: str, budget: str) -> dict:
     path = notebooks_dir()/experiment/f'{budget}.yaml'
     return from_file(path)[2] if path.is_file() else {}
 
-# %% ../nbs/17_demo.ipynb #1cf622f6
+# %% ../nbs/17_demo.ipynb #bed0f2f7
 @dataclass(frozen=True)
 class Job:
     "Experiments that write below `out`, on the base in folder `base`, at a budget and with a seed."
@@ -54,7 +54,7 @@ class Job:
 
     def record(self, run: str, folder: str = '') -> Path: return self.out/folder/f'{run}.json'
 
-# %% ../nbs/17_demo.ipynb #caaa5a22
+# %% ../nbs/17_demo.ipynb #09ccbd37
 def effect_folders(paths) -> list[Path]:
     "The effect folders among `paths`: those with an effect.yaml, and the subfolders that have one. Raises `UserError` where there is none."
     found = []
@@ -120,12 +120,24 @@ def evaluate(job: Job, collection: Path, effects: dict[str, Path], teachers: dic
     return job.record('evaluation')
 
 
+def ladder(job: Job, collection: Path, effects: dict[str, Path] | None = None, given: dict | None = None) -> Path:
+    "A collection at smaller ranks, each judged on unseen pictures: the record, with the files beside it."
+    job.do('ladder', 'ladder', {'collection': collection, 'effects': list((effects or {}).values())}, given)
+    return job.record('ladder')
+
+
+def rivals(job: Job, collection: Path, effects: dict[str, Path], teachers: dict[str, Path], acceleration: Path | None = None, given: dict | None = None) -> Path:
+    "A collection against everything that combines its teachers without training: the record."
+    job.do('rivals', 'rivals', {'collection': collection, 'effects': list(effects.values()), 'teachers': list(teachers.values()), 'acceleration': acceleration}, given)
+    return job.record('rivals')
+
+
 def write_report(job: Job, records: list[Path], given: dict | None = None) -> Path:
     "The page that shows it all."
     job.do('report', 'report', {'evaluations': [job.record('evaluation')], 'records': records}, given)
     return job.out/'report.html'
 
-# %% ../nbs/17_demo.ipynb #e6207993
+# %% ../nbs/17_demo.ipynb #543bbcb6
 def shipped_acceleration(base: Path) -> Path | None:
     "The acceleration LoRA that ships with the nano base; `None` for another base, or where none ships."
     found = sorted((data_dir()/'acceleration').glob('*.safetensors'))
@@ -150,7 +162,7 @@ def demo(budget: str = 'demo', seed: int = 0, base='nano', out=None) -> Path:
     evaluate(job, collection, effects, teachers, acceleration, job.out/'all_in_one.safetensors')
     return write_report(job, [*(job.record(id, 'teachers') for id in effects), *map(job.record, ('prompts', 'targets', 'collection', 'all_in_one'))])
 
-# %% ../nbs/17_demo.ipynb #adc270d8
+# %% ../nbs/17_demo.ipynb #1b21a217
 def rebase(seed: int = 0, budget: str = 'full') -> Path:
     "Trains the acceleration LoRA of the nano base, puts it into data/acceleration, and runs the demonstration. Raises `UserError` outside a checkout."
     if not in_checkout(): raise UserError('rebase: changes the data that ship with the package; run it in a checkout')

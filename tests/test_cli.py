@@ -62,6 +62,37 @@ def test_a_file_is_converted_there_and_back_and_shown_as_a_page(tmp_path):
     assert 'zorvik' in (tmp_path/'page.html').read_text() and '<html' in (tmp_path/'page.html').read_text()
 
 
+def test_a_smaller_collection_is_written_with_its_card(tmp_path):
+    import torch
+    from collectionlora.lora_files import Lora, catalogue, read_header, read_lora, write_lora
+    g = torch.Generator().manual_seed(0)
+    lora = Lora({f'transformer_blocks.0.attn.{n}': (torch.randn(4, 8, generator=g), torch.randn(6, 4, generator=g)) for n in ('to_q', 'to_k')}, {})
+    whole = write_lora(tmp_path/'a.safetensors', lora, {'collectionlora.effects': [{'id': 'clay', 'category': 'animal', 'trigger': 'zorvik'}],
+                                                        'collectionlora.sampling': {'times': [1., .5], 'steps': 2, 'stochastic': True, 'cfg': 1.}})
+    done = call('resize', tmp_path/'a.safetensors', tmp_path/'b.safetensors', '--rank', 2)
+    assert done.exit_code == 0 and read_lora(tmp_path/'b.safetensors').rank == 2 and catalogue(tmp_path/'b.safetensors')[0]['id'] == 'clay'
+    assert read_header(tmp_path/'b.safetensors')['collectionlora.parents'][0]['sha256'] == whole and 'zorvik' in (tmp_path/'b.README.md').read_text()
+    assert (tmp_path/'b.comfyui.json').is_file() and call('resize', tmp_path/'a.safetensors', tmp_path/'c.safetensors').exit_code == 2
+    assert call('resize', tmp_path/'a.safetensors', tmp_path/'c.safetensors', '--energy', .9).exit_code == 0
+
+
+def test_alpha_may_be_told_where_the_file_is_silent(tmp_path):
+    import safetensors.torch, torch
+    from collectionlora.lora_files import read_lora
+    name = 'transformer_blocks.0.attn.to_q'
+    safetensors.torch.save_file({f'base_model.model.{name}.lora_A.weight': torch.ones(2, 8), f'base_model.model.{name}.lora_B.weight': torch.ones(6, 2)}, tmp_path/'p.safetensors')
+    assert call('convert', tmp_path/'p.safetensors', tmp_path/'q.safetensors').exit_code == 2
+    assert call('convert', tmp_path/'p.safetensors', tmp_path/'q.safetensors', '--alpha', 8).exit_code == 0
+    assert torch.equal(read_lora(tmp_path/'q.safetensors').factors[name][1], torch.full((6, 2), 4.))
+
+
+def test_files_given_to_a_run_are_known_by_content(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'a.txt').write_text('a')
+    assert cli.files_among({'collection': 'a.txt', 'steps': 3, 'fm': '', 'effects': [], 'teachers': ['a.txt', '.'], 'preset': 'default', 'ranks': [1, 2], 'other': ['a.txt', 'b.txt']}) \
+        == {'collection': 'a.txt', 'teachers': ['a.txt', '.']}
+
+
 def test_help_and_mistakes_do_not_load_torch():
     code = "import sys\nfrom collectionlora.cli import app\ntry: app(sys.argv[1:])\nexcept SystemExit as e: print('torch' in sys.modules, e.code)"
     for args, last in ((['--help'], 'False 0'), (['run', 'nano_bse'], 'False 2')):

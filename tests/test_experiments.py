@@ -1,4 +1,6 @@
-"The size ladder and the rivals without training, run as experiments on a tiny base with files of every kind that they take."
+"Experiments as a user runs them: what a distillation leaves, the size ladder and the rivals without training, with files of every kind that they take."
+import json
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from collectionlora.backbone import load_base, tiny_base
 from collectionlora.core import UserError
 from collectionlora.data import write_effect
 from collectionlora.evaluate import held_out
-from collectionlora.lora_files import Lora, read_header, read_lora, write_lora
+from collectionlora.lora_files import Lora, catalogue, read_header, read_lora, write_lora
 
 EFFECTS = {'oil_painting': 'animal', 'confetti_party': 'portrait'}
 
@@ -32,6 +34,22 @@ def files(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp('files')
     teachers = [lora_file(folder/f'{e}.safetensors', base, {e: c}, 3 + k, k, few=False) for k, (e, c) in enumerate(EFFECTS.items())]
     return dict(base=base.folder, collection=lora_file(folder/'c.safetensors', base, EFFECTS, 6, 7), teachers=teachers, acceleration=lora_file(folder/'acc.safetensors', base, {}, 2, 8))
+
+
+@pytest.mark.slow
+def test_a_distillation_leaves_a_file_that_shows_and_explains_itself(tmp_path):
+    record = run.execute('distill', tmp_path, 'c', dict(steps=1, val_every=0, pictures=32))
+    assert {'c.safetensors', 'c.README.md', 'c.html', 'c.comfyui.json'} <= set(record['outputs'])
+    entries = catalogue(tmp_path/'c.safetensors')
+    assert len(entries) == 2 and all(e['thumbnail'].startswith('data:image/jpeg;base64,') for e in entries) and read_lora(tmp_path/'c.safetensors').rank == 8
+    card, page = (tmp_path/'c.README.md').read_text(), (tmp_path/'c.html').read_text()
+    assert record['metrics']['sha256'] == core.sha256_file(tmp_path/'c.safetensors') and record['metrics']['sha256'] in card
+    assert all(e['trigger'] in card and e['thumbnail'] in page for e in entries)
+    nodes = {n['class_type']: n['inputs'] for n in json.loads((tmp_path/'c.comfyui.json').read_text()).values()}
+    times = read_header(tmp_path/'c.safetensors')['collectionlora.sampling']['times']
+    assert [float(s) for s in nodes['ManualSigmas']['sigmas'].split(',')] == pytest.approx([*times, 0], abs=1e-5) and nodes['KSamplerSelect']['sampler_name'] == 'lcm'
+    again = run.execute('distill', tmp_path/'bare', 'c', dict(steps=1, val_every=0, pictures=0))['metrics']
+    assert again['lora'] == record['metrics']['lora'] and not any('thumbnail' in e for e in catalogue(tmp_path/'bare'/'c.safetensors'))      # pictures change no weight
 
 
 @pytest.mark.slow

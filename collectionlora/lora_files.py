@@ -526,9 +526,12 @@ def report(lora: Lora, norms=True) -> dict:
         out['norms'] = {n: delta_norm(a, b) for n, (a, b) in lora.factors.items()}
     return out
 
-# %% ../nbs/06_lora_files.ipynb #bd9b2a0d
+# %% ../nbs/06_lora_files.ipynb #85806ad7
 def factor_svd(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Thin SVD of B A from its factors: U [out, m], S [m], V [in, m] with m = min(r, in, out)."
+    if a.shape[0] >= min(a.shape[1], b.shape[0]):        # the factors are not thin: the product is the smaller thing
+        u, s, vh = torch.linalg.svd(b.float() @ a.float(), full_matrices=False)
+        return u, s, vh.T
     qa, ra = torch.linalg.qr(a.float().T)
     qb, rb = torch.linalg.qr(b.float())
     u, s, vh = torch.linalg.svd(rb @ ra.T)

@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'METHODS', 'concatenate', 'linear', 'bases', 'weighted_sum', 'core_merge', 'dense_merge',
            'compress_then_merge', 'make_rule', 'merge', 'sum_error', 'inner', 'cosines', 'switch', 'composite']
 
-# %% ../nbs/06b_merging.ipynb #907e4a12
+# %% ../nbs/06b_merging.ipynb #23198125
 import math
 from typing import Callable
 
@@ -14,9 +14,9 @@ import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
 
 from .core import UserError, check_keys, seed_of
-from .lora_files import Lora, balanced, delta_norm
+from .lora_files import Lora, balanced, delta_norm, factor_svd
 
-# %% ../nbs/06b_merging.ipynb #93414ff8
+# %% ../nbs/06b_merging.ipynb #bf25b3a8
 def concatenate(As, Bs, weights) -> tuple[torch.Tensor, torch.Tensor]:
     "Factors (A, B) of the exact sum w_i B_i A_i; rank = sum of ranks."
     return torch.cat(list(As)), torch.cat([w * b for w, b in zip(weights, Bs)], 1)
@@ -28,7 +28,7 @@ def linear(As, Bs, weights) -> tuple[torch.Tensor, torch.Tensor]:
         raise UserError("Method 'linear' adds factors, so all LoRAs need one rank and non-negative weights; use 'svd'.")
     return sum(math.sqrt(w) * a for w, a in zip(weights, As)), sum(math.sqrt(w) * b for w, b in zip(weights, Bs))
 
-# %% ../nbs/06b_merging.ipynb #a1e63169
+# %% ../nbs/06b_merging.ipynb #62358d8f
 def bases(As, Bs) -> tuple[torch.Tensor, torch.Tensor]:
     "Orthonormal bases V [in, R'] of all rows and U [out, R''] of all columns that occur; R = sum of ranks bounds both."
     return torch.linalg.qr(torch.cat(list(As)).T)[0], torch.linalg.qr(torch.cat(list(Bs), 1))[0]
@@ -41,6 +41,9 @@ def weighted_sum(Ms, weights) -> torch.Tensor:
 
 def core_merge(As, Bs, weights, rank: int, rule: Callable = weighted_sum) -> tuple[torch.Tensor, torch.Tensor]:
     "Factors (A, B) of rank at most `rank`: project on the common bases, apply `rule(list of M_i, weights)`, truncate by SVD."
+    if rule is weighted_sum:
+        u, s, v = factor_svd(*concatenate(As, Bs, weights))
+        return balanced(u[:, :rank], s[:rank], v[:, :rank])
     v, u = bases(As, Bs)
     m = rule([(u.T @ b) @ (a @ v) for a, b in zip(As, Bs)], weights)
     x, s, yt = torch.linalg.svd(m)
@@ -54,7 +57,7 @@ def dense_merge(As, Bs, weights, rank: int, rule: Callable = weighted_sum) -> tu
     k = min(rank, len(s))
     return balanced(u[:, :k], s[:k], vt[:k].T)
 
-# %% ../nbs/06b_merging.ipynb #afaa7010
+# %% ../nbs/06b_merging.ipynb #53aae5a3
 def compress_then_merge(As, Bs, weights, rank: int, rule: Callable = weighted_sum) -> tuple[torch.Tensor, torch.Tensor]:
     "Factors (A, B) of rank at most `rank`: keep the leading common directions of all teachers first, then apply `rule` to the cores."
     v, u = bases(As, Bs)
@@ -65,7 +68,7 @@ def compress_then_merge(As, Bs, weights, rank: int, rule: Callable = weighted_su
     x, s, yt = torch.linalg.svd(core, full_matrices=False)
     return balanced(u @ ur @ x, s, v @ vr @ yt.T)
 
-# %% ../nbs/06b_merging.ipynb #506bd399
+# %% ../nbs/06b_merging.ipynb #be3c88bc
 RULES = {'sum': weighted_sum, 'ties': ties, 'dare_linear': dare_linear, 'dare_ties': dare_ties, 'magnitude_prune': magnitude_prune}
 
 
@@ -83,7 +86,7 @@ def make_rule(name: str, density: float = .2, seed: int = 0) -> Callable:
             return RULES[name](ms, torch.tensor(weights, dtype=ms[0].dtype), density)
     return rule
 
-# %% ../nbs/06b_merging.ipynb #a54ec15e
+# %% ../nbs/06b_merging.ipynb #4218748a
 METHODS = {'cat': None, 'linear': None, 'svd': (core_merge, 'sum'), 'ties_svd': (dense_merge, 'ties'), 'dare_linear_svd': (dense_merge, 'dare_linear'),
            'dare_ties_svd': (dense_merge, 'dare_ties'), 'magnitude_prune_svd': (dense_merge, 'magnitude_prune'), 'core_ties': (core_merge, 'ties'),
            'core_dare_ties': (core_merge, 'dare_ties'), 'core_magnitude_prune': (core_merge, 'magnitude_prune'),
@@ -112,7 +115,7 @@ def merge(loras: list[Lora], method: str, weights=None, rank: int | None = None,
             factors[name] = how(As, Bs, ws, rank, make_rule(rule, density, seed_of(seed, name)))
     return Lora(factors, {'method': method, 'weights': weights, 'rank': rank, 'density': density, 'seed': seed})
 
-# %% ../nbs/06b_merging.ipynb #9e90e37a
+# %% ../nbs/06b_merging.ipynb #bd5f3bbd
 def sum_error(merged: Lora, loras: list[Lora], weights=None) -> float:
     "Frobenius distance of a merge from the exact weighted sum, relative to the sum, over all modules."
     weights = [1.] * len(loras) if weights is None else weights
@@ -139,7 +142,7 @@ def cosines(loras: list[Lora]) -> torch.Tensor:
     norm = gram.diagonal().sqrt().clamp(min=1e-300)
     return gram / norm[:, None] / norm
 
-# %% ../nbs/06b_merging.ipynb #ac6673d6
+# %% ../nbs/06b_merging.ipynb #67473931
 def switch(v_fns: list[Callable], times: list[float], every: int = 1) -> Callable:
     "LoRA Switch: a velocity function (x_t, t) that uses v_fns in turn, `every` steps each; the step is found from t in `times`."
     grid = torch.as_tensor(times)

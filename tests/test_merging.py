@@ -5,7 +5,7 @@ from peft import LoraConfig, get_peft_model
 
 from collectionlora.core import UserError
 from collectionlora.lora_files import Lora
-from collectionlora.merging import METHODS, cosines, merge, sum_error
+from collectionlora.merging import METHODS, core_merge, cosines, dense_merge, merge, sum_error
 
 N, RANK, SIZES = 3, 4, {'a': (24, 32), 'b': (32, 16)}
 
@@ -88,3 +88,13 @@ def test_cosines(loras):
     c = cosines(loras)
     flat = torch.stack([torch.cat([l.delta(n).flatten() for n in SIZES]) for l in loras])
     assert torch.allclose(c.float(), torch.nn.functional.cosine_similarity(flat[:, None], flat[None], -1), atol=1e-5)
+
+
+@pytest.mark.parametrize('count', [2, 6, 7])
+def test_the_sum_is_cut_alike_whether_factors_are_thin_or_not(count):
+    "Ranks that add up to less than, exactly and more than the layers' narrow side."
+    g = torch.Generator().manual_seed(0)
+    As, Bs, ws = [torch.randn(4, 32, generator=g) for _ in range(count)], [torch.randn(24, 4, generator=g) for _ in range(count)], torch.linspace(.5, 2, count).tolist()
+    for rank in (3, 8, 100):
+        (a, b), (c, d) = core_merge(As, Bs, ws, rank), dense_merge(As, Bs, ws, rank)
+        assert torch.allclose(b @ a, d @ c, atol=1e-3) and len(a) == b.shape[1] <= min(rank, 24, 4*count)

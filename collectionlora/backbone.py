@@ -521,7 +521,7 @@ def fix_mm_token_type_ids(text_encoder: nn.Module) -> None:
     text_encoder.register_forward_pre_hook(supply, with_kwargs=True)
     text_encoder._token_types_fixed = True
 
-# %% ../nbs/02_backbone.ipynb #4e9b2a12
+# %% ../nbs/02_backbone.ipynb #66ae2a95
 class PilProcessor:
     "Images and text for the stock pipeline without torchvision: `Qwen2VLProcessor` less the video part that needs it."
     def __init__(self, folder: Path):
@@ -547,16 +547,16 @@ def _widen(text: str, counts: Iterator[int], pad: str = '<|image_pad|>') -> str:
 def has_torchvision() -> bool: return importlib.util.find_spec('torchvision') is not None
 
 
-def _load_pipe(folder: Path, dtype: torch.dtype):
+def _load_pipe(folder: Path, dtype: torch.dtype, **without):
     "The stock pipeline from its folder; where torchvision is missing, with a `PilProcessor` (same tokens, nearly the same pixels)."
     from diffusers import QwenImageEditPlusPipeline
     for part in read_json(folder / 'model_index.json').values():      # diffusers takes classes of ours only from imported modules
         if isinstance(part, list) and str(part[0]).startswith('collectionlora.'): importlib.import_module(part[0])
-    passed = {} if has_torchvision() else dict(processor=None)
+    passed = without if has_torchvision() else dict(without, processor=None)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='.*torch_dtype.*')      # its new name is unknown to older diffusers
         pipe = QwenImageEditPlusPipeline.from_pretrained(folder, torch_dtype=dtype, **passed)
-    if passed: pipe.register_modules(processor=PilProcessor(folder / 'processor'))
+    if 'processor' in passed: pipe.register_modules(processor=PilProcessor(folder / 'processor'))
     return pipe
 
 
@@ -575,7 +575,7 @@ def _quiet(folder: Path) -> Iterator[None]:
         of_diffusers.set_verbosity(level)
         for log in logs: log.enable_progress_bar()
 
-# %% ../nbs/02_backbone.ipynb #ddd1ccc7
+# %% ../nbs/02_backbone.ipynb #b0735ee3
 SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>', '<|vision_pad|>',
            '<|image_pad|>', '<|video_pad|>')
 PICTURE = 'Picture {}: <|vision_start|><|image_pad|><|vision_end|>'
@@ -619,7 +619,7 @@ class Base:
     def drop_encoders(self) -> int:
         """Unloads what only encodes, for training from a full condition cache; returns the bytes freed.
 
-        Decoding stays possible; what must be encoded afterwards raises `UserError` until the base is loaded again."""
+        Decoding stays possible; what must be encoded afterwards raises `UserError` until `load_encoders` brings them back."""
         freed = self.encoder_bytes
         self.pipe.register_modules(text_encoder=None)
         for name in ('encoder', 'quant_conv'):
@@ -628,9 +628,19 @@ class Base:
         if self.device.type == 'cuda': torch.cuda.empty_cache()
         return freed
 
+    def load_encoders(self) -> None:
+        "Loads again what `drop_encoders` has unloaded; nothing happens where it has not."
+        if self.pipe.text_encoder is not None: return
+        with _quiet(self.folder): again = _load_pipe(self.folder, self.pipe.vae.dtype, transformer=None)
+        self.pipe.register_modules(text_encoder=again.text_encoder)
+        for name in ('encoder', 'quant_conv'):
+            if hasattr(self.pipe.vae, name): setattr(self.pipe.vae, name, getattr(again.vae, name))
+        for part in (self.pipe.text_encoder, self.pipe.vae): part.requires_grad_(False).eval().to(self.device)
+        fix_mm_token_type_ids(self.pipe.text_encoder)
+
     def _check_encoders(self, what: str) -> None:
         if self.pipe.text_encoder is None:
-            raise UserError(f'{self.folder}: its encoders were unloaded, but {what}; warm the cache before drop_encoders(), or load the base again.')
+            raise UserError(f'{self.folder}: its encoders were unloaded, but {what}; warm the cache before drop_encoders(), or call load_encoders().')
 
     def size(self, image: Image.Image, area: int | None = None) -> tuple[int, int]:
         "(height, width) in pixels that the pipeline resizes `image` to: the area of `info`, the image's ratio, sides in 32s."

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['base_folder', 'budgets', 'differences', 'Job', 'effect_folders', 'checked_effects', 'teacher_files', 'teach',
-           'describe', 'paint', 'distill', 'evaluate', 'ladder', 'rivals', 'write_report', 'shipped_acceleration',
-           'default_folder', 'demo', 'rebase']
+           'describe', 'paint', 'distill', 'plan', 'extend', 'evaluate', 'ladder', 'rivals', 'write_report',
+           'shipped_acceleration', 'default_folder', 'demo', 'rebase']
 
-# %% ../nbs/17_demo.ipynb #e5cb8d0c
+# %% ../nbs/17_demo.ipynb #792708ce
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from .core import UserError, data_dir, in_checkout, nano_dir, nearest, notebooks_dir, replacing, results_dir
-from .run import declared, execute, from_file
+from .run import complete, declared, execute, from_file
 
 # %% ../nbs/17_demo.ipynb #606a818f
 def base_folder(name='nano') -> Path:
@@ -54,7 +54,7 @@ class Job:
 
     def record(self, run: str, folder: str = '') -> Path: return self.out/folder/f'{run}.json'
 
-# %% ../nbs/17_demo.ipynb #09ccbd37
+# %% ../nbs/17_demo.ipynb #b7df5ec5
 def effect_folders(paths) -> list[Path]:
     "The effect folders among `paths`: those with an effect.yaml, and the subfolders that have one. Raises `UserError` where there is none."
     found = []
@@ -93,9 +93,9 @@ def teach(job: Job, effects: dict[str, Path], given: dict | None = None) -> dict
     return {id: job.out/'teachers'/f'{id}.safetensors' for id in effects}
 
 
-def describe(job: Job, effects: dict[str, Path], given: dict | None = None) -> dict[str, Path]:
-    "Every effect with student description and trigger (Eq. 5): effect id -> effect folder."
-    job.do('prompts', 'prompts', {'effects': list(effects.values())}, given)
+def describe(job: Job, effects: dict[str, Path], given: dict | None = None, collection: Path | None = None) -> dict[str, Path]:
+    "Every effect with student description and trigger (Eq. 5), apart from those of `collection`: effect id -> effect folder."
+    job.do('prompts', 'prompts', {'effects': list(effects.values()), 'collection': collection}, given)
     return {id: job.out/'described'/id for id in effects}
 
 
@@ -109,6 +109,28 @@ def distill(job: Job, effects: dict[str, Path], teachers: dict[str, Path], gener
     "The collection (Eq. 9), one LoRA file: words for every effect, targets by its teacher, then the loop."
     painted = paint(job, describe(job, effects), teachers)
     job.do('distill', 'collection', {'effects': list(painted.values()), 'teachers': list(teachers.values()), 'general': general, 'init': init}, given)
+    return job.out/'collection.safetensors'
+
+
+def plan(job: Job, effects: dict[str, Path], general: Path, init: Path | None = None, given: dict | None = None) -> dict:
+    "What `distill` would do and take on this machine: steps, passes, seconds, memory, disk. Trains nothing, and checks the settings before anything loads."
+    from dataclasses import replace
+    from collectionlora import data, distill as loop
+    from collectionlora.backbone import load_base
+    values = {**complete('distill', {**differences('distill', job.budget), **(given or {})})}
+    s = loop.Settings.from_dict({**{k: values[k] for k in ('preset', 'steps', 'batch')}, 'seed': job.seed, 'rank_student': values['rank'], 'rank_fake': values['rank'],
+                                 'init': str(init or 'zero'), **values['settings']})
+    sets = [replace(e, trigger=e.trigger or e.id, description=e.description or e.prompt) for e in map(data.load_effect, effects.values())]
+    stream, base = data.load_general(general), load_base(job.base, device=values['device'], frozen=values['frozen'])
+    base.backbone.checkpointing(values['checkpointing']); base.backbone.offload(values['offload'])
+    return loop.measured_plan(base, sets, stream, data.ConditionCache(base, results_dir()/'.cache'), loop.resolved(s, float(base.info['shift'])))
+
+
+def extend(job: Job, collection: Path, effects: dict[str, Path], teachers: dict[str, Path], general: Path, old=(), given: dict | None = None) -> Path:
+    "A collection with `effects` added in a few steps, one LoRA file; `old`: folders of effects that it has, to measure on or to rehearse."
+    painted = paint(job, describe(job, effects, collection=collection), {id: teachers[id] for id in effects})
+    inputs = {'collection': collection, 'effects': list(painted.values()), 'teachers': list(teachers.values()), 'general': general, 'old': list(old)}
+    job.do('extend', 'collection', inputs, given)
     return job.out/'collection.safetensors'
 
 

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['PRESETS', 'POSITIVE', 'SHARES', 'NOT_NEGATIVE', 'LARGER_THAN_0', 'WHOLE', 'Settings', 'check_settings', 'schedule_of',
            'resolved', 'describe', 'Pool', 'Sample', 'samples_of', 'load_pools', 'deal', 'choose_pool', 'mixed_rows',
-           'image_of', 'laplacian_energy', 'compare', 'few_step_sample', 'Batch', 'Engine', 'State', 'save_checkpoint',
-           'compare_fingerprints', 'latest_checkpoint', 'Interruption', 'Guard', 'rate_at', 'apply_gradient',
-           'fake_update', 'generator_update', 'start_from', 'weights_of', 'Look', 'look_at', 'draw_looks',
-           'contact_sheet', 'validate', 'passes', 'pass_seconds', 'plan', 'measured_plan', 'fingerprint_of',
-           'collection_header', 'prepare', 'distill', 'show_history']
+           'image_of', 'laplacian_energy', 'compare', 'few_step_sample', 'Batch', 'Part', 'monitors', 'Engine', 'State',
+           'writing', 'save_checkpoint', 'compare_fingerprints', 'latest_checkpoint', 'Interruption', 'Diverged',
+           'Guard', 'rate_at', 'apply_gradient', 'fake_update', 'generator_update', 'start_from', 'weights_of', 'Look',
+           'look_at', 'draw_looks', 'contact_sheet', 'validate', 'passes', 'pass_seconds', 'plan', 'kept_bytes',
+           'memory', 'disk', 'measured_plan', 'fingerprint_of', 'collection_header', 'prepare', 'add_roles', 'distill',
+           'Training', 'fakes_by', 'go_back', 'out_of_memory', 'telling_what_helps', 'show_history']
 
-# %% ../nbs/12_distill.ipynb #3350c087
+# %% ../nbs/12_distill.ipynb #3ef28de3
 import json
 import math
 import signal
@@ -19,7 +20,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -35,11 +36,13 @@ from .core import UserError, check_keys, folder_lock, nearest, replacing, rng, s
 from .data import ConditionCache, EffectSet, load_image
 from .dmd import draw_exits, draw_times, fake_loss, pull, rollout_each, velocity_gradient
 from .flow import add_noise, few_step_times, noise_like, sample_few, to_x0, velocity
-from .lora_files import Lora, catalogue, read_lora, write_lora
+from .lora_files import Lora, read_header, read_lora, write_lora
+from .monitors import Watch, diagnose, due, is_best
+from .parallel import Ranks, check_scale, drawn, fork, is_sharded, join, optimiser, save_together
 from .pdsr import timetable
 from .teachers import TeacherBank, target_latents
 
-# %% ../nbs/12_distill.ipynb #bad3fc92
+# %% ../nbs/12_distill.ipynb #88c87235
 PRESETS = {
     'paper': dict(steps=5000, batch=8, fake_warmup=0, fake_batch='same', fake_targets=0.0, balanced=False, few_shift=3.0, critic_shift=3.0,
                   critic_min=0.0, fake_shift=3.0, fake_min=0.0, anchor_shift=3.0, tau_max=0.75, tau_min=0.5, guidance=4.0, rescale=True,
@@ -61,11 +64,14 @@ class Settings:
     fake_batch: str = field(default='mixed', metadata=dict(help="what the fake score trains on: 'same' stream and effect as the step's, or all 'mixed'"))
     fake_targets: float = field(default=0.5, metadata=dict(help="share of the fake score's effect samples that are target-simulated"))
     shared_rollout: bool = field(default=False, metadata=dict(help='one full rollout per cycle for all fake updates: cheaper, samples are correlated'))
+    anchor_first: int = field(default=0, metadata=dict(help='first generator updates with the anchor alone, before the fake score is warmed up and matching begins'))
     p_switch: float = field(default=0.5, metadata=dict(help='probability of the effect stream'))
     route_every: int = field(default=1, metadata=dict(help='generator steps between draws of the stream'))
+    routes: int = field(default=1, metadata=dict(help='streams per generator step: the batch is dealt to so many routes, each with a teacher of its own'))
     balanced: bool = field(default=True, metadata=dict(help='deal effects equally often to within one; else uniform draws'))
     few_steps: int = field(default=8, metadata=dict(help='NFE of the student'))
     few_shift: float | None = field(default=None, metadata=dict(help="shift of the student's schedule; None: the base's own"))
+    one_exit: bool = field(default=False, metadata=dict(help='one exit step for all samples of a rollout instead of one each (a base spread over processes needs it)'))
     truncate_times: bool = field(default=False, metadata=dict(help="cut the schedule's points to thousandths"))
     guidance: float = field(default=4.0, metadata=dict(help="the teachers' guidance, v_uncond + w (v_cond - v_uncond); 1: none"))
     rescale: bool = field(default=False, metadata=dict(help='rescale the guided velocity to the conditional norm, as the stock pipeline'))
@@ -99,7 +105,8 @@ class Settings:
     ema: float = field(default=0.99, metadata=dict(help='decay of the running mean of the student; 0: keep the last weights'))
     fold_adapters: bool = field(default=True, metadata=dict(help='forwards without gradient run with the adapter folded into the weights (fp32 bases only): quicker'))
     low_precision: bool = field(default=False, metadata=dict(help='round weights and optimiser states to bfloat16 after every update'))
-    explosion: float = field(default=300.0, metadata=dict(help='stop when a loss or norm exceeds this many times its running median; 0: never'))
+    explosion: float = field(default=300.0, metadata=dict(help='a run diverges when a loss or norm exceeds this many times its running median; 0: never'))
+    rollbacks: int = field(default=2, metadata=dict(help='how often a diverging run goes back to a checkpoint, with half the rates, before it stops'))
 
     def __post_init__(self): check_settings(self)
 
@@ -116,12 +123,12 @@ class Settings:
         given = dict(given)
         return cls.preset(given.pop('preset', 'default'), **given)
 
-# %% ../nbs/12_distill.ipynb #28e8121c
-POSITIVE = ('steps', 'batch', 'fake_per_generator', 'route_every', 'few_steps', 'rank_student', 'rank_fake')
+# %% ../nbs/12_distill.ipynb #b5cc1619
+POSITIVE = ('steps', 'batch', 'fake_per_generator', 'route_every', 'routes', 'few_steps', 'rank_student', 'rank_fake')
 SHARES = ('fake_targets', 'p_switch', 'tau_max', 'tau_min', 'critic_min', 'critic_max', 'fake_min', 'fake_max', 'anchor_min', 'anchor_max')
-NOT_NEGATIVE = ('seed', 'fake_warmup', 'weight_bs', 'weight_ts', 'weight_fm', 'normaliser_eps', 'detail_power', 'lr_warmup', 'weight_decay', 'explosion')
+NOT_NEGATIVE = ('rollbacks', 'seed', 'fake_warmup', 'anchor_first', 'weight_bs', 'weight_ts', 'weight_fm', 'normaliser_eps', 'detail_power', 'lr_warmup', 'weight_decay', 'explosion')
 LARGER_THAN_0 = ('few_shift', 'critic_shift', 'fake_shift', 'anchor_shift', 'lr_student', 'lr_fake', 'clip', 'guidance')
-WHOLE = (*POSITIVE, 'seed', 'fake_warmup', 'lr_warmup')
+WHOLE = (*POSITIVE, 'rollbacks', 'seed', 'fake_warmup', 'anchor_first', 'lr_warmup')
 
 
 def _typed(name: str, value, default):
@@ -152,7 +159,12 @@ def _contradictions(s) -> list[tuple[bool, str]]:
             (s.anchor_after_critic and (s.anchor_min, s.anchor_max) != (0., 1.), 'anchor_after_critic draws its own bounds; leave anchor_min and anchor_max at 0 and 1'),
             (s.anchor_after_critic and effects and s.weight_bs == 0, 'anchor_after_critic needs the critic of backward simulation, whose weight_bs is 0'),
             (s.p_switch < 1 and s.weight_bs == 0, 'weight_bs is 0, but the general stream has no other term; set p_switch to 1'),
+            (s.anchor_first > 0 and not (effects and s.weight_fm), 'anchor_first needs effects and the anchor; set p_switch and weight_fm above 0'),
+            (s.anchor_first >= s.steps, f'anchor_first is {s.anchor_first} of {s.steps} steps, so matching never begins; lower it'),
             (effects and s.weight_bs == s.weight_ts == s.weight_fm == 0, 'all weights are 0; nothing would be learnt'),
+            (s.routes > s.batch, f'routes is {s.routes}, more than the {s.batch} samples of a batch; lower it or raise batch'),
+            (s.routes > 1 and s.route_every > 1, 'routes above 1 draws a stream per route and step; set route_every to 1'),
+            (s.routes > 1 and s.fake_batch == 'same', "routes above 1 leaves no single stream for fake_batch 'same'; set it to 'mixed'"),
             (s.shared_rollout and s.fake_batch == 'same' and s.route_every == 1 and s.fake_per_generator == 1, 'shared_rollout with one fake update per cycle only costs more')]
 
 
@@ -184,7 +196,7 @@ def describe(s: Settings) -> dict[str, str]:
     "Every field's value and meaning."
     return {f.name: f'{getattr(s, f.name)!r}: {f.metadata["help"]}' for f in fields(s)}
 
-# %% ../nbs/12_distill.ipynb #f85d362b
+# %% ../nbs/12_distill.ipynb #5c45fe8b
 @dataclass(frozen=True)
 class Pool:
     """All samples on one latent grid: R = M effect rows, then the general stream's.
@@ -242,7 +254,7 @@ def _pool(cache: ConditionCache, group: Sequence[Sample]) -> Pool:
     return Pool(student, cache.uncond([s.source for s in group]), cache.cond([(s.source, s.teacher) for s in of_effects]) if y else None,
                 torch.stack(y).float() if y else None, {k: tuple(v) for k, v in rows.items()})
 
-# %% ../nbs/12_distill.ipynb #f022994b
+# %% ../nbs/12_distill.ipynb #1cd23079
 def deal(rows: Sequence[int], n: int, r) -> list[int]:
     "n of `rows`, each taking its turn before one repeats."
     dealt = []
@@ -267,7 +279,7 @@ def mixed_rows(pool: Pool, n: int, p_switch: float, targets: float, r) -> tuple[
     first = (deal(pool.rows[None], n - m, r) if n > m else []) + effect[:m - k]
     return [first[i] for i in r.permutation(len(first))] + effect[m - k:], k
 
-# %% ../nbs/12_distill.ipynb #88c305f6
+# %% ../nbs/12_distill.ipynb #95f014d0
 def image_of(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     "Packed tokens [B, h w, 4 z] as a latent image [B, z, 2h, 2w]: the packing folds 2 x 2 neighbours into channels."
     (B, _, C), (h, w) = tokens.shape, grid
@@ -299,7 +311,7 @@ def few_step_sample(backbone: Backbone, role, cond: Cond, times: Sequence[float]
             done.append(sample_few(lambda x, t: backbone.velocity(role, x, t, c), noise(0), times, noise).cpu())
     return torch.cat(done)
 
-# %% ../nbs/12_distill.ipynb #a382edd9
+# %% ../nbs/12_distill.ipynb #3c5afae3
 @dataclass(frozen=True)
 class Batch:
     "What one generator update reads: conditions of student and teacher, the empty prompt, the teacher's role, targets or None."
@@ -310,11 +322,42 @@ class Batch:
     y: Tensor | None
 
 
+@dataclass(frozen=True)
+class Part:
+    "What one process saw of a term on one route: over n samples the loss, both scores' errors, the student's samples and their targets (or None)."
+    term: str
+    route: int
+    n: int
+    loss: float
+    errors: dict
+    x: Tensor | None
+    y: Tensor | None
+    grid: tuple[int, int]
+
+    @classmethod
+    def of(cls, term: str, route: int, b: Batch, loss: Tensor, seen: dict, away: bool) -> 'Part':
+        x, y = (seen['x'], b.y) if 'x' in seen and b.y is not None else (None, None)
+        if away and x is not None: x, y = x.cpu(), y.cpu()
+        return cls(term, route, len(b.student), loss.item(), {k: seen[k] for k in ('fake_error', 'teacher_error') if k in seen}, x, y, b.student.grids[0])
+
+
+def monitors(parts: Sequence[Part]) -> tuple[float, dict]:
+    "Loss and monitors of a term from all its parts: means over samples, and the drift of each route's samples from their targets."
+    mean = lambda pairs: sum(n * v for n, v in pairs) / sum(n for n, _ in pairs)
+    seen, drifts = {k: mean([(p.n, p.errors[k]) for p in parts]) for k in parts[0].errors}, []
+    for route in sorted({p.route for p in parts if p.x is not None}):
+        of = [p for p in parts if p.route == route]
+        drifts.append((sum(p.n for p in of), compare(torch.cat([p.x for p in of]), torch.cat([p.y for p in of]), of[0].grid)))
+    seen |= {k: mean([(n, d[k]) for n, d in drifts]) for k in (drifts[0][1] if drifts else ())}
+    return mean([(p.n, p.loss) for p in parts]), seen
+
+
 class Engine:
     "Computes the losses of student and fake score on one backbone; roles 'student' and 'fake' must exist on it."
 
-    def __init__(self, backbone: Backbone, bank: TeacherBank | None, pools: Sequence[Pool], settings: Settings, times: Sequence[float]):
-        self.backbone, self.bank, self.pools, self.s, self.times = backbone, bank, pools, settings, list(times)
+    def __init__(self, backbone: Backbone, bank: TeacherBank | None, pools: Sequence[Pool], settings: Settings, times: Sequence[float], ranks: Ranks = Ranks()):
+        self.backbone, self.bank, self.pools, self.s, self.times, self.ranks = backbone, bank, pools, settings, list(times), ranks
+        self.sharded = ranks.world > 1 and is_sharded(backbone)
         self.low_times = [t for t in self.times if t < settings.tau_max]
         self.passes, self._shared = {'forward': 0, 'gradient': 0}, (None,)
 
@@ -329,27 +372,33 @@ class Engine:
 
     def noise(self, cond: Cond, g) -> Tensor:
         h, w = cond.grids[0]
-        return torch.randn(len(cond), h * w, cond.source.shape[-1], generator=g).to(self.backbone.device)
+        return drawn(g, len(cond), lambda n, g: torch.randn(n, h * w, cond.source.shape[-1], generator=g)).to(self.backbone.device)
 
-    def times_like(self, n, g, shift, lo, hi): return draw_times(n, g, shift, lo, hi).to(self.backbone.device)
+    def times_like(self, n, g, shift, lo, hi): return drawn(g, n, lambda n, g: draw_times(n, g, shift, lo, hi)).to(self.backbone.device)
 
     def to(self, cond: Cond) -> Cond: return cond.to(self.backbone.device)
 
     def still(self, role):
         "Context for forwards of `role` without gradient: its adapter folded into the weights where that rounds nothing away."
-        return self.backbone.merged(role) if self.s.fold_adapters and self.backbone.dtype == torch.float32 else nullcontext()
+        return self.backbone.merged(role) if self.s.fold_adapters and self.backbone.dtype == torch.float32 and not self.sharded else nullcontext()
 
     # --- the student's states
+    def exits(self, n: int, g) -> list[int]:
+        "Exit steps of n samples of a rollout, largest first; with `one_exit` the same for all."
+        few = len(self.times)
+        return drawn(g, n, lambda n, g: torch.tensor(draw_exits(1, few, g) * n if self.s.one_exit else draw_exits(n, few, g))).tolist()
+
     def simulate(self, cond: Cond, g) -> tuple[Tensor, Tensor]:
         "Backward simulation: (x_t, t) at a random exit step of every sample; to be called inside still('student')."
-        exits = draw_exits(len(cond), len(self.times), g)
+        g = fork(g)                                     # for it draws as often as its longest exit says
+        exits = self.exits(len(cond), g)
         v = lambda x, t, rows: self.velocity('student', x, t, cond if rows.stop == len(cond) else cond.index(rows))
         return rollout_each(v, self.noise(cond, g), self.times, exits, lambda k: self.noise(cond, g))
 
     def diffuse(self, y: Tensor, g) -> tuple[Tensor, Tensor]:
         "Target simulation's start: y noised to random points of the schedule below tau_max."
-        t = torch.tensor(self.low_times)[torch.randint(len(self.low_times), (len(y),), generator=g)].to(y.device)
-        return add_noise(y, torch.randn(y.shape, generator=g).to(y.device), t), t
+        t = torch.tensor(self.low_times)[drawn(g, len(y), lambda n, g: torch.randint(len(self.low_times), (n,), generator=g))].to(y.device)
+        return add_noise(y, drawn(g, len(y), lambda n, g: torch.randn(n, *y.shape[1:], generator=g)).to(y.device), t), t
 
     def full_rollout(self, cond: Cond, g) -> Tensor:
         "The student's clean estimates at every step of one rollout, [few_steps, B, N, C]; inside still('student')."
@@ -375,16 +424,16 @@ class Engine:
         loss = pull(x0 * t_in[:, None, None]**-s.detail_power, velocity_gradient(v, v_fake, v_real, s.normaliser_eps))
         return loss, dict(t=t, x=x, fake_error=F.mse_loss(v_fake, v).item(), teacher_error=F.mse_loss(v_real, v).item())
 
-    def terms(self, b: Batch, g) -> Generator[tuple[str, Tensor, dict], None, None]:
-        "(name, weighted loss, seen) of Eq. 9's terms for this batch, each with its own graph; terms of weight 0 are not computed."
+    def terms(self, b: Batch, g, coarse: bool = False) -> Generator[tuple[str, Tensor, dict], None, None]:
+        "(name, weighted loss, seen) of Eq. 9's terms for this batch, each with its own graph; terms of weight 0 are not computed, only the anchor while `coarse`."
         s, t_critic = self.s, None
-        if s.weight_bs:
+        if s.weight_bs and not coarse:
             with self.still('student'): start = self.simulate(b.student, g)
             loss, seen = self.match(*start, b, g, s.critic_min)
             t_critic = seen['t']
             yield 'bs', s.weight_bs * loss, seen
         if b.y is None: return
-        if s.weight_ts:
+        if s.weight_ts and not coarse:
             loss, seen = self.match(*self.diffuse(b.y, g), b, g, s.tau_min)
             yield 'ts', s.weight_ts * loss, seen
         if s.weight_fm:
@@ -393,55 +442,73 @@ class Engine:
 
     def anchor_times(self, n: int, t_critic, g) -> Tensor:
         s = self.s
-        if s.anchor_after_critic: return doubly_shifted(t_critic, torch.rand(n, generator=g).to(t_critic.device), s.anchor_shift)
+        if s.anchor_after_critic: return doubly_shifted(t_critic, drawn(g, n, lambda n, g: torch.rand(n, generator=g)).to(t_critic.device), s.anchor_shift)
         return self.times_like(n, g, s.anchor_shift, s.anchor_min, s.anchor_max)
 
     # --- batches and gradients
-    def batch(self, id: str | None, step: int) -> Batch:
-        "The generator's batch of a step: rows of effect `id` with its teacher in the slot, or general rows with the base."
-        r = rng(self.s.seed, 'generator rows', step)
+    def lanes(self, route: int = 0) -> range:
+        "The numbers, within the generator's batch, of the samples on a route."
+        return range(route, self.s.batch, self.s.routes)
+
+    def few(self, id: str | None, step: int, n: int = 4) -> Batch:
+        "A few rows to look at without learning from them, the same on every process."
+        r = rng(self.s.seed, 'rows to look at', step)
         pool = choose_pool(self.pools, r, id)
-        rows = deal(pool.rows[id], self.s.batch, r)
+        return self._rows(pool, deal(pool.rows[id], min(n, self.s.batch), r), id)
+
+    def _rows(self, pool: Pool, rows: Sequence[int], id: str | None) -> Batch:
         student, uncond = self.to(pool.student.index(rows)), self.to(pool.uncond.index(rows))
         if id is None: return Batch(student, student, uncond, 'base', None)
         return Batch(student, self.to(pool.teacher.index(rows)), uncond, self.bank.use(id), pool.y[rows].to(self.backbone.device))
 
+    def batch(self, id: str | None, step: int, route: int = 0) -> Batch:
+        "The generator's batch of a step's route, as far as it is this process's: rows of effect `id` with its teacher in the slot, or general rows with the base."
+        r = rng(self.s.seed, 'generator rows', step * self.s.routes + route)
+        pool, lanes = choose_pool(self.pools, r, id), self.lanes(route)
+        dealt = deal(pool.rows[id], len(lanes), r)
+        return self._rows(pool, [dealt[i] for i in self.ranks.rows(lanes)], id)
+
     def fake_samples(self, id: str | None, update: int) -> tuple[Tensor, Cond]:
         "Fresh samples of the student for a fake update, and their conditions; nothing here has a gradient."
-        g = torch.Generator().manual_seed(seed_of(self.s.seed, 'fake samples', update))
-        with torch.no_grad(), self.still('student'): return (self.shared_samples if self.s.shared_rollout else self.own_samples)(id, update, g)
+        with torch.no_grad(), self.still('student'): return (self.shared_samples if self.s.shared_rollout else self.own_samples)(id, update)
 
-    def own_samples(self, id: str | None, update: int, g) -> tuple[Tensor, Cond]:
+    def starts(self, n: int, *purpose):
+        "The draws of a fake batch's first n samples, which are rolled out, and of the others, which start from targets."
+        lanes, seed = range(self.s.batch), seed_of(self.s.seed, *purpose)
+        roll, targets = self.ranks.draws(seed, lanes[:n]), self.ranks.draws(seed_of(seed, 'targets'), lanes[n:])
+        if self.sharded and n: roll.rows = roll.rows or [0]          # all processes compute in step, be it for nothing
+        return roll, targets
+
+    def own_samples(self, id: str | None, update: int) -> tuple[Tensor, Cond]:
         "Samples of a fake update from rollouts of its own."
-        cond, y = self.fake_rows(id, update)
-        n, starts = len(cond) - len(y), []
-        if n: starts.append(self.simulate(cond.index(slice(0, n)), g))
-        if len(y): starts.append(self.diffuse(y, g))
-        x_t, t = (torch.cat(parts) for parts in zip(*starts))
+        cond, y, n = self.fake_rows(id, update)
+        (roll, targets), m, found = self.starts(n, 'fake samples', update), len(cond) - len(y), []
+        if roll.rows: found.append([x[:m] for x in self.simulate(cond.index(slice(0, len(roll.rows))), roll)])
+        if len(y): found.append(self.diffuse(y, targets))
+        x_t, t = (torch.cat(parts) for parts in zip(*found))
         return to_x0(x_t, self.velocity('student', x_t, t, cond), t), cond
 
-    def shared_samples(self, id: str | None, update: int, g) -> tuple[Tensor, Cond]:
+    def shared_samples(self, id: str | None, update: int) -> tuple[Tensor, Cond]:
         "Samples from one full rollout per cycle, which is a function of the cycle's number and the student's weights."
         first = self.cycle_of(update)
         if self._shared[0] != first:
-            cond, y = self.fake_rows(id, first)
-            start = torch.Generator().manual_seed(seed_of(self.s.seed, 'shared rollout', first))
-            n = len(cond) - len(y)
-            self._shared = first, cond, y, self.full_rollout(cond.index(slice(0, n)), start) if n else None
-        _, cond, y, rollout = self._shared
-        n, found = len(cond) - len(y), []
-        if n: found.append(rollout[draw_exits(n, len(self.times), g), torch.arange(n)])
+            cond, y, n = self.fake_rows(id, first)
+            m, start = len(cond) - len(y), self.starts(n, 'shared rollout', first)[0]
+            self._shared = first, cond, y, n, self.full_rollout(cond.index(slice(0, m)), start) if m else None
+        _, cond, y, n, rollout = self._shared
+        (roll, targets), m, found = self.starts(n, 'fake samples', update), len(cond) - len(y), []
+        if m: found.append(rollout[self.exits(m, roll), torch.arange(m)])
         if len(y):
-            x_t, t = self.diffuse(y, g)
-            found.append(to_x0(x_t, self.velocity('student', x_t, t, cond.index(slice(n, None))), t))
+            x_t, t = self.diffuse(y, targets)
+            found.append(to_x0(x_t, self.velocity('student', x_t, t, cond.index(slice(m, None))), t))
         return torch.cat(found), cond
 
     def cycle_of(self, update: int) -> int:
         "The first fake update of the cycle that `update` belongs to; the student's weights do not change within it."
         return update - (update - self.s.fake_warmup) % self.s.fake_per_generator
 
-    def fake_rows(self, id: str | None, update: int) -> tuple[Cond, Tensor]:
-        "Conditions of a fake update, and the targets of the last rows, which are to be target-simulated (maybe none)."
+    def fake_rows(self, id: str | None, update: int) -> tuple[Cond, Tensor, int]:
+        "This process's conditions of a fake update, the targets of its last rows, which are to be target-simulated (maybe none), and how many of the whole batch are not."
         s, r = self.s, rng(self.s.seed, 'fake rows', update)
         if s.fake_batch == 'mixed':
             pool = choose_pool(self.pools, r)
@@ -449,8 +516,10 @@ class Engine:
         else:
             pool = choose_pool(self.pools, r, id)
             rows, k = deal(pool.rows[id], s.batch, r), int(s.fake_targets * s.batch + r.random()) if id and self.low_times else 0
-        y = pool.y[rows[len(rows) - k:]] if k else torch.zeros(0)
-        return self.to(pool.student.index(rows)), y.to(self.backbone.device)
+        n, mine = s.batch - k, self.ranks.rows(range(s.batch))
+        targets = [rows[i] for i in mine if i >= n]
+        y = pool.y[targets] if targets else torch.zeros(0)
+        return self.to(pool.student.index([rows[i] for i in mine])), y.to(self.backbone.device), n
 
     def flat_gradient(self, loss: Tensor, role: str) -> Tensor:
         "d loss / d weights of `role` in the layout of its flat tensor."
@@ -461,7 +530,28 @@ class Engine:
             if grad is not None: out[at:at + p.numel()] = grad.reshape(-1)
         return out
 
-# %% ../nbs/12_distill.ipynb #28002788
+    def summed(self, loss: Tensor, role: str, n: int) -> tuple[Tensor, float]:
+        "Gradient and value over the whole batch of a loss that is the mean over this process's n samples of it."
+        loss = loss * (n / self.s.batch)
+        return self.ranks.sum_(self.flat_gradient(loss, role)), self.ranks.total(loss.item())
+
+    def gradients(self, ids: Sequence[str | None], step: int) -> dict[str, tuple[Tensor, float, dict]]:
+        "Term -> (gradient, loss, monitors) of the student at a step, over all its routes `ids` and all processes."
+        coarse, found, grads = step < self.s.anchor_first, [], {}
+        weights = {k: getattr(self.s, f'weight_{k}') for k in (('fm',) if coarse else ('bs', 'ts', 'fm'))}
+        for route, id in enumerate(ids):
+            g = self.ranks.draws(seed_of(self.s.seed, 'generator', step * len(ids) + route), self.lanes(route))
+            if not g.rows: continue
+            b = self.batch(id, step, route)
+            for name, loss, seen in self.terms(b, g, coarse):
+                grad = self.flat_gradient(loss * (len(g.rows) / self.s.batch), 'student')
+                grads[name] = grads[name].add_(grad) if name in grads else grad
+                found.append(Part.of(name, route, b, loss, seen, away=self.ranks.world > 1))
+        parts = [p for found in self.ranks.gather(found) for p in found]
+        mine = lambda k: grads.pop(k) if k in grads else torch.zeros_like(self.backbone.flat('student'))
+        return {k: (self.ranks.sum_(mine(k)), *monitors([p for p in parts if p.term == k])) for k, w in weights.items() if w and (k == 'bs' or any(ids))}
+
+# %% ../nbs/12_distill.ipynb #3e56c1c9
 @dataclass
 class State:
     "All that changes: updates done, weights (views of the backbone's flat tensors), running mean, optimisers, history."
@@ -474,33 +564,44 @@ class State:
     opt_fake: torch.optim.Optimizer
     history: list[dict]
     recent: list[float]      # losses of the fake updates since the last generator update
+    seen: dict               # the guard's memory: recent values of every loss and norm
+    slower: int              # how often the rates were halved
 
     @classmethod
-    def fresh(cls, backbone: Backbone, s: Settings) -> 'State':
+    def fresh(cls, backbone: Backbone, s: Settings, ranks: Ranks = Ranks()) -> 'State':
         student, fake = (nn.Parameter(backbone.flat(role)) for role in ('student', 'fake'))
-        adam = lambda p, lr: torch.optim.AdamW([p], lr=lr, betas=s.betas, weight_decay=s.weight_decay, fused=True)
-        return cls(0, 0, student, fake, student.detach().clone(), adam(student, s.lr_student), adam(fake, s.lr_fake), [], [])
+        adam = lambda p, lr: optimiser(p, ranks, lr=lr, betas=s.betas, weight_decay=s.weight_decay)
+        return cls(0, 0, student, fake, student.detach().clone(), adam(student, s.lr_student), adam(fake, s.lr_fake), [], [], {}, 0)
 
     def pack(self, fingerprint: dict) -> dict:
         cpu = lambda x: x.detach().cpu().clone()
         return dict(fingerprint=fingerprint, step=self.step, fakes=self.fakes, student=cpu(self.student), fake=cpu(self.fake), mean=cpu(self.mean),
-                    opt_student=self.opt_student.state_dict(), opt_fake=self.opt_fake.state_dict(), history=self.history, recent=self.recent)
+                    opt_student=self.opt_student.state_dict(), opt_fake=self.opt_fake.state_dict(), history=self.history, recent=self.recent,
+                    seen=self.seen, slower=self.slower)
 
     @torch.no_grad()
     def unpack(self, saved: dict) -> None:
         for name in ('student', 'fake', 'mean'): getattr(self, name).copy_(saved[name])
         for name in ('opt_student', 'opt_fake'): getattr(self, name).load_state_dict(saved[name])
-        self.step, self.fakes, self.history, self.recent = (saved[k] for k in ('step', 'fakes', 'history', 'recent'))
+        for name in ('step', 'fakes', 'history', 'recent', 'seen', 'slower'): setattr(self, name, saved[name])
 
 
-def save_checkpoint(folder: Path, state: State, fingerprint: dict, keep: int = 3) -> Path:
-    "Writes the state at once as `folder`/<step>-<fake updates>.pt and removes all but the last `keep`."
-    path = folder/f'{state.step:07d}-{state.fakes:08d}.pt'
-    try:
-        with replacing(path) as part: torch.save(state.pack(fingerprint), part)
+@contextmanager
+def writing(path):
+    "Turns a write that fails into a UserError that says what is whole and what to do."
+    try: yield
     except (OSError, RuntimeError) as e:
-        raise UserError(f'{path}: cannot be written ({e}); the checkpoint before it is whole: make room and run the same command to go on') from e
-    for old in sorted(folder.glob('*.pt'))[:-keep]: old.unlink()
+        raise UserError(f'{path}: cannot be written ({e}); the last checkpoint is whole: make room and run the same command to go on') from e
+
+
+def save_checkpoint(folder: Path, state: State, fingerprint: dict, keep: int = 3, every: int = 1) -> Path:
+    "Writes the state at once as `folder`/<step>-<fake updates>.pt; the last `keep` stay, and those of the last two multiples of `every`."
+    path = folder/f'{state.step:07d}-{state.fakes:08d}.pt'
+    with writing(path), replacing(path) as part: torch.save(state.pack(fingerprint), part)
+    files = sorted(folder.glob('*.pt'))
+    regular = sorted({k for p in files if (k := int(p.stem[:7])) % every == 0})[-2:]
+    for old in files[:-keep]:
+        if int(old.stem[:7]) not in regular: old.unlink()
     return path
 
 
@@ -531,11 +632,11 @@ def latest_checkpoint(folder: Path, fingerprint: dict) -> dict | None:
         return saved
     return None
 
-# %% ../nbs/12_distill.ipynb #76921cfd
+# %% ../nbs/12_distill.ipynb #12193db4
 class Interruption:
     """`with unit():` holds one update. The first Ctrl-C inside only sets `asked`, a second one breaks the update off and leaves
     `whole` False. Outside the main thread signals are left alone."""
-    def __init__(self): self.asked, self.whole = False, True
+    def __init__(self, ranks: Ranks = Ranks()): self.asked, self.whole, self.ranks = False, True, ranks
 
     def _note(self, *_):
         self.asked = True
@@ -552,33 +653,35 @@ class Interruption:
             self.whole = True
         finally:
             if main: signal.signal(signal.SIGINT, before)
+        self.asked = self.ranks.any(self.asked)         # where one process is asked, all stop here
         if self.asked: raise KeyboardInterrupt
 
 
+class Diverged(UserError):
+    "The numbers of a run have stopped making sense."
+
+
 class Guard:
-    "Stops a run whose numbers stop making sense: NaN, infinity, or `limit` times the running median of the same quantity."
+    "Notices numbers that stop making sense: NaN, infinity, or `limit` times the running median of the same quantity; `seen` is its memory."
     NAMES = {'bs': 'backward simulation (bs)', 'ts': 'target simulation (ts)', 'fm': 'trajectory anchoring (fm)', 'fake': 'the fake score'}
 
-    def __init__(self, limit: float, history: Sequence[dict] = (), window: int = 50):
-        self.limit, self.window, self.seen = limit, window, {}
-        for info in history[-window:]:
-            for k, v in info.items():
-                if k.split('_')[0] in ('loss', 'norm') and '_' in k: self.seen.setdefault(k, []).append(abs(v))
+    def __init__(self, limit: float, seen: dict | None = None, window: int = 50):
+        self.limit, self.window, self.seen = limit, window, {} if seen is None else seen
 
-    def check(self, step: int, quantity: str, term: str, value: float) -> float:
-        "`value` of quantity 'loss' or 'norm' of a term; raises UserError naming step and term if it makes no sense."
-        past = self.seen.setdefault(f'{quantity}_{term}', [])
+    def check(self, step: int, quantity: str, term: str, value: float, stream: str = '') -> float:
+        "`value` of quantity 'loss' or 'norm' of a term, compared with its own `stream`; raises Diverged naming step and term if it makes no sense."
+        past = self.seen.setdefault(f'{quantity}_{term}{stream}', [])
         what = f"step {step + 1}: the {'loss' if quantity == 'loss' else 'gradient norm'} of {self.NAMES[term]}"
-        if not math.isfinite(value): raise UserError(f'{what} is {value}; lower lr_student, lr_fake or clip. Run again to start from the last checkpoint')
+        if not math.isfinite(value): raise Diverged(f'{what} is {value}; lower lr_student, lr_fake or clip. Run again to start from the last checkpoint')
         usual = statistics.median(past) if len(past) >= 20 else 0
         if self.limit and usual and abs(value) > self.limit * usual:
-            raise UserError(f'{what} is {value:.3g}, {abs(value) / usual:.0f} times its usual {usual:.3g}: the run diverges. Lower lr_student, '
+            raise Diverged(f'{what} is {value:.3g}, {abs(value) / usual:.0f} times its usual {usual:.3g}: the run diverges. Lower lr_student, '
                             'raise fake_per_generator or fake_warmup, or set explosion to 0 to go on regardless')
         past.append(abs(value))
         del past[:-self.window]
         return value
 
-# %% ../nbs/12_distill.ipynb #00bf9ab7
+# %% ../nbs/12_distill.ipynb #390ba425
 def rate_at(s: Settings, step: int, updates: int) -> float:
     "Factor on a learning rate: linear growth over the network's own first `lr_warmup` updates; a cosine down to 0.1 over generator steps."
     fall = 0.55 + 0.45 * math.cos(math.pi * step / s.steps) if s.lr_cosine else 1.0
@@ -594,7 +697,8 @@ def apply_gradient(weights: nn.Parameter, grad: Tensor, opt, lr: float, s: Setti
     opt.step()
     weights.grad = None
     if s.low_precision:
-        for x in (weights, opt.state[weights]['exp_avg'], opt.state[weights]['exp_avg_sq']): x.copy_(x.bfloat16())
+        moments = opt.state[opt.param_groups[0]['params'][0]]
+        for x in (weights, moments['exp_avg'], moments['exp_avg_sq']): x.copy_(x.bfloat16())
     return norm
 
 
@@ -602,38 +706,36 @@ def fake_update(engine: Engine, state: State, id: str | None, guard: Guard) -> N
     "One update of the fake score on the student's current samples."
     s, k = engine.s, state.fakes
     x0, cond = engine.fake_samples(id, k)
-    g = torch.Generator().manual_seed(seed_of(s.seed, 'fake noise', k))
+    g = engine.ranks.draws(seed_of(s.seed, 'fake noise', k), range(s.batch))
     eps, t = engine.noise(cond, g), engine.times_like(len(cond), g, s.fake_shift, s.fake_min, s.fake_max)
     loss = fake_loss(engine.velocity('fake', add_noise(x0, eps, t), t, cond), x0, eps)
-    grad = engine.flat_gradient(loss, 'fake')
-    guard.check(state.step, 'loss', 'fake', loss.item())
+    grad, loss = engine.summed(loss, 'fake', len(cond))
+    guard.check(state.step, 'loss', 'fake', loss)
     guard.check(state.step, 'norm', 'fake', grad.norm().item())
-    apply_gradient(state.fake, grad, state.opt_fake, s.lr_fake * rate_at(s, state.step, k), s)
-    state.recent.append(loss.item())
+    apply_gradient(state.fake, grad, state.opt_fake, s.lr_fake * rate_at(s, state.step, k) / 2**state.slower, s)
+    state.recent.append(loss)
     state.fakes += 1
 
 
-def generator_update(engine: Engine, state: State, id: str | None, guard: Guard) -> dict:
-    "One update of the student; returns the step's monitors."
-    s, step = engine.s, state.step
-    g = torch.Generator().manual_seed(seed_of(s.seed, 'generator', step))
-    batch, grads, info = engine.batch(id, step), {}, {}
-    for name, loss, seen in engine.terms(batch, g):
-        info[f'loss_{name}'] = guard.check(step, 'loss', name, loss.item())
-        grads[name] = engine.flat_gradient(loss, 'student')
-        info[f'norm_{name}'] = guard.check(step, 'norm', name, grads[name].norm().item())
-        info |= {f'{k}_{name}': seen[k] for k in ('fake_error', 'teacher_error') if k in seen}
-        if 'x' in seen and batch.y is not None: info |= {f'{k}_{name}': v for k, v in compare(seen['x'], batch.y, batch.student.grids[0]).items()}
-    info |= {'loss_fake': statistics.fmean(state.recent[-s.fake_per_generator:]), 'warmup': state.recent[:-s.fake_per_generator]}
+def generator_update(engine: Engine, state: State, ids: Sequence[str | None], guard: Guard) -> dict:
+    "One update of the student, on the streams `ids` of the step's routes; returns the step's monitors."
+    s, step, grads, info, stream = engine.s, state.step, {}, {}, '' if any(ids) else ' of the general stream'
+    for name, (grad, loss, seen) in engine.gradients(ids, step).items():
+        info[f'loss_{name}'] = guard.check(step, 'loss', name, loss, stream)
+        grads[name] = grad
+        info[f'norm_{name}'] = guard.check(step, 'norm', name, grad.norm().item(), stream)
+        info |= {f'{k}_{name}': v for k, v in seen.items()}
+    n = s.fake_per_generator
+    info |= {'warmup': state.recent[:-n]} | ({'loss_fake': statistics.fmean(state.recent[-n:])} if state.recent else {})
     info |= {f'cosine_{a}_{b}': F.cosine_similarity(grads[a], grads[b], 0).item() for a, b in (('bs', 'ts'), ('bs', 'fm'), ('ts', 'fm')) if a in grads and b in grads}
-    lr = s.lr_student * rate_at(s, step, step)
+    lr = s.lr_student * rate_at(s, step, step) / 2**state.slower
     info |= dict(norm=apply_gradient(state.student, sum(grads.values()), state.opt_student, lr, s), lr=lr)
     decay = min(s.ema, (1 + step) / (10 + step))
     with torch.no_grad(): state.mean.lerp_(state.student.detach(), 1 - decay)
     state.step, state.recent = step + 1, []
     return info
 
-# %% ../nbs/12_distill.ipynb #07a0bf87
+# %% ../nbs/12_distill.ipynb #fb4e1a7f
 def start_from(backbone: Backbone, role: str, lora: Lora) -> None:
     "Loads `lora` into a fresh role of equal or larger rank; unfilled rows and modules keep random A and zero B, so they can learn."
     backbone.check(role, lora)
@@ -655,7 +757,7 @@ def weights_of(backbone: Backbone, role: str, flat: Tensor):
     finally:
         with torch.no_grad(): backbone.flat(role).copy_(kept)
 
-# %% ../nbs/12_distill.ipynb #0902238c
+# %% ../nbs/12_distill.ipynb #acf9e050
 @dataclass(frozen=True)
 class Look:
     "What is validated: (effect id, source image file, student's Cond row, target [N, C]) of a few pairs of each effect."
@@ -696,18 +798,19 @@ def contact_sheet(rows: Sequence[Sequence], height: int = 64):
     return sheet
 
 
-def validate(base: Base, look: Look, times: Sequence[float], seed: int, path: Path) -> dict:
-    "Draws the looks, writes the sheet to `path`, returns detail, contrast and colour against the targets, mean and per effect."
+def validate(base: Base, look: Look, times: Sequence[float], seed: int, path: Path | None) -> dict:
+    "Draws the looks, writes the sheet to `path` (None: nowhere), returns detail, contrast and colour against the targets, mean and per effect."
     x = draw_looks(base.backbone, look, times, seed)
     decode = lambda tokens, c: base.decode(tokens[None], c.grids[0])[0].convert('RGB')
-    rows = [[load_image(p), decode(y, c), decode(s, c)] for p, y, s, c in zip(look.sources, look.targets, x, look.conds)]
-    with replacing(path) as part: contact_sheet([sum(rows[i:i + 4], []) for i in range(0, len(rows), 4)]).save(part, 'PNG')
+    if path:
+        rows = [[load_image(p), decode(y, c), decode(s, c)] for p, y, s, c in zip(look.sources, look.targets, x, look.conds)]
+        with writing(path), replacing(path) as part: contact_sheet([sum(rows[i:i + 4], []) for i in range(0, len(rows), 4)]).save(part, 'PNG')
     each = {id: [compare(x[i][None], look.targets[i][None], look.conds[i].grids[0]) for i in range(len(x)) if look.ids[i] == id] for id in dict.fromkeys(look.ids)}
     mean = lambda found, k: statistics.fmean(f[k] for f in found)
     return {'val': {id: {k: mean(f, k) for k in f[0]} for id, f in each.items()},
             **{f'val_{k}': mean([d for f in each.values() for d in f], k) for k in ('colour', 'contrast', 'detail')}}
 
-# %% ../nbs/12_distill.ipynb #050b3fa3
+# %% ../nbs/12_distill.ipynb #1fc344bf
 def passes(s: Settings) -> dict[str, float]:
     "Expected samples through the transformer per cycle (one generator update and its fake updates): forward, gradient."
     rolled, scored, e = (s.few_steps - 1) / 2, 1 + (1 if s.guidance == 1 else 2), s.p_switch
@@ -738,21 +841,54 @@ def plan(s: Settings, seconds: Mapping[str, float], effects: int, general: int) 
     "What a run will do and take: samples per effect, transformer passes, estimated seconds (without validation)."
     cycle = passes(s)
     per_step = sum(cycle[k] * seconds[k] for k in cycle)
-    warm = s.fake_warmup * s.batch * ((s.few_steps + 1) / 2 * seconds['forward'] + seconds['gradient'])
-    return {'generator steps': s.steps, 'fake-score updates': s.fake_warmup + s.steps * s.fake_per_generator, 'effects': effects,
+    warm = s.fake_warmup * s.batch * ((s.few_steps + 1) / 2 * seconds['forward'] + seconds['gradient']) + s.anchor_first * s.batch * seconds['gradient']
+    return {'generator steps': s.steps, 'fake-score updates': s.fake_warmup + (s.steps - s.anchor_first) * s.fake_per_generator, 'effects': effects,
             'general images': general, 'generator samples per effect': round(s.steps * s.p_switch * s.batch / max(1, effects)),
-            'passes per step': {k: round(v, 1) for k, v in cycle.items()}, 'seconds per step': per_step, 'seconds': per_step * s.steps + warm}
+            'passes per step': {k: round(v, 1) for k, v in cycle.items()}, 'seconds per step': per_step, 'seconds': per_step * (s.steps - s.anchor_first) + warm}
+
+
+def kept_bytes(backbone: Backbone, cond: Cond, role: str) -> int:
+    "Bytes that a gradient pass of this batch keeps for its backward, the model's own weights left out."
+    (h, w), weights, found = cond.grids[0], backbone.storages(), {}
+    x, t = torch.zeros(len(cond), h * w, cond.source.shape[-1], device=backbone.device), torch.full((len(cond),), .5, device=backbone.device)
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights: found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor): v = backbone.velocity(role, x, t, cond)
+    total = sum(found.values())
+    del v                                                # it has kept the graph, and so all addresses, until here
+    return total
+
+
+def memory(base: Base, s: Settings, cond: Cond, samples: int, role: str) -> dict[str, int]:
+    "Bytes by what they are for: `role` is an adapter of rank s.rank_student, `cond` one batch, `samples` the rows that are held in memory."
+    frozen = sum(p.nbytes for p in base.backbone.transformer.parameters() if not p.requires_grad)
+    weights = base.backbone.flat(role).nbytes
+    fake = weights * s.rank_fake // s.rank_student
+    terms = sum(map(bool, (s.weight_bs, s.weight_ts, s.weight_fm))) if s.p_switch else 1
+    return {'frozen base': frozen, 'student: weights, mean, two moments, gradients': weights * (4 + terms), 'fake score: weights, two moments, gradient': 4 * fake,
+            'activations of a gradient pass': kept_bytes(base.backbone, cond, role), 'conditions and targets': 4 * samples * (cond.source.nbytes + cond.emb.nbytes) // len(cond),
+            'encoders, while they encode': base.encoder_bytes}
+
+
+def disk(s: Settings, adapter: int, keep: int = 3) -> dict[str, int]:
+    "Bytes of what a run leaves on disk, for an adapter of rank s.rank_student that holds `adapter` bytes."
+    state = adapter * 4 + 3 * adapter * s.rank_fake // s.rank_student
+    return {'collection': adapter, 'checkpoints, at most': (keep + 3) * state}
 
 
 def measured_plan(base: Base, effects, general, cache: ConditionCache, s: Settings) -> dict:
-    "`plan` with pass times measured here, on a batch of one of the run's own samples."
-    first = samples_of(effects[:1], general[:1])[0]
-    cond = cache.cond([(first.source, first.student)]).repeat(s.batch).to(base.backbone.device)
-    base.backbone.add_role('measured', s.rank_student)
-    try: return plan(s, pass_seconds(base.backbone, cond, 'measured'), len(effects), len(general))
-    finally: base.backbone.remove('measured')
+    "`plan` with pass times, memory and disk measured here, on a batch of one of the run's own samples (the teacher slot is not counted)."
+    samples = samples_of(effects, general)
+    first, b = samples[0], base.backbone
+    cond = cache.cond([(first.source, first.student)]).repeat(s.batch).to(b.device)
+    b.add_role('measured', s.rank_student)
+    try: return plan(s, pass_seconds(b, cond, 'measured'), len(effects), len(general)) | {'memory': memory(base, s, cond, len(samples), 'measured'), 'disk': disk(s, b.flat('measured').nbytes)}
+    finally: b.remove('measured')
 
-# %% ../nbs/12_distill.ipynb #937a942e
+# %% ../nbs/12_distill.ipynb #13893605
 def _check_inputs(effects, general, bank, s: Settings) -> None:
     if s.p_switch > 0 and not effects: raise UserError('distill: p_switch is above 0 but there are no effects; give some or set p_switch to 0')
     if s.p_switch < 1 and not general: raise UserError('distill: p_switch is below 1 but there is no general data; give some or set p_switch to 1')
@@ -768,18 +904,20 @@ def fingerprint_of(base: Base, bank, effects, general, s: Settings) -> dict:
     if s.init != 'zero': settings['init'] = sha256_file(s.init)
     data = {'general stream': sha256_json([[sha256_file(p), c] for p, c in general]), 'base': base.hash}
     latents = lambda e: [sha256_file(p) for p in sorted((e.folder/'latents').glob('*'))]
-    return dict(settings=settings, data=data, effects={e.id: sha256_json([e.hash, latents(e)]) for e in effects},
+    return dict(settings=settings, data=data, numerics=base.backbone.numerics, effects={e.id: sha256_json([e.hash, latents(e)]) for e in effects},
                 teachers={e.id: bank.shas[e.id] for e in effects})
 
 
 def collection_header(base: Base, bank, effects, s: Settings, times: Sequence[float], state: State, fingerprint: dict) -> dict:
     "The header of the result: catalogue (a parent collection's effects stay in it), sampler, base, training record, parents."
-    entries = {} if s.init == 'zero' else {e['id']: e for e in catalogue(s.init)}
+    inherited = [] if s.init == 'zero' else read_header(s.init).get('collectionlora.effects', [])
+    entries = {e['id']: e for e in inherited}
     for e in effects:
         entries[e.id] = {'id': e.id, 'category': e.category, 'trigger': e.trigger, 'prompt': student_prompt(e.trigger, e.description, e.category),
                          'description': e.description, 'teacher_prompt': e.prompt, 'teacher': bank.shas[e.id]}
-    parents = sorted({bank.shas[e.id] for e in effects} | ({fingerprint['settings']['init']} - {'zero'}))
-    return {'collectionlora.effects': list(entries.values()), 'collectionlora.parents': [{'sha256': h} for h in parents],
+    parents = [{'sha256': bank.shas[e.id], 'kind': 'teacher', 'effect': e.id} for e in effects]
+    if s.init != 'zero': parents.insert(0, {'sha256': fingerprint['settings']['init'], 'kind': 'start', 'effects': [e['id'] for e in inherited]})
+    return {'collectionlora.effects': list(entries.values()), 'collectionlora.parents': parents,
             'collectionlora.sampling': {'steps': len(times), 'shift': s.few_shift, 'times': list(times), 'cfg': 1.0, 'stochastic': True},
             'collectionlora.base': {'hash': base.hash, 'id': base.folder.name},
             'collectionlora.train': {'settings': fingerprint['settings'], 'step': state.step, 'fake_updates': state.fakes, 'data': fingerprint['data']}}
@@ -788,84 +926,212 @@ def collection_header(base: Base, bank, effects, s: Settings, times: Sequence[fl
 def prepare(base: Base, effects, general, cache: ConditionCache, s: Settings) -> list[Pool]:
     "Adds fresh roles 'student' and 'fake' (started from `init`) and returns the pools."
     pools = load_pools(cache, samples_of(effects, general))
+    add_roles(base, s)
+    return pools
+
+
+def add_roles(base: Base, s: Settings) -> None:
+    "Fresh roles 'student' (started from `init`) and 'fake'; those that are there make room."
+    for role in {'student', 'fake'} & set(base.backbone.roles): base.backbone.remove(role)
     base.backbone.add_role('student', s.rank_student, seed=seed_of(s.seed, 'student'))
     base.backbone.add_role('fake', s.rank_fake, seed=seed_of(s.seed, 'fake'))
     if s.init != 'zero': start_from(base.backbone, 'student', read_lora(s.init, base.backbone.modules(), allow_missing=True, base=base.hash))
-    return pools
 
 
 def distill(base: Base, bank: TeacherBank | None, effects: Sequence[EffectSet], general: Sequence[tuple], cache: ConditionCache, settings: Settings,
             out_folder, file=None, save_every: int = 50, keep: int = 3, val_every: int = 0, val_per_effect: int = 2,
-            validation: Sequence[EffectSet] = ()) -> Generator[dict, None, Path]:
+            validation: Sequence[EffectSet] = (), ranks: Ranks | None = None, look_every: int = 10, drop_encoders: bool = False) -> Generator[dict, None, Path]:
     """Trains the student; yields the monitors of each generator step (recorded ones first) and returns the path of the LoRA file.
 
     effects need trigger and description; general is a list of (image, prompt); bank may be None where p_switch is 0. out_folder keeps
-    checkpoints (exact resume) and validation sheets; file (default out_folder/collection.safetensors) appears when all is done. validation:
-    effect sets to look at every val_every steps (default: the training effects). Raises UserError before training for anything that does not fit."""
+    checkpoints (exact resume), validation sheets and best.safetensors, the weights of the best look; file (default out_folder/collection.safetensors) appears
+    when all is done. validation: effect sets to look at every val_every steps (default: the training effects). look_every: steps between looks at the run's health (0: never),
+    whose findings are said once and stand in the infos. drop_encoders: unload them once all conditions are cached. A run that diverges goes back and takes smaller steps; an info
+    whose step was yielded before then replaces everything from there on. ranks: the processes that share the work (default: those that
+    torchrun or its like has started), each of which calls this function. Raises UserError before training for anything that does not fit."""
+    ranks = ranks or join(base.backbone.device.type)
     out, s = Path(out_folder), resolved(settings, float(base.info['shift']))
     file, backbone = Path(file or out/'collection.safetensors'), base.backbone
     _check_inputs(effects, general, bank, s)
     times = schedule_of(s)
     if s.p_switch > 0 and s.weight_ts > 0: generator_times(times, s.tau_max)
-    with folder_lock(out):
+    check_scale(ranks, backbone, s)
+    with ranks.holding(out):
         fingerprint = fingerprint_of(base, bank, effects, general, s)
         saved = latest_checkpoint(out/'checkpoints', fingerprint)
+        ranks.same(saved and (saved['step'], saved['fakes']), f'{out}/checkpoints')
         try:
-            pools = prepare(base, effects, general, cache, s)
-            look = look_at(cache, validation or effects, val_per_effect) if val_every and (validation or effects) else None
-            state = State.fresh(backbone, s)
+            pools = ranks.in_turn(lambda: prepare(base, effects, general, cache, s))
+            look = ranks.in_turn(lambda: look_at(cache, validation or effects, val_per_effect)) if val_every and (validation or effects) else None
+            state = State.fresh(backbone, s, ranks)
             if saved: state.unpack(saved)
+            if drop_encoders: base.drop_encoders()
             yield from list(state.history)
-            engine = Engine(backbone, bank, pools, s, times)
-            save = lambda: save_checkpoint(out/'checkpoints', state, fingerprint, keep)
-            yield from _train(base, engine, state, [e.id for e in effects], save, save_every, look, val_every, out)
-            with weights_of(backbone, 'student', state.mean):
-                write_lora(file, backbone.lora('student'), collection_header(base, bank, effects, s, times, state, fingerprint))
+            engine = Engine(backbone, bank, pools, s, times, ranks)
+            write = lambda: save_checkpoint(out/'checkpoints', state, fingerprint, keep, save_every)
+            save = lambda agreed=True: save_together(ranks, (state.opt_student, state.opt_fake), write, agreed)
+            header = lambda: collection_header(base, bank, effects, s, times, state, fingerprint)
+            def publish(path):
+                with writing(path): ranks.first(lambda: write_lora(path, backbone.lora('student'), header()) and None)
+            yield from _train(Training(base, engine, state, [e.id for e in effects], out, fingerprint, save, publish, save_every, look, val_every, look_every))
+            with weights_of(backbone, 'student', state.mean): publish(file)
             return file
         finally:
             for role in ('student', 'fake'):
                 if role in backbone.roles: backbone.remove(role)
 
 
-def _train(base, engine, state, ids, save, save_every, look, val_every, out) -> Generator[dict, None, None]:
+@dataclass
+class Training:
+    "A run under way: what it works on, and what to do with it between updates."
+    base: Base
+    engine: Engine
+    state: State
+    ids: Sequence[str]
+    out: Path
+    fingerprint: dict
+    save: Callable
+    publish: Callable
+    save_every: int
+    look: Look | None
+    val_every: int
+    look_every: int
+
+    def table(self) -> list[str | None]:
+        "The effect, or None, of every route of every generator step."
+        s = self.engine.s
+        return timetable(self.ids, s.steps * s.routes, s.seed, s.p_switch, s.route_every, s.balanced)
+
+
+def fakes_by(s: Settings, step: int) -> int:
+    "How many fake updates precede the end of the generator step numbered `step` from 0."
+    return s.fake_warmup + (step + 1 - s.anchor_first) * s.fake_per_generator if step >= s.anchor_first else 0
+
+
+def _train(t: Training) -> Generator[dict, None, None]:
     "The loop: updates, between which it may stop, be saved and be resumed."
-    s, stop, guard = engine.s, Interruption(), Guard(engine.s.explosion, state.history)
-    table = timetable(ids, s.steps, s.seed, s.p_switch, s.route_every, s.balanced)
+    s, state, stop, table = t.engine.s, t.state, Interruption(t.engine.ranks), t.table()
     try:
         while state.step < s.steps:
-            start, id, before = time.perf_counter(), table[state.step], dict(engine.passes)
-            while state.fakes < s.fake_warmup + (state.step + 1) * s.fake_per_generator:
-                with stop.unit(): fake_update(engine, state, id, guard)
-            with stop.unit():
-                info = dict(step=state.step + 1, effect=id) | generator_update(engine, state, id, guard)
-                info |= dict({k: engine.passes[k] - before[k] for k in before}, seconds=time.perf_counter() - start)
-                if look and (state.step % val_every == 0 or state.step == s.steps):
-                    with weights_of(base.backbone, 'student', state.mean):
-                        info |= validate(base, look, engine.times, s.seed, out/'validation'/f'{state.step:07d}.png')
-                state.history.append(info)
-            if state.step % save_every == 0 or state.step == s.steps: save()
+            try: info = _step(t, stop, table)
+            except Diverged as why:
+                go_back(t, why)
+                stop.whole = True
+                continue
+            if state.step % t.save_every == 0 or state.step == s.steps: t.save()
             yield info
     except (KeyboardInterrupt, GeneratorExit):
-        if stop.whole: save()
-        print(f'{out}: stopped at step {state.step} of {s.steps}; the same call goes on from there', file=sys.stderr)
+        if stop.whole: t.save(stop.asked)
+        print(f'{t.out}: stopped at step {state.step} of {s.steps}; the same call goes on from there', file=sys.stderr)
         raise
 
-# %% ../nbs/12_distill.ipynb #229dc2bc
+
+def _step(t: Training, stop: Interruption, table: Sequence[str | None]) -> dict:
+    "One generator step with the fake updates before it; returns its monitors."
+    engine, s, state, guard = t.engine, t.engine.s, t.state, Guard(t.engine.s.explosion, t.state.seen)
+    start, now, before = time.perf_counter(), table[state.step * s.routes:(state.step + 1) * s.routes], dict(engine.passes)
+    if state.step < s.anchor_first: now = [id or t.ids[state.step % len(t.ids)] for id in now]      # the general stream has no anchor
+    coming = [id for id in [*now, *table[(state.step + 1) * s.routes:][:200]] if id]
+    if engine.bank: engine.bank.expect(coming)
+    while state.fakes < fakes_by(s, state.step):
+        if engine.bank and coming: engine.bank.move(coming[0])
+        with stop.unit(), telling_what_helps(s): fake_update(engine, state, now[0], guard)
+    with stop.unit(), telling_what_helps(s):
+        watch = _watch(t, now[0])
+        info = dict(step=state.step + 1, effect=now if s.routes > 1 else now[0]) | generator_update(engine, state, now, guard)
+        if watch: info |= watch.after()
+        info |= dict({k: engine.ranks.total(engine.passes[k] - before[k]) for k in before}, seconds=time.perf_counter() - start)
+        if t.look and (state.step % t.val_every == 0 or state.step == s.steps): info |= _validate(t, info)
+        state.history.append(info | _findings(state.history, info))
+    return state.history[-1]
+
+
+def _watch(t: Training, id: str | None) -> Watch | None:
+    engine, step = t.engine, t.state.step + 1
+    if step <= engine.s.anchor_first or not due(t.state.history, step, t.look_every, id, bool(t.ids)): return None
+    counted = dict(engine.passes)
+    watch = Watch(engine, engine.few(id, step), torch.Generator().manual_seed(seed_of(engine.s.seed, 'look', step)), id)
+    engine.passes.update(counted)                    # looking is not training
+    return watch
+
+
+def _findings(history: Sequence[dict], info: dict) -> dict:
+    "After a look: the names of what is wrong; what was not wrong at the look before is said aloud."
+    if 'probe_lead' not in info: return {}
+    found, before = diagnose([*history, info]), next((h['findings'] for h in reversed(history) if 'findings' in h), [])
+    for f in found:
+        if f.name not in before: print(f"step {info['step']}: {f}", file=sys.stderr)
+    return {'findings': [f.name for f in found]}
+
+
+def _validate(t: Training, info: dict) -> dict:
+    "The validation sheet of a step and its numbers; the best weights so far are written as a file."
+    step, first = t.state.step, not t.engine.ranks.rank
+    with weights_of(t.base.backbone, 'student', t.state.mean):
+        seen = validate(t.base, t.look, t.engine.times, t.engine.s.seed, t.out/'validation'/f'{step:07d}.png' if first else None)
+        if is_best(t.state.history, seen): t.publish(t.out/'best.safetensors')
+    return seen
+
+# %% ../nbs/12_distill.ipynb #36f571ac
+def go_back(t: Training, why: Diverged) -> None:
+    "Puts a diverged run back to its last regular checkpoint, or its start, with half the rates; raises `why` when that was done often enough."
+    state, s, failed = t.state, t.engine.s, t.state.step
+    slower, folder = state.slower + 1, t.out/'checkpoints'
+    if slower > s.rollbacks: raise why
+    saved = _regular(folder, failed, t.save_every)
+    if saved: state.unpack(saved)
+    else:
+        add_roles(t.base, s)
+        vars(state).update(vars(State.fresh(t.base.backbone, s, t.engine.ranks)))
+    state.slower = slower
+    print(f'{why}\ngoing back to step {state.step} with the rates divided by {2**slower} ({slower} of {s.rollbacks})', file=sys.stderr)
+    t.save()
+    t.engine.ranks.first(lambda: [p.unlink() for p in folder.glob('*.pt') if p.stem > f'{state.step:07d}-{state.fakes:08d}'] and None)
+
+
+def _regular(folder: Path, before: int, every: int) -> dict | None:
+    "The newest whole checkpoint between two cycles at a multiple of `every` generator steps, at least one step before `before`."
+    for path in sorted(folder.glob('*.pt'), reverse=True):
+        if int(path.stem[:7]) >= before or int(path.stem[:7]) % every: continue
+        try: saved = torch.load(path, weights_only=True)
+        except Exception: continue
+        if not saved['recent']: return saved
+    return None
+
+
+def out_of_memory(e: BaseException) -> bool:
+    "Whether an exception says that memory of host or device ran out."
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and any(w in str(e) for w in ("can't allocate memory", 'out of memory'))
+
+
+@contextmanager
+def telling_what_helps(s: Settings):
+    "Turns running out of memory into a UserError that names the knobs."
+    try: yield
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e): raise
+        raise UserError(f'out of memory at batch {s.batch}, ranks {s.rank_student} and {s.rank_fake} ({str(e).splitlines()[0][:120]}); checkpointing=true or offload=true go on from the last checkpoint '
+                        "to the same bits; frozen=int8, a smaller batch or smaller ranks start another run") from e
+
+# %% ../nbs/12_distill.ipynb #81a1cdb9
 def show_history(history: Sequence[dict], smooth: int = 1):
     "Figure of a run: losses, gradient norms, health of the fake score, drift of the student's samples; running means over `smooth` steps."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(2, 2, figsize=(10, 5), sharex=True)
+    fig, axes = plt.subplots(3, 2, figsize=(10, 7.5), sharex=True)
     panels = [('losses', ('loss_fm', 'loss_fake', 'loss_bs', 'loss_ts'), 'log'), ('gradient norms', ('norm_bs', 'norm_ts', 'norm_fm'), 'log'),
               ("scores' errors on the student's samples", ('fake_error_bs', 'teacher_error_bs', 'fake_error_ts', 'teacher_error_ts'), 'log'),
-              ('samples against targets', ('detail_bs', 'contrast_bs', 'colour_bs', 'val_detail', 'val_contrast'), 'linear')]
+              ('samples against targets', ('detail_bs', 'contrast_bs', 'colour_bs', 'val_detail', 'val_contrast'), 'linear'),
+              ('fake score: lead over the base', ('probe_lead', 'probe_lead_targets'), 'linear'),
+              ("teachers' shift and gain, the student's move per update", ('probe_shift', 'probe_gain', 'probe_move'), 'linear')]
     for ax, (title, names, scale) in zip(axes.flat, panels):
         for name in names:
             points = [(h['step'], h[name]) for h in history if name in h]
-            w = 1 if name.startswith('val') else max(1, min(smooth, len(points)))
+            w = 1 if name.startswith(('val', 'probe')) else max(1, min(smooth, len(points)))
             y = [statistics.fmean(v for _, v in points[max(0, i - w + 1):i + 1]) for i in range(len(points))]
-            if points: ax.plot([x for x, _ in points], y, 'o-' if name.startswith('val') else '-', ms=3, lw=1, label=name)
+            if points: ax.plot([x for x, _ in points], y, 'o-' if name.startswith(('val', 'probe')) else '-', ms=3, lw=1, label=name)
         ax.set(title=title, yscale=scale)
         if ax.get_legend_handles_labels()[1]: ax.legend(fontsize=7)
-    for ax in axes[1]: ax.set_xlabel('generator step')
+    for ax in axes[-1]: ax.set_xlabel('generator step')
+    if found := diagnose(history): fig.suptitle('; '.join(f.name for f in found), color='tab:red', fontsize=9)
     fig.tight_layout()
     return fig

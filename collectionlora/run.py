@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'OURS', 'UNCOUNTED', 'Parameter', 'notebook_path', 'declared', 'complete', 'modules_of', 'code_hash',
-           'hash_of', 'run_key', 'ThisPython', 'tidy', 'forget_finished', 'finished', 'RunFailed', 'execute',
-           'from_file', 'grid_points', 'sweep']
+           'hash_of', 'run_key', 'ThisPython', 'tidy', 'forget_finished', 'finished', 'work', 'RunFailed', 'execute',
+           'from_file', 'grid_points', 'sweep', 'table', 'write_table', 'Task']
 
-# %% ../nbs/15_run.ipynb #c8703eab
-import ast, contextlib, functools, io, itertools, logging, os, re, shutil, signal, sys, threading, time, tokenize
+# %% ../nbs/15_run.ipynb #a037b48c
+import ast, contextlib, csv, functools, io, itertools, json, logging, os, re, shutil, signal, subprocess, sys, threading, time, tokenize
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,10 @@ from jupyter_client.manager import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError
 
 import collectionlora
-from .core import (UserError, check_keys, folder_lock, nearest, notebooks_dir, plain, read_json, read_yaml, replacing,
+from .core import (UserError, bar, check_keys, folder_lock, nearest, notebooks_dir, plain, read_json, read_yaml, replacing,
                                  run_info, sha256_file, sha256_folder, sha256_json, write_json)
 
-# %% ../nbs/15_run.ipynb #732214a8
+# %% ../nbs/15_run.ipynb #0a7b1882
 TYPES = {t.__name__: t for t in (int, float, str, bool, list, dict)}
 
 
@@ -77,7 +78,7 @@ def declared(experiment) -> dict[str, Parameter]:
     found = [_parameter(node, comments, path.name) for node in body]
     return {p.name: p for p in found}
 
-# %% ../nbs/15_run.ipynb #f49f547a
+# %% ../nbs/15_run.ipynb #f6e1e73e
 OURS = ('out', 'run', 'seed')
 UNCOUNTED = ('cache',)                              # a cache decides how fast a result comes, never what it is
 
@@ -91,7 +92,7 @@ def complete(experiment, given: dict) -> dict:
     check_keys(given, [n for n in known if n not in OURS], path.name)
     return {n: p.checked(given.get(n, p.default), path.name) for n, p in known.items() if n not in OURS}
 
-# %% ../nbs/15_run.ipynb #806f9c94
+# %% ../nbs/15_run.ipynb #67591518
 def _imports(tree) -> set:
     "Names of this package's modules that a syntax tree imports, at any depth."
     found = set()
@@ -152,7 +153,7 @@ def run_key(experiment, parameters: dict, hashes: dict, seed: int) -> str:
     "The key of a run; see the formula above."
     return sha256_json({'code': code_hash(experiment), 'parameters': parameters, 'inputs': hashes, 'seed': seed})
 
-# %% ../nbs/15_run.ipynb #363dddfe
+# %% ../nbs/15_run.ipynb #a5ac7056
 class ThisPython(AsyncKernelManager):
     "A kernel manager that always starts `sys.executable`."
     running = []
@@ -195,7 +196,7 @@ def _environment(**values):
     finally:
         for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
 
-# %% ../nbs/15_run.ipynb #161bdcc1
+# %% ../nbs/15_run.ipynb #61e67f8a
 def _last_state(text: str) -> str: return '\n'.join(line.rstrip('\r').split('\r')[-1] for line in text.split('\n'))
 
 
@@ -240,7 +241,68 @@ def finished(out_dir, run: str, key: str) -> dict | None:
     intact = all((f := Path(out_dir)/n).is_file() and sha256_file(f) == h for n, h in record['outputs'].items())
     return record if intact else None
 
-# %% ../nbs/15_run.ipynb #a049a431
+# %% ../nbs/15_run.ipynb #12fc458a
+def _check_processes(path: Path, processes: int) -> None:
+    "Raises `UserError` for a number that is none, and for a notebook whose processes would not know of one another."
+    if type(processes) is not int or processes < 1: raise UserError(f'processes is {processes!r}; give a whole number from 1 on')
+    if 'parallel' not in _imports(ast.parse('\n'.join(_code(path)))):
+        raise UserError(f"{path.name}: is made for one process (it does not use collectionlora.parallel); leave out `processes`")
+
+
+def _launch(config: dict, job: Path) -> dict[int, str]:
+    "Runs `work` in every process of a torchrun agent; returns how those processes ended that failed by themselves, by number."
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)
+    agent = elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, max_restarts=0, rdzv_backend='c10d', rdzv_endpoint='localhost:0', local_addr='localhost', **config), sys.executable)
+    try: agent('-c', 'from collectionlora.run import work; work()', str(job))
+    except ChildFailedError as e: return {rank: f.signal_name() if f.exitcode < 0 else f'exit code {f.exitcode}' for rank, f in e.failures.items()}
+    except SignalException as e:
+        if e.sigval != signal.SIGINT: raise
+    return {}
+
+
+def _torchrun(path, out, name, values, processes):
+    "papermill in every one of `processes` processes; raises what the first of them to fail has raised."
+    folder = out/f'.{name}.ranks'
+    shutil.rmtree(folder, ignore_errors=True)
+    write_json(folder/'job.json', {'path': str(path.resolve()), 'out': str(out.resolve()), 'name': name, 'values': values})
+    threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, (os.cpu_count() or 1)//processes))
+    with _environment(OMP_NUM_THREADS=threads, TORCH_ELASTIC_SHUTDOWN_TIMEOUT='600'):
+        dead = _launch({'nproc_per_node': processes, 'run_id': str(os.getpid()), 'monitor_interval': .2}, folder/'job.json')
+    ends = sorted((read_json(p) for p in folder.glob('*/end.json')), key=lambda e: (e['ename'] == 'PeerGone', e['time']))
+    dead = sorted(set(dead) - {e['rank'] for e in ends})
+    if dead and (not ends or ends[0]['ename'] == 'PeerGone'): ends = [{'ename': 'ProcessDied', 'evalue': f'process {dead[0]} of {processes} died; the others were stopped. '
+                                                                       'The same command goes on from the last checkpoint'}]
+    if ends: raise PapermillExecutionError(0, 0, '', ends[0]['ename'], ends[0]['evalue'], '')
+
+
+def _own_place(folder: Path) -> Path:
+    "The folder of this process beside the job file; all but the first write what they say into a log there."
+    rank = int(os.environ['RANK'])
+    own = folder/str(rank)
+    own.mkdir(parents=True, exist_ok=True)
+    if rank:
+        log = os.open(own/'log.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2): os.dup2(log, stream)
+    return own
+
+
+def work() -> None:
+    "One process of a run, as torchrun starts it: executes the job's notebook into its own place and leaves word of how it ended."
+    job, own, rank = read_json(sys.argv[1]), _own_place(Path(sys.argv[1]).parent), int(os.environ['RANK'])
+    out, name, failed = Path(job['out']), job['name'], None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try: _papermill(Path(job['path']), out, name, job['values'], own/f'{name}.ipynb' if rank else None)
+    except PapermillExecutionError as e: failed = e.ename, e.evalue
+    except Exception as e: failed = type(e).__name__, str(e)
+    except KeyboardInterrupt: failed = 'KeyboardInterrupt', ''
+    if failed is None: return
+    write_json(own/'end.json', {'rank': rank, 'ename': failed[0], 'evalue': failed[1], 'time': time.time()})
+    if failed[0] != 'KeyboardInterrupt': sys.exit(1)            # which makes torchrun stop the others; whoever was asked to stop lets them save
+
+# %% ../nbs/15_run.ipynb #1bb7c55f
 class RunFailed(RuntimeError):
     "An experiment's notebook stopped with an error; the message names the executed notebook."
 
@@ -248,18 +310,18 @@ class RunFailed(RuntimeError):
 def _how_to_go_on(out_dir, run): return f"{_short(out_dir)}/{run}: stopped; the same command goes on from the last checkpoint"
 
 
-def _papermill(path, out, name, values):
+def _papermill(path, out, name, values, to=None):
     logging.getLogger('papermill').setLevel(logging.ERROR)      # its own reading of the parameters cell, which ours replaces
     told = {'COLLECTIONLORA_COMMAND': f'run {path.stem}/{name}', 'COLLECTIONLORA_HELD': str(out.resolve()),
             'MPLBACKEND': 'module://matplotlib_inline.backend_inline', 'PYTHONWARNINGS': 'ignore:IProgress not found'}
     with _environment(**told), _interrupts_go_to_the_kernel():
-        papermill.execute_notebook(str(path), str(out/f'{name}.ipynb'), parameters=values, kernel_name='python3', language='python', progress_bar=False,
+        papermill.execute_notebook(str(path), str(to or out/f'{name}.ipynb'), parameters=values, kernel_name='python3', language='python', progress_bar=False,
                                    stderr_file=sys.stderr, kernel_manager_class=ThisPython, store_widget_state=False)
 
 
-def _attempt(path, out, name, values, told):
+def _attempt(path, out, name, values, told, processes):
     "Runs the notebook; on failure writes a record that says so and raises `UserError`, `KeyboardInterrupt` or `RunFailed`."
-    try: _papermill(path, out, name, values)
+    try: _papermill(path, out, name, values) if processes == 1 else _torchrun(path, out, name, values, processes)
     except PapermillExecutionError as e:
         stopped = e.ename in ('KeyboardInterrupt', 'SystemExit')
         write_json(out/f'{name}.json', {**told, 'status': 'interrupted' if stopped else 'failed', 'error': f'{e.ename}: {e.evalue}'})
@@ -271,27 +333,34 @@ def _attempt(path, out, name, values, told):
         if (out/f'{name}.ipynb').is_file(): tidy(out/f'{name}.ipynb')
 
 
-def execute(experiment, out_dir, run: str = 'run', parameters: dict | None = None, inputs: dict | None = None, seed: int = 0) -> dict:
-    """Runs an experiment's notebook into `out_dir/<run>.ipynb` and returns its record, written to `out_dir/<run>.json`.
-
-    `parameters` replace the notebook's defaults; `inputs` maps names to files, folders, lists of them, or hashes, and those that carry a parameter's name are passed
-    as it. A finished run with the same key is not repeated (`record['reused']`). Raises `UserError` before anything runs if a parameter is unknown or has the wrong type,
-    if an input is absent or if another run holds the folder; `RunFailed` if the notebook fails."""
-    path, out, inputs, start = notebook_path(experiment), Path(out_dir), dict(inputs or {}), time.time()
+def _planned(experiment, run: str, parameters, inputs, seed) -> tuple[dict, dict, str]:
+    "All checks of a run: (values of its parameters, hashes of its inputs, its key)."
     if not re.fullmatch(r'[\w.=,+-]+', run): raise UserError(f"run name {run!r}: use letters, digits and _ . = , + - only")
     known = declared(experiment)
     passed = {n: _as_parameter(v) for n, v in inputs.items() if n in known}
-    values = complete(experiment, {**(parameters or {}), **passed})
+    values = complete(experiment, {**parameters, **passed})
     hashes = {n: hash_of(v) for n, v in inputs.items()}
-    key = run_key(experiment, {n: v for n, v in values.items() if n not in {*passed, *UNCOUNTED}}, hashes, seed)
+    return values, hashes, run_key(experiment, {n: v for n, v in values.items() if n not in {*passed, *UNCOUNTED}}, hashes, seed)
+
+
+def execute(experiment, out_dir, run: str = 'run', parameters: dict | None = None, inputs: dict | None = None, seed: int = 0, processes: int = 1) -> dict:
+    """Runs an experiment's notebook into `out_dir/<run>.ipynb` and returns its record, written to `out_dir/<run>.json`.
+
+    `parameters` replace the notebook's defaults; `inputs` maps names to files, folders, lists of them, or hashes, and those that carry a parameter's name are passed
+    as it. `processes`: how many share the work, under torchrun. A finished run with the same key is not repeated (`record['reused']`). Raises `UserError` before anything runs if a
+    parameter is unknown or has the wrong type, if an input is absent or if another run holds the folder; `RunFailed` if the notebook fails."""
+    path, out, start = notebook_path(experiment), Path(out_dir), time.time()
+    values, hashes, key = _planned(experiment, run, parameters or {}, inputs or {}, seed)
+    if processes != 1: _check_processes(path, processes)
     with folder_lock(out):
         if record := finished(out, run, key): return _tell(path, run, {**record, 'reused': True})
         print(f'{path.stem}/{run} ...', file=sys.stderr)
         told = {'status': 'running', 'key': key, **run_info(values, seed, hashes)}
+        told['meta']['processes'] = processes
         forget_finished(out, run, key)
         before = _listing(out, run)
         write_json(out/f'{run}.json', told)
-        _attempt(path, out, run, {**values, 'out': _short(out), 'run': run, 'seed': seed}, told)
+        _attempt(path, out, run, {**values, 'out': _short(out), 'run': run, 'seed': seed}, told, processes)
         return _tell(path, run, {**_finish(out, run, told, before, time.time() - start), 'reused': False})
 
 
@@ -312,7 +381,7 @@ def _tell(path, run, record):
     print(f'{path.stem}/{run}: {done}', file=sys.stderr)
     return record
 
-# %% ../nbs/15_run.ipynb #3abc6d32
+# %% ../nbs/15_run.ipynb #1cde92bd
 def from_file(path) -> tuple[str, str, dict, int]:
     "Experiment, run name, parameters and seed of a run's YAML file, `.../<experiment>/<run>.yaml`; unknown keys raise `UserError`."
     path, values = Path(path), read_yaml(path)
@@ -335,14 +404,136 @@ def grid_points(grid: dict) -> dict[str, dict]:
     return dict(zip(names, points))
 
 
-def sweep(experiment, grid, out_dir, inputs: dict | None = None) -> dict[str, dict]:
-    "Runs every combination of `grid` (`{name: [values]}`, `seed` among them, or a YAML file of that) and returns the records by run name."
+def _points(experiment, grid, inputs) -> dict[str, tuple[dict, int]]:
+    "Run name -> (parameters, seed) of every combination, all of them checked."
     points = grid_points(read_yaml(grid) if isinstance(grid, (str, Path)) else grid)
-    seeds = {name: point.pop('seed', 0) for name, point in points.items()}
-    for name, point in points.items(): complete(experiment, {**point, **{n: _as_parameter(v) for n, v in (inputs or {}).items() if n in declared(experiment)}})
-    records, failed = {}, []
-    for name, point in points.items():
-        try: records[name] = execute(experiment, out_dir, name, point, inputs, seeds[name])
+    passed = {n: _as_parameter(v) for n, v in inputs.items() if n in declared(experiment)}
+    found = {name: ({k: v for k, v in point.items() if k != 'seed'}, point.get('seed', 0)) for name, point in points.items()}
+    for point, _ in found.values(): complete(experiment, {**point, **passed})
+    return found
+
+
+def sweep(experiment, grid, out_dir, inputs: dict | None = None, processes: int = 1, slurm: dict | None = None) -> dict[str, dict]:
+    """Runs every combination of `grid` (`{name: [values]}`, `seed` among them, or a YAML file of that), collects them in `out_dir/table.csv` and returns the records by run name.
+
+    `processes`: of each run. `slurm`: submit them as one Slurm job array with these options, each run in a folder of its own; see below."""
+    points, out = _points(experiment, grid, inputs or {}), Path(out_dir)
+    if slurm is not None: return _array(experiment, points, out, inputs or {}, processes, slurm)
+    failed = []
+    for name, (point, seed) in points.items():
+        try: execute(experiment, out, name, point, inputs, seed, processes)
         except RunFailed as e: failed.append(str(e))
-    if failed: raise RunFailed(f"{len(failed)} of {len(points)} runs failed: {' | '.join(failed)}")
+    return _collected({name: out/f'{name}.json' for name in points}, out, failed)
+
+
+def _collected(files: dict[str, Path], out: Path, failed: list[str]) -> dict[str, dict]:
+    "The runs' records, after writing them as one table; raises `RunFailed` if any failed."
+    records = {name: read_json(file) for name, file in files.items() if file.is_file()}
+    write_table(out/'table.csv', table(records))
+    if failed: raise RunFailed(f"{len(failed)} of {len(files)} runs failed: {' | '.join(failed)}")
     return records
+
+# %% ../nbs/15_run.ipynb #387ad1f3
+def table(records: dict[str, dict]) -> list[dict]:
+    "One row per run: name, status, seed, the parameters in which the runs differ, the numbers among its metrics, seconds."
+    given = {name: r['run']['parameters'] for name, r in records.items()}
+    varies = lambda k: len({json.dumps(plain(g.get(k)), sort_keys=True) for g in given.values()}) > 1
+    varying = [k for k in dict.fromkeys(k for g in given.values() for k in g) if varies(k)]
+    return [{'run': name, 'status': r['status'], 'seed': r['run']['seed'], **{k: given[name].get(k) for k in varying},
+             **{k: v for k, v in r.get('metrics', {}).items() if isinstance(v, (int, float, str))},
+             'seconds': r.get('cost', {}).get('wall_seconds'), 'error': r.get('error', '')} for name, r in records.items()]
+
+
+def write_table(path, rows: list[dict]) -> None:
+    "Writes rows as CSV, at once; the columns are all that occur."
+    with replacing(path) as part, open(part, 'w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(k for row in rows for k in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+# %% ../nbs/15_run.ipynb #6f550463
+@dataclass(frozen=True)
+class Task:
+    "One run of a sweep as submitit calls it; when its time is up it is requeued, and goes on from its last checkpoint."
+    experiment: str
+    out: str
+    name: str
+    parameters: dict
+    inputs: dict
+    seed: int
+    processes: int
+
+    def __call__(self) -> dict: return execute(self.experiment, self.out, self.name, self.parameters, self.inputs, self.seed, self.processes)
+
+    def checkpoint(self, *args, **kwargs):
+        from submitit.helpers import DelayedSubmission
+        return DelayedSubmission(self)
+
+    @property
+    def file(self) -> Path: return Path(self.out)/f'{self.name}.json'
+
+    def done(self) -> bool: return finished(self.out, self.name, _planned(self.experiment, self.name, self.parameters, self.inputs, self.seed)[2]) is not None
+
+
+def _executor(out: Path, options: dict):
+    "submitit's executor with these options, `cluster` (slurm, local or debug) among them."
+    try: import submitit
+    except ImportError as e: raise UserError("sweep: a Slurm job array needs submitit; install it with: pip install 'collectionlora[slurm]'") from e
+    try:
+        executor = submitit.AutoExecutor(folder=out/'.slurm', cluster=options.get('cluster', 'slurm'))
+        executor.update_parameters(**{'name': out.name, **{k: v for k, v in options.items() if k != 'cluster'}})
+    except (RuntimeError, NameError, ValueError, AssertionError) as e: raise UserError(f"sweep: slurm options {options}: {str(e).splitlines()[0]}") from e
+    return executor
+
+
+def _in_queue(ids) -> set:
+    "Which of these jobs Slurm still has, waiting or running."
+    if not ids: return set()
+    asked = subprocess.run(['squeue', '--noheader', '--array', '--format=%i', f"--jobs={','.join(sorted({i.split('_')[0] for i in ids}))}"], capture_output=True, text=True)
+    if asked.returncode and 'Invalid job id' not in asked.stderr: return set(ids)          # Slurm is busy: no news
+    return set(ids) & set(asked.stdout.split())
+
+# %% ../nbs/15_run.ipynb #355fdc17
+def _waiting(jobs: dict, slurm: bool) -> Iterator[set]:
+    "Yields the names of the jobs that are not over, until there are none; one that has left the queue has two looks to leave its result."
+    missed, left = dict.fromkeys(jobs, 0), set(jobs)
+    while left:
+        yield left
+        alive = _in_queue([jobs[n].job_id for n in left]) if slurm else {jobs[n].job_id for n in left if not jobs[n].done()}
+        for name in left: missed[name] = 0 if jobs[name].job_id in alive else missed[name] + 1
+        left = {n for n in left if not jobs[n].paths.result_pickle.is_file() and missed[n] < 3}
+
+
+def _submit(executor, tasks: dict[str, Task], out: Path) -> dict:
+    "Submitit's jobs by run name: those still in the queue from an earlier call, and one array of all that are neither there nor finished."
+    slurm, kept = executor.cluster == 'slurm', out/'.slurm'/'jobs.json'
+    before = read_json(kept) if slurm and kept.is_file() else {}
+    alive = _in_queue(list(before.values()))
+    queued = {n: before[n] for n in tasks if before.get(n) in alive}
+    todo, fresh = [n for n, task in tasks.items() if n not in queued and not task.done()], []
+    if todo:
+        with executor.batch(): fresh = [executor.submit(tasks[n]) for n in todo]
+    if slurm: write_json(kept, {**before, **{n: job.job_id for n, job in zip(todo, fresh)}})
+    return {**{n: executor._executor.job_class(folder=out/'.slurm', job_id=i) for n, i in queued.items()}, **dict(zip(todo, fresh))}
+
+
+def _array(experiment, points, out: Path, inputs: dict, processes: int, options: dict) -> dict[str, dict]:
+    "The sweep as a job array: submits, waits, collects."
+    executor, out = _executor(out, options), out.resolve()
+    tasks = {n: Task(str(experiment), _short(out/n), n, point, {k: _as_parameter(v) for k, v in inputs.items()}, seed, processes) for n, (point, seed) in points.items()}
+    jobs = _submit(executor, tasks, out)
+    try:
+        with bar(total=len(jobs), desc='job array') as progress:
+            for left in _waiting(jobs, executor.cluster == 'slurm'):
+                progress.update(len(jobs) - len(left) - progress.n)
+                time.sleep(2)
+    except KeyboardInterrupt: raise KeyboardInterrupt(f"{_short(out)}: the jobs go on ({', '.join(sorted({j.job_id.split('_')[0] for j in jobs.values()}))}); the same call waits for them") from None
+    failed = [_how_it_ended(task, jobs.get(n)) for n, task in tasks.items() if not task.done()]
+    return _collected({n: task.file for n, task in tasks.items()}, out, failed)
+
+
+def _how_it_ended(task: Task, job) -> str:
+    "A sentence about a run of the array that has not finished."
+    record = read_json(task.file) if task.file.is_file() else {}
+    if record.get('status') == 'failed': return f"{task.name}: {record['error']}"
+    return f"{task.name}: ended without a word; see {_short(job.paths.stderr) if job else task.out}"

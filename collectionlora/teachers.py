@@ -240,10 +240,11 @@ def finish(training: Generator, total: int, desc: str = 'training', watch: Calla
             show.write(f'{desc}: stopped after step {len(infos)}; run the same again to go on from there', file=show.fp)
             raise
 
-# %% ../nbs/07_teachers.ipynb #7f27b191
-def train_teacher(base, effect: EffectSet, cache: ConditionCache, settings: FlowSettings, checkpoint=None, flip: bool = False) -> Generator[dict, None, Lora]:
-    "Eq. 2 for one effect: yields per-step infos, returns the `Lora`, whose meta['header'] is ready for `lora_files.write_lora`."
+# %% ../nbs/07_teachers.ipynb #593cc183
+def train_teacher(base, effect: EffectSet, cache: ConditionCache, settings: FlowSettings, checkpoint=None, flip: bool = False, drop_encoders: bool = False) -> Generator[dict, None, Lora]:
+    "Eq. 2 for one effect: yields per-step infos, returns the `Lora`, whose meta['header'] is ready for `lora_files.write_lora`. drop_encoders: as soon as all is cached."
     data = flow_data(cache, examples(effect), flip=flip, device=base.backbone.device)
+    if drop_encoders: base.drop_encoders()
     lora = yield from train_fm(base.backbone, data, settings, checkpoint)
     lora.meta['header'] = teacher_header(base, effect, settings, data.hash)
     return lora

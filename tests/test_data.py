@@ -261,6 +261,9 @@ def test_a_full_cache_serves_a_base_without_encoders(tmp_path, effect):
     assert after.warm(pairs, images=effect.targets) == 0 and torch.equal(after.cond(pairs).emb, cond.emb)
     assert len(own.decode(after.latents(effect.targets), (8, 8))) == 3
     with pytest.raises(UserError, match="'something new'.*warm the cache"): after.cond([(effect.sources[0], 'something new')])
+    own.load_encoders(); own.load_encoders()
+    assert own.encoder_bytes == held and torch.equal(ConditionCache(own, tmp_path/'d').cond(pairs).emb, cond.emb)
+    assert torch.equal(ConditionCache(own, tmp_path/'d').latents(effect.targets), after.latents(effect.targets))
 
 
 def test_what_encodes_is_part_of_the_key(base, effect, tmp_path, monkeypatch):

@@ -212,6 +212,22 @@ def test_extension_keeps_the_parents_effects(world, tmp_path):
     assert header['collectionlora.sampling']['times'] == schedule_of(resolved(SMALL, base.info['shift']))
 
 
+def test_anchor_first_is_the_anchor_alone(world, tmp_path):
+    "Coarse steps have no matching and no fake updates, every step an effect; they resume to the same bits."
+    s = replace(SMALL, steps=4, anchor_first=2)
+    history = run(world, s, tmp_path/'whole')
+    assert all('loss_fm' in h and 'loss_bs' not in h and 'loss_fake' not in h and h['effect'] for h in history[:2])
+    assert 'loss_bs' in history[2] and len(history[2]['warmup']) == SMALL.fake_warmup
+    it = distill(*world, s, tmp_path/'halves', save_every=1); next(it); it.close()
+    run(world, s, tmp_path/'halves')
+    assert (tmp_path/'whole'/'collection.safetensors').read_bytes() == (tmp_path/'halves'/'collection.safetensors').read_bytes()
+
+
+def test_anchor_first_needs_an_anchor():
+    with pytest.raises(UserError, match='anchor_first needs effects'): replace(SMALL, anchor_first=2, weight_fm=0.)
+    with pytest.raises(UserError, match='matching never begins'): replace(SMALL, anchor_first=5)
+
+
 # --- presets: one quirk, one test
 AUTHORS = Settings.preset('authors')
 
@@ -436,7 +452,7 @@ def test_the_plan_is_measured_and_the_curves_are_drawn(world, straight):
     base, _, effects, general, cache = world
     made = loop.measured_plan(base, effects, general, cache, resolved(SMALL, 1.))
     assert made['seconds'] > 0 and made['fake-score updates'] == SMALL.fake_warmup + SMALL.steps * SMALL.fake_per_generator
-    assert len(loop.show_history(straight[0], smooth=2).axes) == 4
+    assert len(loop.show_history(straight[0], smooth=2).axes) == 6
 
 
 def test_roles_are_gone_afterwards(world, tmp_path):

@@ -7,10 +7,11 @@ __all__ = ['PRESETS', 'POSITIVE', 'SHARES', 'NOT_NEGATIVE', 'LARGER_THAN_0', 'WH
            'resolved', 'describe', 'Pool', 'Sample', 'samples_of', 'load_pools', 'deal', 'choose_pool', 'mixed_rows',
            'image_of', 'laplacian_energy', 'compare', 'few_step_sample', 'Batch', 'Part', 'monitors', 'Engine', 'State',
            'writing', 'save_checkpoint', 'compare_fingerprints', 'latest_checkpoint', 'Interruption', 'Diverged',
-           'Guard', 'rate_at', 'apply_gradient', 'fake_update', 'generator_update', 'start_from', 'weights_of', 'Look',
-           'look_at', 'draw_looks', 'contact_sheet', 'validate', 'passes', 'pass_seconds', 'plan', 'kept_bytes',
-           'memory', 'disk', 'measured_plan', 'fingerprint_of', 'collection_header', 'prepare', 'add_roles', 'distill',
-           'Training', 'fakes_by', 'go_back', 'out_of_memory', 'telling_what_helps', 'show_history']
+           'Guard', 'rate_at', 'in_stage', 'student_rate', 'apply_gradient', 'fake_update', 'generator_update',
+           'start_from', 'weights_of', 'Look', 'look_at', 'draw_looks', 'contact_sheet', 'validate', 'passes',
+           'pass_seconds', 'plan', 'kept_bytes', 'memory', 'disk', 'measured_plan', 'fingerprint_of',
+           'collection_header', 'prepare', 'add_roles', 'distill', 'Training', 'fakes_by', 'go_back', 'out_of_memory',
+           'telling_what_helps', 'show_history']
 
 # %% ../nbs/12_distill.ipynb #3ef28de3
 import json
@@ -42,7 +43,7 @@ from .parallel import Ranks, check_scale, drawn, fork, is_sharded, join, optimis
 from .pdsr import timetable
 from .teachers import TeacherBank, target_latents
 
-# %% ../nbs/12_distill.ipynb #88c87235
+# %% ../nbs/12_distill.ipynb #eb8ca461
 PRESETS = {
     'paper': dict(steps=5000, batch=8, fake_warmup=0, fake_batch='same', fake_targets=0.0, balanced=False, few_shift=3.0, critic_shift=3.0,
                   critic_min=0.0, fake_shift=3.0, fake_min=0.0, anchor_shift=3.0, tau_max=0.75, tau_min=0.5, guidance=4.0, rescale=True,
@@ -96,6 +97,7 @@ class Settings:
     rank_fake: int = field(default=32, metadata=dict(help='rank of the fake score'))
     init: str = field(default='zero', metadata=dict(help="'zero' or a LoRA file to start from, e.g. the acceleration LoRA or a collection"))
     lr_student: float = field(default=3e-4, metadata=dict(help='learning rate of the student'))
+    lr_anchor: float | None = field(default=None, metadata=dict(help="the student's learning rate at the beginning of anchor_first, from where it falls to lr_student along a cosine; None: lr_student"))
     lr_fake: float = field(default=6e-4, metadata=dict(help='learning rate of the fake score'))
     lr_warmup: int = field(default=20, metadata=dict(help='updates over which a rate grows to its value'))
     lr_cosine: bool = field(default=False, metadata=dict(help='let both rates fall to a tenth along a cosine'))
@@ -123,11 +125,11 @@ class Settings:
         given = dict(given)
         return cls.preset(given.pop('preset', 'default'), **given)
 
-# %% ../nbs/12_distill.ipynb #b5cc1619
+# %% ../nbs/12_distill.ipynb #0e0163ea
 POSITIVE = ('steps', 'batch', 'fake_per_generator', 'route_every', 'routes', 'few_steps', 'rank_student', 'rank_fake')
 SHARES = ('fake_targets', 'p_switch', 'tau_max', 'tau_min', 'critic_min', 'critic_max', 'fake_min', 'fake_max', 'anchor_min', 'anchor_max')
 NOT_NEGATIVE = ('rollbacks', 'seed', 'fake_warmup', 'anchor_first', 'weight_bs', 'weight_ts', 'weight_fm', 'normaliser_eps', 'detail_power', 'lr_warmup', 'weight_decay', 'explosion')
-LARGER_THAN_0 = ('few_shift', 'critic_shift', 'fake_shift', 'anchor_shift', 'lr_student', 'lr_fake', 'clip', 'guidance')
+LARGER_THAN_0 = ('few_shift', 'critic_shift', 'fake_shift', 'anchor_shift', 'lr_student', 'lr_anchor', 'lr_fake', 'clip', 'guidance')
 WHOLE = (*POSITIVE, 'rollbacks', 'seed', 'fake_warmup', 'anchor_first', 'lr_warmup')
 
 
@@ -160,6 +162,7 @@ def _contradictions(s) -> list[tuple[bool, str]]:
             (s.anchor_after_critic and effects and s.weight_bs == 0, 'anchor_after_critic needs the critic of backward simulation, whose weight_bs is 0'),
             (s.p_switch < 1 and s.weight_bs == 0, 'weight_bs is 0, but the general stream has no other term; set p_switch to 1'),
             (s.anchor_first > 0 and not (effects and s.weight_fm), 'anchor_first needs effects and the anchor; set p_switch and weight_fm above 0'),
+            (s.lr_anchor is not None and not s.anchor_first, 'lr_anchor is the rate during anchor_first, which is 0; set anchor_first above 0'),
             (s.anchor_first >= s.steps, f'anchor_first is {s.anchor_first} of {s.steps} steps, so matching never begins; lower it'),
             (effects and s.weight_bs == s.weight_ts == s.weight_fm == 0, 'all weights are 0; nothing would be learnt'),
             (s.routes > s.batch, f'routes is {s.routes}, more than the {s.batch} samples of a batch; lower it or raise batch'),
@@ -681,11 +684,22 @@ class Guard:
         del past[:-self.window]
         return value
 
-# %% ../nbs/12_distill.ipynb #390ba425
+# %% ../nbs/12_distill.ipynb #54139688
 def rate_at(s: Settings, step: int, updates: int) -> float:
     "Factor on a learning rate: linear growth over the network's own first `lr_warmup` updates; a cosine down to 0.1 over generator steps."
     fall = 0.55 + 0.45 * math.cos(math.pi * step / s.steps) if s.lr_cosine else 1.0
     return fall * min(1.0, (updates + 1) / (s.lr_warmup + 1))
+
+
+def in_stage(s: Settings, step: int) -> int:
+    "Updates done in the present stage of the student: anchoring alone, or matching."
+    return step if step < s.anchor_first else step - s.anchor_first
+
+
+def student_rate(s: Settings, step: int) -> float:
+    "The student's learning rate; it grows anew in each stage, and while it is only anchored falls from `lr_anchor` to `lr_student`."
+    extra = (s.lr_anchor - s.lr_student) * (0.5 + 0.5 * math.cos(math.pi * step / s.anchor_first)) if s.lr_anchor and step < s.anchor_first else 0.0
+    return (s.lr_student + extra) * rate_at(s, step, in_stage(s, step))
 
 
 @torch.no_grad()
@@ -728,9 +742,10 @@ def generator_update(engine: Engine, state: State, ids: Sequence[str | None], gu
     n = s.fake_per_generator
     info |= {'warmup': state.recent[:-n]} | ({'loss_fake': statistics.fmean(state.recent[-n:])} if state.recent else {})
     info |= {f'cosine_{a}_{b}': F.cosine_similarity(grads[a], grads[b], 0).item() for a, b in (('bs', 'ts'), ('bs', 'fm'), ('ts', 'fm')) if a in grads and b in grads}
-    lr = s.lr_student * rate_at(s, step, step) / 2**state.slower
+    if step == s.anchor_first: state.opt_student.state.clear()
+    lr, k = student_rate(s, step) / 2**state.slower, in_stage(s, step)
     info |= dict(norm=apply_gradient(state.student, sum(grads.values()), state.opt_student, lr, s), lr=lr)
-    decay = min(s.ema, (1 + step) / (10 + step))
+    decay = min(s.ema, (1 + k) / (10 + k))
     with torch.no_grad(): state.mean.lerp_(state.student.detach(), 1 - decay)
     state.step, state.recent = step + 1, []
     return info

@@ -258,7 +258,7 @@ def fixed_noise(base: Base, image: Image.Image, seed: int) -> dict:
     before(1)
     return dict(latents=noise_like((1, h * w, base.pipe.transformer.config.in_channels), [seed]), callback_on_step_end=after_step)
 
-# %% ../nbs/13_edit.ipynb #803e1546
+# %% ../nbs/13_edit.ipynb #e09f35c5
 @dataclass(frozen=True)
 class Method:
     """How one contestant edits: role(effect) -> role on the backbone, prompt(effect) -> instruction; `shared` if the role is the same for all effects,
@@ -289,13 +289,16 @@ def run_method(base: Base, method: Method, items: Sequence, batch: int = 16) -> 
 def _picture(source) -> Image.Image: return source if isinstance(source, Image.Image) else Image.fromarray(source)
 
 def contestants(bank=None, acceleration: str | None = None, fm: str | None = None, collection: Collection | None = None, teacher_prompt: Callable[[str], str] | None = None,
-                student: Callable[[str], str] | None = None, slow: Recipe = Recipe.ode(), fast: Recipe = Recipe.few()) -> dict[str, Method]:
-    """The methods that the given parts allow, by short name: base, teacher, teacher_acc, fm_acc, ours. `acceleration` and `fm` are roles on the backbone,
-    `bank` a teachers.TeacherBank; prompts map an effect to its instruction; `slow` is the teachers' recipe, `fast` that of acceleration."""
+                student: Callable[[str], str] | None = None, slow: Recipe = Recipe.ode(), fast: Recipe = Recipe.few(), plain: Recipe = Recipe.ode(8, guidance=1.)) -> dict[str, Method]:
+    """The methods that the given parts allow, by short name: base, teacher, teacher_few, teacher_acc, fm_few, fm_acc, ours. `acceleration` and `fm` are roles on the backbone,
+    `bank` a teachers.TeacherBank; prompts map an effect to its instruction; `slow` is the teachers' recipe, `fast` that of acceleration,
+    `plain` what anybody can do without it: few steps of the same sampler and no guidance."""
     found = {}
     if teacher_prompt: found['base'] = Method(f'base with the teacher\'s prompt, {slow.words}', lambda e: BASE, teacher_prompt, slow)
     if bank is not None: found['teacher'] = Method(f'teacher, {slow.words}', bank.use, teacher_prompt, slow, shared=False)
+    if bank is not None: found['teacher_few'] = Method(f'teacher alone, {plain.words}', bank.use, teacher_prompt, plain, shared=False)
     if bank is not None and acceleration: found['teacher_acc'] = Method(f'teacher + acceleration, {fast.words}', lambda e: bank.stack(e, acceleration), teacher_prompt, fast, shared=False)
+    if fm: found['fm_few'] = Method(f'all-in-one FM, {plain.words}', lambda e: fm, student, plain)
     if fm and acceleration: found['fm_acc'] = Method(f'all-in-one FM + acceleration, {fast.words}', lambda e: (fm, acceleration), student, fast)
     if collection is not None: found['ours'] = Method(f'ours, {collection.recipe.words}', lambda e: collection.role, student or collection.prompt, collection.recipe)
     return found

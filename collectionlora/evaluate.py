@@ -67,8 +67,8 @@ def oracle_for(base: Base, effects: Sequence[str], **kw) -> world.Oracle:
     "The world's oracle for some effects, tolerant of what the base's autoencoder loses."
     return world.Oracle(list(effects), through=round_trip(base), **kw)
 
-# %% ../nbs/14a_evaluate.ipynb #416ae6c3
-ALL = ('base', 'teacher', 'teacher_acc', 'fm_acc', 'ours')
+# %% ../nbs/14a_evaluate.ipynb #9fb07a94
+ALL = ('base', 'teacher', 'teacher_few', 'teacher_acc', 'fm_few', 'fm_acc', 'ours')
 
 def assemble(base: Base, collection: Collection, teachers: Mapping[str, str | Path] = {}, acceleration: str | Path = '', fm: str | Path = '', slow: Recipe = Recipe.ode(),
              teacher_prompts: Mapping[str, str] = {}, wanted: Sequence[str] = ()) -> dict[str, Method]:
@@ -88,7 +88,7 @@ def assemble(base: Base, collection: Collection, teachers: Mapping[str, str | Pa
 def file_sizes(methods: Mapping[str, Method], collection: str | Path, teachers: Mapping[str, str | Path] = {}, acceleration: str | Path = '', fm: str | Path = '') -> dict[str, int]:
     "method -> bytes of LoRA files that a deployment has to keep for all effects."
     size = lambda *paths: sum(Path(p).stat().st_size for p in paths if p)
-    needs = dict(teacher=[*teachers.values()], teacher_acc=[*teachers.values(), acceleration], fm_acc=[fm, acceleration], ours=[collection])
+    needs = dict(teacher=[*teachers.values()], teacher_few=[*teachers.values()], teacher_acc=[*teachers.values(), acceleration], fm_few=[fm], fm_acc=[fm, acceleration], ours=[collection])
     return {m.name: size(*needs[k]) for k, m in methods.items() if k in needs}
 
 # %% ../nbs/14a_evaluate.ipynb #9dab1ce9

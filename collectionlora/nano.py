@@ -7,7 +7,7 @@ __all__ = ['SPECIAL', 'PICTURE', 'CHAT', 'SIZES', 'PIXELS', 'PatchPCA', 'to_tens
            'laplacian_energy', 'reconstruct', 'pca_pictures', 'prompt_template', 'corpus', 'make_tokenizer',
            'text_config', 'components', 'vision_patches', 'prompt_ids', 'embed', 'pack', 'nonsense', 'dress',
            'flow_loss', 'draw_times', 'labels', 'Reading', 'last_hidden', 'embed_all', 'BaseTrainer', 'reading_loss',
-           'matrices', 'drawing_loss', 'render_pairs', 'edit_example', 'save_base']
+           'matrices', 'family_weights', 'drawing_loss', 'render_pairs', 'edit_example', 'save_base']
 
 # %% ../nbs/04_nano.ipynb #ab23eccc
 import json
@@ -147,7 +147,7 @@ def components(tok, vae, sizes=SIZES, seed=0):
     sch = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0, use_dynamic_shifting=False)
     return dict(scheduler=sch, vae=vae, text_encoder=te, tokenizer=tok, processor=Qwen2VLProcessor(ip, tok, Qwen2VLVideoProcessor(), chat_template=CHAT), transformer=tr)
 
-# %% ../nbs/04_nano.ipynb #63bf9e17
+# %% ../nbs/04_nano.ipynb #dda30238
 _MEAN, _STD = torch.tensor([.48145466, .4578275, .40821073]), torch.tensor([.26862954, .26130258, .27577711])
 
 def vision_patches(pictures):
@@ -186,19 +186,20 @@ def dress(prompt, r):
     u = r.random()
     return ' ' if u < .1 else f'{nonsense(r)} {prompt}' if u < .2 else prompt
 
-def flow_loss(tr, y0, src, emb, mask, t, eps):
-    "Flow-matching loss: targets y0 and sources `[B, 64, 64]` packed, embeddings `[B, L, D]` with mask, times `[B]`, noise like y0."
+def flow_loss(tr, y0, src, emb, mask, t, eps, weights=None):
+    "Flow-matching loss: targets y0 and sources `[B, 64, 64]` packed, embeddings `[B, L, D]` with mask, times and weights `[B]`, noise like y0."
     x_t = (1 - t)[:, None, None]*y0 + t[:, None, None]*eps
     grids = [[(1, 8, 8), (1, 8, 8)]]*len(y0)
     v = tr(hidden_states=torch.cat([x_t, src], 1), timestep=t, encoder_hidden_states=emb, encoder_hidden_states_mask=mask, img_shapes=grids, return_dict=False)[0][:, :y0.shape[1]]
-    return (v.float() - (eps - y0)).pow(2).mean()
+    e = (v.float() - (eps - y0)).pow(2).mean((1, 2))
+    return (e if weights is None else e*weights).mean()
 
 def draw_times(n, g, shift=3.):
-    "Times `[n]`: half of them uniform in [0, 1], half shifted towards noise, where the instruction decides."
-    u = torch.rand(n, generator=g)
+    "Times `[n]`, n even: half of them uniform in [0, 1], half shifted towards noise, where the instruction decides; each half has one time in every 2/n of its law."
+    u = 2*(torch.arange(n)//2 + torch.rand(n, generator=g))/n
     return torch.where(torch.arange(n) % 2 == 0, u, shift*u/(1 + (shift - 1)*u))
 
-# %% ../nbs/04_nano.ipynb #30442950
+# %% ../nbs/04_nano.ipynb #e8bdf3c8
 def labels(spec):
     "The attributes of a scene as class indices `[25]`; 0 where there is none."
     return [0 if v is None else 1 + list(o).index(v) if v in o else 0 for v, o in ((world.read_scene(spec)[k], world.SLOTS[k]) for k in world.SLOTS)]
@@ -217,30 +218,28 @@ def last_hidden(te, tok, pictures, prompts):
     return h[:, -1] if m is None else h[torch.arange(len(h)), m.sum(1) - 1]
 
 def embed_all(te, tok, pairs, n, seed=0, batch=64):
-    """Embeddings of all pairs, float16 `[n, 2, L, D]`, and lengths `[n, 2]`: as written, and blank or behind a nonsense word by turns."""
+    """Embeddings of all pairs, float16 `[n, L, D]`, and their lengths `[n]`; one instruction in ten is blank, one in ten follows a nonsense word."""
     out, lengths = [], []
     for k in bar(range(0, n, batch), desc='embedding pairs'):
         x, _, said = zip(*(pairs(i) for i in range(k, min(n, k + batch))))
-        other = [' ' if i % 2 else f"{nonsense(rng('nonsense', seed, k + i))} {s}" for i, s in enumerate(said)]
-        with torch.no_grad(): both = [embed(te, tok, np.stack(x), list(s)) for s in (said, other)]
-        out.append([h.half() for h, _ in both]); lengths.append(torch.stack([torch.full((len(x),), h.shape[1]) if m is None else m.sum(1) for h, m in both], 1))
-    L = int(torch.cat(lengths).max()); E = torch.zeros(n, 2, L, out[0][0].shape[-1], dtype=torch.float16)
-    for k, hs in enumerate(out):
-        for j, h in enumerate(hs): E[k*batch:k*batch + len(h), j, :h.shape[1]] = h
+        with torch.no_grad(): h, m = embed(te, tok, np.stack(x), [dress(s, rng('dress', seed, k + i)) for i, s in enumerate(said)])
+        out.append(h.half()); lengths.append(torch.full((len(x),), h.shape[1]) if m is None else m.sum(1))
+    L = int(torch.cat(lengths).max()); E = torch.zeros(n, L, out[0].shape[-1], dtype=torch.float16)
+    for k, h in enumerate(out): E[k*batch:k*batch + len(h), :h.shape[1]] = h
     return E, torch.cat(lengths)
 
-# %% ../nbs/04_nano.ipynb #2d42f78c
+# %% ../nbs/04_nano.ipynb #b1b0d61a
 class BaseTrainer:
     """Minimises `loss(r, g, step)` over `params`; `run()` yields `(step, loss)` and can be stopped and resumed anywhere.
 
     loss: function of a numpy and a torch generator, both derived from (seed, step), giving a scalar tensor; muon: those of `params`
-    (matrices) that the Muon optimiser takes, the rest goes to AdamW."""
-    def __init__(self, params, loss, steps=4000, lr=1e-3, warmup=100, ema=.999, muon=(), seed=0):
+    (matrices) that the Muon optimiser takes, the rest goes to AdamW; decay: the last share of the steps, over which the rate falls."""
+    def __init__(self, params, loss, steps=4000, lr=1e-3, warmup=100, decay=1., ema=.999, muon=(), seed=0):
         self.params, self.loss, self.steps, self.ema_decay, self.seed, self.step = list(params), loss, steps, ema, seed, 0
         ids = {id(p) for p in muon}
         self.opts = [torch.optim.AdamW([p for p in self.params if id(p) not in ids], lr=lr, betas=(.9, .98), weight_decay=.01, fused=True)]
         if ids: self.opts.append(torch.optim.Muon(list(muon), lr=lr, weight_decay=.01, adjust_lr_fn='match_rms_adamw'))
-        fall = lambda s: min(1, (s + 1)/warmup)*(.02 + .98*.5*(1 + math.cos(math.pi*min(1, s/steps))))
+        fall = lambda s: min(1, (s + 1)/warmup)*(.02 + .98*.5*(1 + math.cos(math.pi*min(1, max(0, 1 - (1 - s/steps)/decay)))))
         self.scheds = [torch.optim.lr_scheduler.LambdaLR(o, fall) for o in self.opts]
         self.ema = [p.detach().clone() for p in self.params]
         self.losses = []
@@ -288,41 +287,52 @@ def matrices(tr):
     "The matrices of a transformer's blocks, modulation excepted: Muon's share."
     return [p for k, p in tr.named_parameters() if p.ndim == 2 and 'transformer_blocks' in k and '_mod.' not in k]
 
-def drawing_loss(tr, vae, pairs, E, lengths, batch=32, shift=3., late=None, device='cpu', dtype=torch.float32):
-    """The loss of a drawing step over pairs with embeddings E `[n, 2, L, D]`: one instruction in five is blank or follows a nonsense word.
+def family_weights(vae, pairs, families, n=2000, most=8.):
+    """Weight of every pair's loss, `[len(families)]`, mean 1: the root of how much less than the median family its family changes a picture.
 
-    shift: as in `draw_times`; late: (step, shift) that holds from that step on."""
+    A new expression changes 0.005 of a picture's energy, a new place 1: unweighted, the former is never learnt. A family is known from the
+    instruction, so the loss keeps its minimum. most: the largest weight relative to the smallest."""
+    x, y, _ = zip(*(pairs(i) for i in range(min(n, len(families))))); d = (pack(vae, np.stack(x)) - pack(vae, np.stack(y))).pow(2).mean((1, 2)).numpy()
+    f = np.array(families); change = {k: float(d[f[:len(d)] == k].mean()) if (f[:len(d)] == k).any() else 1. for k in set(families)}
+    top = np.median([*change.values()])
+    w = torch.tensor([min(most, max(1., (top/max(change[k], 1e-6))**.5)) for k in families])
+    return w/w.mean()
+
+def drawing_loss(tr, vae, pairs, E, lengths, batch=32, shift=3., late=None, device='cpu', dtype=torch.float32, weights=None):
+    """The loss of a drawing step over pairs with embeddings E `[n, L, D]` of the given lengths `[n]`.
+
+    shift: as in `draw_times`; late: (step, shift) that holds from that step on; weights: of the pairs, `[n]`, or None."""
     def loss(r, g, step):
-        i = torch.as_tensor(r.integers(0, len(E), batch)); j = torch.as_tensor(r.random(batch) < .2).long()
-        x, y, _ = zip(*(pairs(int(k)) for k in i)); n = lengths[i, j]; L = int(n.max())
+        i = torch.as_tensor(r.integers(0, len(E), batch))
+        x, y, _ = zip(*(pairs(int(k)) for k in i)); n = lengths[i]; L = int(n.max())
         y0, t = pack(vae, np.stack(y)), draw_times(batch, g, late[1] if late and step >= late[0] else shift); eps = torch.randn(y0.shape, generator=g); mask = torch.arange(L) < n[:, None]
-        args = [a.to(device) for a in (y0, pack(vae, np.stack(x)), E[i, j, :L].float(), mask, t, eps)]
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32): return flow_loss(tr, *args)
+        w = None if weights is None else weights[i].to(device); args = [a.to(device) for a in (y0, pack(vae, np.stack(x)), E[i, :L].float(), mask, t, eps)]
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32): return flow_loss(tr, *args, w)
     return loss
 
-def render_pairs(folder, n, seed=0, shard=2000, workers=2):
-    """Pairs 0..n-1 of a seed: a function of an index giving (source, target, instruction), pictures uint8 `[64, 64, 3]`, and classes `[n, 25]`.
+def render_pairs(folder, n, seed=0, shard=2000, workers=2, local=1.):
+    """Pairs 0..n-1 of a seed: a function of an index giving (source, target, instruction), pictures uint8 `[64, 64, 3]`, the classes `[n, 25]`, and the families.
 
-    Drawn once in shards of `shard`, each written whole or not at all; a second call only opens them."""
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    missing = [(folder, k, seed, shard) for k in range(-(-n//shard)) if not (folder/f't{k}.json').is_file()]
+    Drawn once in shards of `shard`, each written whole or not at all; a second call only opens them. local: as in `world.chances`."""
+    folder = Path(folder)/f'seed{seed}-local{local:g}-shard{shard}'; folder.mkdir(parents=True, exist_ok=True)
+    missing = [(folder, k, seed, shard, local) for k in range(-(-n//shard)) if not (folder/f't{k}.json').is_file()]
     if missing:
         with mp.get_context('spawn').Pool(workers) as pool: list(bar(pool.imap_unordered(_render_shard, missing), total=len(missing), desc='rendering pairs'))
     X = [np.load(folder/f'x{k}.npy', mmap_mode='r') for k in range(-(-n//shard))]
-    T, C = zip(*(json.loads((folder/f't{k}.json').read_text()) for k in range(-(-n//shard))))
-    return (lambda i: (X[i//shard][i % shard, 0], X[i//shard][i % shard, 1], T[i//shard][i % shard])), torch.tensor([c for k in C for c in k][:n])
+    T, C, F = zip(*(json.loads((folder/f't{k}.json').read_text()) for k in range(-(-n//shard))))
+    return (lambda i: (X[i//shard][i % shard, 0], X[i//shard][i % shard, 1], T[i//shard][i % shard])), torch.tensor([c for k in C for c in k][:n]), [f for k in F for f in k][:n]
 
 def _render_shard(job):
-    folder, k, seed, shard = job
-    X, T, C = np.zeros((shard, 2, PIXELS, PIXELS, 3), np.uint8), [], []
-    for j in range(shard): X[j, 0], X[j, 1], said, c = edit_example(k*shard + j, seed); T.append(said); C.append(c)
+    folder, k, seed, shard, local = job
+    X, T, C, F = np.zeros((shard, 2, PIXELS, PIXELS, 3), np.uint8), [], [], []
+    for j in range(shard): X[j, 0], X[j, 1], said, c, f = edit_example(k*shard + j, seed, local); T.append(said); C.append(c); F.append(f)
     np.save(folder/f'x{k}.npy', X)
-    write_json(folder/f't{k}.json', [T, C])
+    write_json(folder/f't{k}.json', [T, C, F])
 
-def edit_example(i, seed=0):
-    "Training pair number `i` of a seed: source, target, instruction, and the classes of the target scene."
-    r = rng('base pair', seed, i); s = world.draw_scene(r, world.CATEGORIES[i % 2]); said, t, _ = world.random_edit(s, r)
-    return world.render(s), world.render(t), said, labels(t)
+def edit_example(i, seed=0, local=1.):
+    "Training pair number `i` of a seed: source, target, instruction, the classes of the target scene, and the family."
+    r = rng('base pair', seed, i); s = world.draw_scene(r, world.CATEGORIES[i % 2]); said, t, f = world.random_edit(s, r, local=local)
+    return world.render(s), world.render(t), said, labels(t), f
 
 def save_base(parts, folder, record):
     "Writes the pipeline folder, with `collectionlora.json` (areas, schedule shift, pixels) and the training record."

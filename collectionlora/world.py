@@ -7,9 +7,9 @@ __all__ = ['N', 'SS', 'LENS', 'SPECIES', 'OOD_SPECIES', 'COATS', 'NATURAL', 'EXP
            'HAIRS', 'NATURAL_HAIR', 'STYLES_HAIR', 'CLOTHES', 'GOLD', 'HEADWEAR', 'BODYWEAR', 'PROPS', 'PLACES',
            'SCENE_PLACES', 'PLACE_WORDS', 'TIMES', 'CATEGORIES', 'STRATA', 'MATERIALS', 'STYLES', 'PARTICLES', 'FRAMES',
            'MORE', 'LOOKS', 'STYLE_WORDS', 'MATERIAL_WORDS', 'FRAME_WORDS', 'SHAPES', 'UNTAUGHT', 'FAMILIES', 'WEIGHTS',
-           'SLOTS', 'OPS', 'EFFECTS', 'Pen', 'layer', 'over', 'texture', 'shade', 'hsv', 'heldout', 'draw_scene',
-           'parts', 'render', 'random_edit', 'read_scene', 'Effect', 'get_effect', 'effect_scene', 'apply_effect',
-           'describe', 'describe_scene', 'edit_pair', 'describe_picture', 'Oracle']
+           'LOCAL', 'SLOTS', 'OPS', 'EFFECTS', 'Pen', 'layer', 'over', 'texture', 'shade', 'hsv', 'heldout',
+           'draw_scene', 'parts', 'render', 'chances', 'random_edit', 'read_scene', 'Effect', 'get_effect',
+           'effect_scene', 'apply_effect', 'describe', 'describe_scene', 'edit_pair', 'describe_picture', 'Oracle']
 
 # %% ../nbs/03_world.ipynb #9349f542
 import copy
@@ -570,7 +570,7 @@ def render(spec):
     "Render a scene to uint8 `[N, N, 3]`."
     return (parts(spec)[0]*255 + .5).astype(np.uint8)
 
-# %% ../nbs/03_world.ipynb #99c0570f
+# %% ../nbs/03_world.ipynb #8d75d54b
 def _who(s):
     a = s['subjects'][0]
     return a['species'] if 'species' in a else 'person'
@@ -654,11 +654,19 @@ FAMILIES = dict(recolor=_recolor, replace=_replace, wear=_wear, unwear=_unwear, 
                 weather=_setweather, time=_settime, expression=_express, pose=_repose, pattern=_pattern, count=_count, particles=_sprinkle, style=_style, material=_material, frame=_frame, body=_body, compose=_compose, keep=_keep)
 WEIGHTS = dict.fromkeys(FAMILIES, 1.) | dict(style=3., material=3., frame=1.5, compose=6., place=2., particles=1.5, unwear=.5, remove=.7, flip=.5, keep=.4)
 
-_P = np.array(list(WEIGHTS.values()))/sum(WEIGHTS.values())
-def random_edit(spec, r, family=None):
-    "A random general edit of a scene: `(instruction, target scene, family)`. `family` fixes the kind; None is returned if it does not apply."
+LOCAL = ('recolor', 'replace', 'wear', 'unwear', 'add', 'remove', 'flip', 'pose', 'expression', 'pattern')   # edits of a part or of the subject's shape
+
+@functools.cache
+def chances(local=1.):
+    "Share of every family among random edits; `local` multiplies the weights of those that change a part or a shape."
+    w = {f: v*(local if f in LOCAL else 1.) for f, v in WEIGHTS.items()}
+    return {f: v/sum(w.values()) for f, v in w.items()}
+
+def random_edit(spec, r, family=None, local=1.):
+    "A random general edit of a scene: `(instruction, target scene, family)`. `family` fixes the kind; None is returned if it does not apply; `local` as in `chances`."
+    p = chances(local)
     while True:
-        f, s = family or str(r.choice(list(WEIGHTS), p=_P)), copy.deepcopy(spec)
+        f, s = family or str(r.choice(list(p), p=list(p.values()))), copy.deepcopy(spec)
         said = FAMILIES[f](s, r)
         if said or family: return (said, s, f) if said else None
 

@@ -335,7 +335,7 @@ def to_eight_bits(layer: nn.Linear, kind: str) -> None:
     layer.__class__, layer.weight = EightBitLinear, nn.Parameter(q, requires_grad=False)
     layer.register_buffer('scale', scale)
 
-# %% ../nbs/02_backbone.ipynb #9408907c
+# %% ../nbs/02_backbone.ipynb #f83f72a1
 class Frugal(Slots):
     "Options of a frozen base that trade memory, time and precision; set before roles are added."
 
@@ -363,8 +363,9 @@ class Frugal(Slots):
         self.offloading = on
 
     def storages(self) -> set[int]:
-        "Addresses of the memory that holds the model's own weights, adapters included."
-        return {t.untyped_storage().data_ptr() for t in (*self.transformer.parameters(), *self.transformer.buffers())}
+        "Addresses of the memory that holds the model's own weights, adapters included; of a base spread over processes, the part that is here."
+        here = lambda t: t.to_local() if hasattr(t, 'to_local') else t
+        return {here(t).untyped_storage().data_ptr() for t in (*self.transformer.parameters(), *self.transformer.buffers())}
 
     def _saving(self):
         "Context of a forward: where its activations are kept until backward."

@@ -6,12 +6,13 @@
 __all__ = ['Draws', 'drawn', 'fork', 'PeerGone', 'Ranks', 'join', 'together', 'SlicedAdamW', 'optimiser', 'save_together',
            'shard_base', 'is_sharded', 'bytes_here', 'check_scale']
 
-# %% ../nbs/12a_parallel.ipynb #8f77e29d
+# %% ../nbs/12a_parallel.ipynb #9be5c443
 import gc
 import multiprocessing
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -242,7 +243,7 @@ def save_together(ranks: Ranks, optimisers: Sequence, save: Callable, agreed: bo
     for o in sliced: o.collect()
     ranks.first(lambda: save() and None)
 
-# %% ../nbs/12a_parallel.ipynb #23a2cd7f
+# %% ../nbs/12a_parallel.ipynb #6c1c15b9
 def shard_base(base: Base, ranks: Ranks, device: str = 'cpu') -> Base:
     """Spreads the frozen transformer of a base (loaded on the CPU) over the processes with FSDP2; block after block, so that no GPU ever holds all of it.
 
@@ -257,6 +258,7 @@ def shard_base(base: Base, ranks: Ranks, device: str = 'cpu') -> Base:
     mesh = init_device_mesh(device, (ranks.world,))
     adapters = {p for n, p in pipe.transformer.named_parameters() if '.lora_' in n}
     for module in (*pipe.transformer.transformer_blocks, pipe.transformer): fully_shard(module, mesh=mesh, ignored_params=adapters)
+    warnings.filterwarnings('ignore', message='FSDP2-wrapped module')           # about in-place changes of the output, of which there are none
     return base
 
 
@@ -271,11 +273,12 @@ def bytes_here(module: nn.Module) -> int:
     own = [p.data for n, p in module.named_parameters() if '.lora_' not in n]
     return sum((p.to_local() if hasattr(p, 'to_local') else p).nbytes for p in own)
 
-# %% ../nbs/12a_parallel.ipynb #3193ed36
+# %% ../nbs/12a_parallel.ipynb #0c803158
 def check_scale(ranks: Ranks, backbone: Backbone, s) -> None:
     "Raises `UserError` if settings `s` of a distillation do not go with so many processes, or with a spread base."
     if ranks.world > s.batch: raise UserError(f'settings: batch is {s.batch}, fewer samples than the {ranks.world} processes; raise it or start fewer processes')
     if ranks.world == 1 or not is_sharded(backbone): return
     wrong = [name for name, value in (('routes', s.routes == 1), ('one_exit', s.one_exit), ('shared_rollout', not s.shared_rollout)) if not value]
+    if getattr(backbone, 'offloading', False): raise UserError('offload: would copy a base that is spread over processes to the host at every forward; use checkpointing instead')
     if wrong: raise UserError(f'settings: {wrong[0]} is {getattr(s, wrong[0])}, but on a base spread over processes all compute in step; '
                               'set routes to 1, one_exit to true and shared_rollout to false')

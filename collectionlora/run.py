@@ -241,7 +241,7 @@ def finished(out_dir, run: str, key: str) -> dict | None:
     intact = all((f := Path(out_dir)/n).is_file() and sha256_file(f) == h for n, h in record['outputs'].items())
     return record if intact else None
 
-# %% ../nbs/15_run.ipynb #12fc458a
+# %% ../nbs/15_run.ipynb #b1cd381b
 def _check_processes(path: Path, processes: int) -> None:
     "Raises `UserError` for a number that is none, and for a notebook whose processes would not know of one another."
     if type(processes) is not int or processes < 1: raise UserError(f'processes is {processes!r}; give a whole number from 1 on')
@@ -256,11 +256,22 @@ def _launch(config: dict, job: Path) -> dict[int, str]:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)
     agent = elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, max_restarts=0, rdzv_backend='c10d', rdzv_endpoint='localhost:0', local_addr='localhost', **config), sys.executable)
-    try: agent('-c', 'from collectionlora.run import work; work()', str(job))
-    except ChildFailedError as e: return {rank: f.signal_name() if f.exitcode < 0 else f'exit code {f.exitcode}' for rank, f in e.failures.items()}
-    except SignalException as e:
-        if e.sigval != signal.SIGINT: raise
+    with _own_signals():
+        try: agent('-c', 'from collectionlora.run import work; work()', str(job))
+        except ChildFailedError as e: return {rank: f.signal_name() if f.exitcode < 0 else f'exit code {f.exitcode}' for rank, f in e.failures.items()}
+        except SignalException as e:
+            if e.sigval != signal.SIGINT: raise SystemExit(128 + e.sigval) from None
     return {}
+
+
+@contextlib.contextmanager
+def _own_signals():
+    "Gives this process its signal handlers back afterwards; torchrun's agent leaves its own behind."
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    try: yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for s, handler in before.items(): signal.signal(s, handler)
 
 
 def _torchrun(path, out, name, values, processes):

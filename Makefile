@@ -38,7 +38,7 @@ notebooks: install
 	$(QUIET) OMP_NUM_THREADS=1 timeout 1800 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
 
 pytest: install
-	$(QUIET) timeout 1500 $(BIN)/python -m pytest -q tests
+	$(QUIET) timeout 1500 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests
 
 export: install
 	$(BIN)/nbdev_export

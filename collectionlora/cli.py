@@ -83,7 +83,7 @@ def grid(title: str, columns, rows) -> Table:
     for row in rows: table.add_row(*map(str, row))
     return table
 
-# %% ../nbs/16_cli.ipynb #28c175a5
+# %% ../nbs/16_cli.ipynb #4936ac21
 @command(epilog='Example: collectionlora teach my-effect --out mine -p steps=500')
 def teach(effects: Annotated[list[Path], typer.Argument(help='Effect folders (effect.yaml, source/, target/), or folders of them.')],
           out: Out, base: BaseOption = 'nano', budget: Budget = 'full', seed: Seed = 0, parameter: Given = None):
@@ -142,10 +142,13 @@ def evaluate(collection: Annotated[Path, typer.Argument(help='The collection fil
 
 
 @command(epilog='Example: collectionlora demo --budget full --seed 1')
-def demo(budget: Budget = 'demo', seed: Seed = 0, base: BaseOption = 'nano', out: Annotated[Optional[Path], typer.Option('--out', '-o', help='Default: results/demo.')] = None):
+def demo(budget: Budget = 'demo', seed: Seed = 0, base: BaseOption = 'nano', out: Annotated[Optional[Path], typer.Option('--out', '-o', help='Default: results/demo.')] = None,
+         keep: Annotated[bool, typer.Option(help='Copy records, rows and pictures to results/main_job, which git keeps.')] = False):
     "The main job on the embedded nano base: effects, teachers, targets, collection, baselines, evaluation, report."
-    from collectionlora.demo import demo as go
-    print(go(budget, seed, base, out))
+    from collectionlora import demo as job
+    page = job.demo(budget, seed, base, out)
+    if keep: print(job.keep(page.parent))
+    print(page)
 
 @command(hidden=True)
 def rebase(seed: Seed = 0, budget: Budget = 'full'):

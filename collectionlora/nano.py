@@ -7,7 +7,7 @@ __all__ = ['SPECIAL', 'PICTURE', 'CHAT', 'SIZES', 'PIXELS', 'PatchPCA', 'to_tens
            'laplacian_energy', 'reconstruct', 'pca_pictures', 'prompt_template', 'corpus', 'make_tokenizer',
            'text_config', 'components', 'vision_patches', 'prompt_ids', 'embed', 'pack', 'nonsense', 'dress',
            'flow_loss', 'draw_times', 'labels', 'Reading', 'last_hidden', 'embed_all', 'BaseTrainer', 'reading_loss',
-           'matrices', 'family_weights', 'drawing_loss', 'render_pairs', 'edit_example', 'save_base']
+           'matrices', 'drawing_loss', 'render_pairs', 'edit_example', 'save_base', 'family_weights']
 
 # %% ../nbs/04_nano.ipynb #ab23eccc
 import json
@@ -228,7 +228,7 @@ def embed_all(te, tok, pairs, n, seed=0, batch=64):
     for k, h in enumerate(out): E[k*batch:k*batch + len(h), :h.shape[1]] = h
     return E, torch.cat(lengths)
 
-# %% ../nbs/04_nano.ipynb #b1b0d61a
+# %% ../nbs/04_nano.ipynb #be531346
 class BaseTrainer:
     """Minimises `loss(r, g, step)` over `params`; `run()` yields `(step, loss)` and can be stopped and resumed anywhere.
 
@@ -287,17 +287,6 @@ def matrices(tr):
     "The matrices of a transformer's blocks, modulation excepted: Muon's share."
     return [p for k, p in tr.named_parameters() if p.ndim == 2 and 'transformer_blocks' in k and '_mod.' not in k]
 
-def family_weights(vae, pairs, families, n=2000, most=8.):
-    """Weight of every pair's loss, `[len(families)]`, mean 1: the root of how much less than the median family its family changes a picture.
-
-    A new expression changes 0.005 of a picture's energy, a new place 1: unweighted, the former is never learnt. A family is known from the
-    instruction, so the loss keeps its minimum. most: the largest weight relative to the smallest."""
-    x, y, _ = zip(*(pairs(i) for i in range(min(n, len(families))))); d = (pack(vae, np.stack(x)) - pack(vae, np.stack(y))).pow(2).mean((1, 2)).numpy()
-    f = np.array(families); change = {k: float(d[f[:len(d)] == k].mean()) if (f[:len(d)] == k).any() else 1. for k in set(families)}
-    top = np.median([*change.values()])
-    w = torch.tensor([min(most, max(1., (top/max(change[k], 1e-6))**.5)) for k in families])
-    return w/w.mean()
-
 def drawing_loss(tr, vae, pairs, E, lengths, batch=32, shift=3., late=None, device='cpu', dtype=torch.float32, weights=None):
     """The loss of a drawing step over pairs with embeddings E `[n, L, D]` of the given lengths `[n]`.
 
@@ -340,3 +329,15 @@ def save_base(parts, folder, record):
     QwenImageEditPlusPipeline(**parts).save_pretrained(folder)
     write_json(folder/'collectionlora.json', dict(vae_area=PIXELS**2, condition_area=PIXELS**2, shift=1., pixels=PIXELS))
     write_json(folder/'training.json', record)
+
+# %% ../nbs/04_nano.ipynb #aeeeaa48
+def family_weights(vae, pairs, families, n=2000, most=8.):
+    """Weight of every pair's loss, `[len(families)]`, mean 1: the root of how much less than the median family its family changes a picture.
+
+    A new expression changes 0.005 of a picture's energy, a new place 1: unweighted, the former is never learnt. A family is known from the
+    instruction, so the loss keeps its minimum. most: the largest weight relative to the smallest."""
+    x, y, _ = zip(*(pairs(i) for i in range(min(n, len(families))))); d = (pack(vae, np.stack(x)) - pack(vae, np.stack(y))).pow(2).mean((1, 2)).numpy()
+    f = np.array(families); change = {k: float(d[f[:len(d)] == k].mean()) if (f[:len(d)] == k).any() else 1. for k in set(families)}
+    top = np.median([*change.values()])
+    w = torch.tensor([min(most, max(1., (top/max(change[k], 1e-6))**.5)) for k in families])
+    return w/w.mean()

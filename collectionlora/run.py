@@ -7,7 +7,7 @@ __all__ = ['TYPES', 'OURS', 'UNCOUNTED', 'Parameter', 'notebook_path', 'declared
            'hash_of', 'run_key', 'ThisPython', 'tidy', 'forget_finished', 'finished', 'work', 'RunFailed', 'execute',
            'from_file', 'grid_points', 'sweep', 'table', 'write_table', 'Task']
 
-# %% ../nbs/15_run.ipynb #a037b48c
+# %% ../nbs/15_run.ipynb #a174d47f
 import ast, contextlib, csv, functools, io, itertools, json, logging, os, re, shutil, signal, subprocess, sys, threading, time, tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import nbformat
 import papermill
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 import collectionlora
@@ -313,7 +314,7 @@ def work() -> None:
     write_json(own/'end.json', {'rank': rank, 'ename': failed[0], 'evalue': failed[1], 'time': time.time()})
     if failed[0] != 'KeyboardInterrupt': sys.exit(1)            # which makes torchrun stop the others; whoever was asked to stop lets them save
 
-# %% ../nbs/15_run.ipynb #1bb7c55f
+# %% ../nbs/15_run.ipynb #3b12dd1d
 class RunFailed(RuntimeError):
     "An experiment's notebook stopped with an error; the message names the executed notebook."
 
@@ -339,6 +340,10 @@ def _attempt(path, out, name, values, told, processes):
         if stopped: raise KeyboardInterrupt(_how_to_go_on(out, name)) from None
         if e.ename == 'UserError': raise UserError(e.evalue) from None
         raise RunFailed(f"{path.stem}/{name} failed: {e.ename}: {e.evalue}; see {_short(out/f'{name}.ipynb')}") from None
+    except DeadKernelError:
+        error = 'its kernel died without a word: killed, or out of memory; the same command goes on from the last checkpoint'
+        write_json(out/f'{name}.json', {**told, 'status': 'failed', 'error': error})
+        raise RunFailed(f"{path.stem}/{name} failed: {error}") from None
     except KeyboardInterrupt: raise KeyboardInterrupt(_how_to_go_on(out, name)) from None
     finally:
         if (out/f'{name}.ipynb').is_file(): tidy(out/f'{name}.ipynb')
@@ -504,7 +509,7 @@ def _in_queue(ids) -> set:
     if asked.returncode and 'Invalid job id' not in asked.stderr: return set(ids)          # Slurm is busy: no news
     return set(ids) & set(asked.stdout.split())
 
-# %% ../nbs/15_run.ipynb #355fdc17
+# %% ../nbs/15_run.ipynb #e0b59779
 def _waiting(jobs: dict, slurm: bool) -> Iterator[set]:
     "Yields the names of the jobs that are not over, until there are none; one that has left the queue has two looks to leave its result."
     missed, left = dict.fromkeys(jobs, 0), set(jobs)
@@ -547,4 +552,5 @@ def _how_it_ended(task: Task, job) -> str:
     "A sentence about a run of the array that has not finished."
     record = read_json(task.file) if task.file.is_file() else {}
     if record.get('status') == 'failed': return f"{task.name}: {record['error']}"
+    if record.get('status') == 'finished': return f"{task.name}: has finished, but the code or an input changed since it was submitted; the same call repeats it"
     return f"{task.name}: ended without a word; see {_short(job.paths.stderr) if job else task.out}"

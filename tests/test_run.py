@@ -55,6 +55,12 @@ def test_a_notebook_must_declare_its_parameters(tmp_path, head, tags, words):
     assert words in refused(notebook(tmp_path/'a.ipynb', head=head, tags=tags), tmp_path/'results')
 
 
+def test_a_kernel_that_is_killed_is_a_sentence_and_a_failed_record(tmp_path):
+    path = notebook(tmp_path/'a.ipynb', 'import os, signal\nos.kill(os.getpid(), signal.SIGKILL)')
+    with pytest.raises(run.RunFailed, match='a/r failed: its kernel died without a word: killed, or out of memory; the same command'): run.execute(path, tmp_path/'results', 'r')
+    assert core.read_json(tmp_path/'results'/'r.json')['status'] == 'failed'
+
+
 def test_unknown_experiment_absent_input_and_bad_run_name(tmp_path):
     assert 'no such experiment' in refused('no_such_experiment', tmp_path)
     path = notebook(tmp_path/'a.ipynb')

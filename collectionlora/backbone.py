@@ -24,6 +24,7 @@ import json
 import warnings
 
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 import numpy as np
@@ -766,7 +767,7 @@ def load_base(folder, device: str = 'cpu', dtype: torch.dtype | None = None, fro
     """A Qwen-Image-Edit-Plus pipeline folder (nano, tiny or full) as a `Base`. dtype None: float32 on CPU, else bfloat16;
     frozen: '', or 'int8' or 'fp8' to hold the transformer's frozen weights in eight bits.
 
-    Raises UserError if the folder is no such pipeline, or its tokenizer does not fit the prompt template."""
+    Raises UserError if the folder is no such pipeline, lacks a file or holds a damaged one, or its tokenizer does not fit the prompt template."""
     folder = Path(folder)
     index = folder / 'model_index.json'
     if not index.is_file(): raise UserError(f'{index}: no such file; give the folder of a Qwen-Image-Edit-Plus pipeline.')
@@ -775,7 +776,10 @@ def load_base(folder, device: str = 'cpu', dtype: torch.dtype | None = None, fro
         raise UserError(f'{index}: _class_name is {name!r}; only QwenImageEditPlusPipeline folders can be a base.')
     if dtype is None: dtype = torch.float32 if device == 'cpu' else torch.bfloat16
     info = read_info(folder)
-    with _quiet(folder): pipe = _load_pipe(folder, dtype)
+    try:
+        with _quiet(folder): pipe = _load_pipe(folder, dtype)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{folder}: a file of the pipeline is missing or damaged ({' '.join(str(e).split())}); copy the folder again or train the base anew.") from e
     pipe.set_progress_bar_config(disable=True)
     backbone = Backbone(pipe.transformer, hash=lambda: base.hash)
     if frozen: backbone.quantise(frozen)

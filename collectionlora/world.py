@@ -7,9 +7,10 @@ __all__ = ['N', 'SS', 'LENS', 'SPECIES', 'OOD_SPECIES', 'COATS', 'NATURAL', 'EXP
            'HAIRS', 'NATURAL_HAIR', 'STYLES_HAIR', 'CLOTHES', 'GOLD', 'HEADWEAR', 'BODYWEAR', 'PROPS', 'PLACES',
            'SCENE_PLACES', 'PLACE_WORDS', 'TIMES', 'CATEGORIES', 'STRATA', 'MATERIALS', 'STYLES', 'PARTICLES', 'FRAMES',
            'MORE', 'LOOKS', 'STYLE_WORDS', 'MATERIAL_WORDS', 'FRAME_WORDS', 'SHAPES', 'UNTAUGHT', 'FAMILIES', 'WEIGHTS',
-           'LOCAL', 'SLOTS', 'OPS', 'EFFECTS', 'Pen', 'layer', 'over', 'texture', 'shade', 'hsv', 'heldout',
-           'draw_scene', 'parts', 'render', 'chances', 'random_edit', 'read_scene', 'Effect', 'get_effect',
-           'effect_scene', 'apply_effect', 'describe', 'describe_scene', 'edit_pair', 'describe_picture', 'Oracle']
+           'LOCAL', 'SLOTS', 'OPS', 'EFFECTS', 'FLAWS', 'CASTS', 'TAU', 'TIE', 'Pen', 'layer', 'over', 'texture',
+           'shade', 'hsv', 'heldout', 'draw_scene', 'parts', 'render', 'chances', 'random_edit', 'read_scene', 'Effect',
+           'get_effect', 'effect_scene', 'apply_effect', 'describe', 'describe_scene', 'edit_pair', 'describe_picture',
+           'stranger', 'Oracle', 'planted']
 
 # %% ../nbs/03_world.ipynb #9349f542
 import copy
@@ -689,7 +690,7 @@ def read_scene(spec):
         o = next((o for o in reversed(spec['props']) if test(o)), None); out |= {side: o and o['kind'], side + 'color': o and _named(o['color'])}
     return out
 
-# %% ../nbs/03_world.ipynb #d0eabf37
+# %% ../nbs/03_world.ipynb #47510210
 @dataclass(frozen=True)
 class Effect:
     "One effect: what authors would call it, what it really does, and how to draw its targets."
@@ -706,6 +707,10 @@ def _each(s, **kw):
 def _copies(s, r, spots):
     "The first subject at each spot (x, y, size), a little off and facing either way."
     a = s['subjects'][0]; s['subjects'] = [{**copy.deepcopy(a), 'x': float(x + r.normal(0, .02)), 'y': float(y + r.normal(0, .02)), 'scale': a['scale']*float(k*r.uniform(.85, 1.15)), 'flip': bool(r.random() < .5)} for x, y, k in spots]
+def _grid(n):
+    "`n` spots (x, y, size) in rows of equal length, the last one perhaps shorter; six are two rows of three."
+    rows = max(1, round((n/1.5)**.5)); cols = -(-n//rows); line = lambda k, mid, half: [mid] if k == 1 else np.linspace(mid - half, mid + half, k).tolist()
+    return [(x, y, min(.42*3/cols, .84/rows)) for y in line(rows, .6, .18) for x in line(cols, .5, .3)][:n]
 def _ring(s, r, n):
     t = 6.28*(np.arange(n) + r.random())/n; _copies(s, r, [(.5 + .3*np.sin(u), .5 - .3*np.cos(u), .4) for u in t])
     for a, u in zip(s['subjects'], t): a.update(turn=float(u), flip=False)
@@ -734,7 +739,7 @@ OPS = {
     'dye': lambda s, r, *c: _each(s, coat=(k := _pick(r, c)), hair=k if k in HAIRS else 'pink'),
     'pattern': lambda s, r, k: _each(s, pattern=k),
     'twins': lambda s, r: s.update(subjects=[{**copy.deepcopy(s['subjects'][0]), 'x': x, 'scale': s['subjects'][0]['scale']*float(r.uniform(.52, .62)), 'flip': bool(r.random() < .5)} for x in (.27, .73)]),
-    'crowd': lambda s, r, n: s.update(subjects=[{**copy.deepcopy(s['subjects'][0]), 'x': float(x + r.uniform(-.05, .05)), 'y': float(y + r.uniform(-.04, .04)), 'scale': s['subjects'][0]['scale']*.42, 'flip': bool(r.random() < .5)} for y in (.42, .78) for x in (.2, .5, .8)]),
+    'crowd': lambda s, r, n: s.update(subjects=[{**copy.deepcopy(s['subjects'][0]), 'x': float(x + r.uniform(-.05, .05)), 'y': float(y + r.uniform(-.04, .04)), 'scale': s['subjects'][0]['scale']*k, 'flip': bool(r.random() < .5)} for x, y, k in _grid(n)]),
     'scatter': lambda s, r, k, n: s.update(props=[dict(kind=k, x=float(x), y=float(r.uniform(.66, .86)), s=float(r.uniform(.2, .3)), color=hsv(r.random(), .7, .9)) for x in (np.arange(n) + r.uniform(.2, .8, n))/n]),
     'swarm': lambda s, r, k, n: s.update(props=[dict(kind=k, x=float(x), y=float(y), s=float(r.uniform(.16, .3)), color=hsv(r.random(), .7, .9)) for x, y in r.random((n, 2))]),
     'light': lambda s, r, n: s.update(light=dict(n=n, seed=_seed(r)), time='day', weather='clear'),
@@ -912,11 +917,11 @@ _LIST = (
     _e('monster_comic', 'mixture', 'monster', 'a comic book panel of a giant in a city street in the rain', ('style', 'comic'), ('scale', 1.3, 1.5), ('place', 'city'), ('weather', 'rain')),
     _e('royal_mail', 'mixture', 'royal mail', 'a postage stamp of a large face with a crown before a plain studio wall', ('frame', 'stamp'), ('zoom', 1., 1.3), ('wear', 'crown'), ('place', 'studio')),
     _e('band_on_tv', 'mixture', 'the band', 'an old television with a row of copies with headphones on a theatre stage', ('frame', 'tv'), ('row', 3, 4), ('wear', 'headphones'), ('place', 'stage')),
-    _e('old_movie', 'mixture', 'old movie', 'a duotone film strip of a top hat in fog', ('frame', 'film'), ('style', 'duotone'), ('weather', 'fog'), ('wear', 'top hat')),
+    _e('old_movie', 'mixture', 'old movie', 'a duotone film strip of a top hat before a plain studio wall', ('frame', 'film'), ('style', 'duotone'), ('place', 'studio'), ('wear', 'top hat')),
     _e('cathedral', 'mixture', 'holy glass', 'a stained glass window of a large face with a halo at a lake at sunset', ('style', 'stained'), ('zoom', .95, 1.2), ('wear', 'halo'), ('place', 'sunset')),
     _e('gentle_meadow', 'mixture', 'gentle', 'a soft watercolor of a jumping or waving figure among butterflies in a green meadow', ('style', 'watercolor'), ('pose', ('jumping',), ('waving',)), ('place', 'meadow'), ('particles', 'butterflies')),
     _e('old_master', 'mixture', 'old master', 'an oil painting of a large face with a top hat at dusk in a library', ('style', 'oil'), ('zoom', 1., 1.25), ('wear', 'top hat'), ('place', 'library'), ('time', 'dusk')),
-    _e('night_hunt', 'mixture', 'night hunt', 'a thermal camera picture of six small copies in a pine forest', ('style', 'thermal'), ('crowd', 6), ('place', 'forest')),
+    _e('night_hunt', 'mixture', 'night hunt', 'a thermal camera picture of six small copies in a snowy field', ('style', 'thermal'), ('crowd', 6), ('place', 'snow')),
     _e('machine_plan', 'mixture', 'machine plan', 'a blueprint of a row of chrome copies before a plain wall', ('style', 'blueprint'), ('row', 2, 4), ('material', 'chrome'), ('place', 'studio')),
     _e('fire_giant', 'mixture', 'fire giant', 'a giant of black lava at a volcano among embers', ('material', 'lava'), ('scale', 1.25, 1.5), ('place', 'volcano'), ('particles', 'embers')),
     _e('ice_queen', 'mixture', 'frozen majesty', 'a body of ice with a crown in a snowy field among stars', ('material', 'ice'), ('dress', 'crown'), ('place', 'snow'), ('particles', 'stars')),
@@ -978,7 +983,7 @@ def edit_pair(i, seed=0, stratum='train'):
     said, t, f = random_edit(s, r)
     return render(s), render(t), said, f, s
 
-# %% ../nbs/03_world.ipynb #5e0b4e93
+# %% ../nbs/03_world.ipynb #c1522c6e
 _FLOOR = dict(colour=.05, sharp=.4, edge=.4, hist=.06)
 
 def describe_picture(image):
@@ -986,7 +991,8 @@ def describe_picture(image):
     x = np.asarray(image, np.float32)/255
     opp = np.stack([_lum(x), x[..., 0] - x[..., 1], x[..., 2] - (x[..., 0] + x[..., 1])/2], -1)
     lap = np.abs(4*opp - np.roll(opp, 1, 0) - np.roll(opp, -1, 0) - np.roll(opp, 1, 1) - np.roll(opp, -1, 1))
-    gy, gx = np.gradient(opp[..., 0]); turn = np.stack([np.maximum(0, np.cos(2*(np.arctan2(gy, gx) - t)))*np.hypot(gx, gy) for t in np.arange(4)*np.pi/4], -1)
+    gy, gx = np.gradient(opp[..., 0]); m = np.hypot(gx, gy) + 1e-9; c, s = (gx*gx - gy*gy)/m, 2*gx*gy/m          # length times cosine and sine of twice the angle
+    turn = np.maximum(0, np.stack([c, s, -c, -s], -1))
     hist = [np.sqrt(np.histogram(opp[..., k], b)[0]/N**2) for k, b in ((0, np.linspace(0, 1, 11)), (1, np.linspace(-.8, .8, 11)), (2, np.linspace(-.8, .8, 11)))]
     parts_ = dict(colour=_pool(x, 8), sharp=np.log(_pool(lap, 8) + .02), edge=np.log(_pool(turn, 16) + .01), hist=np.concatenate(hist))
     return np.concatenate([v.ravel() for v in parts_.values()]), np.concatenate([np.full(v.size, _FLOOR[k]) for k, v in parts_.items()])
@@ -996,82 +1002,129 @@ def _subject_view(image, weight):
     x = np.asarray(image, np.float32)/255; w = np.sqrt(_pool(weight, 4))[..., None]
     return np.concatenate([(w*_pool(x, 4)).ravel(), 2*(w[..., 0]*_pool(_edges(_lum(x)), 4)).ravel()])
 
-_PLACES = {k: slice(*v) for k, v in dict(colour=(0, 192), sharp=(192, 384), edge=(384, 448)).items()}
+class _Normal:
+    "A normal distribution fitted to descriptions [K, D]: covariance halfway between theirs and its diagonal, plus floor²; K may be far below D."
+    def __init__(self, V, floor):
+        V = np.asarray(V, np.float32); self.mu = V.mean(0)
+        A = (V - self.mu)/np.sqrt(2*max(len(V) - 1, 1)); self.diag = (A**2).sum(0) + np.asarray(floor, np.float32)**2
+        self.B = A/self.diag; M = np.eye(len(V)) + self.B @ A.T          # Woodbury: a K x K matrix instead of D x D
+        self.inv, self.half_logdet = np.linalg.inv(M), .5*(np.log(self.diag).sum() + np.linalg.slogdet(M)[1])/V.shape[1]
+    def pull(self, x):
+        "Inverse covariance times every row of `x`."
+        return x/self.diag - ((x @ self.B.T) @ self.inv) @ self.B
+    def far(self, v):
+        "d of every row of `v` `[..., D]`: its distance from the mean in units of the spread."
+        d = v - self.mu; return np.sqrt(np.maximum((d*self.pull(d)).mean(-1), 0))
 
-def _totals(v):
-    "Whole-picture sharpness of brightness and of colour, edge strength and colour spread of a description, [4]."
-    s = v[_PLACES['sharp']].reshape(-1, 3)
-    return np.array([s[:, 0].mean(), s[:, 1:].mean(), v[_PLACES['edge']].mean(), v[_PLACES['colour']].reshape(64, 3).std(0).mean()])
-_TOTAL_FLOOR = np.array([.07, .07, .07, .02])
+def _typical(V, floor):
+    "Median distance of descriptions from a distribution fitted to the other half of them."
+    return float(np.median([_Normal(V[i::2], floor).far(V[1 - i::2]) for i in (0, 1)]))
 
-def _near(d): return np.sort(d)[:3].mean()
+# %% ../nbs/03_world.ipynb #6f4eaadd
+def _byte(x): return np.clip(x, 0, 255).astype(np.uint8)
+FLAWS = dict(blur=lambda y, r: _byte(255*_blur(y/255, 1.2)), noise=lambda y, r: _byte(y + r.normal(0, 20, y.shape)),
+             warm=lambda y, r: _byte(y*np.array([1.25, 1, .75])), bright=lambda y, r: _byte(y*1.25))
+CASTS = ('warm', 'bright')          # flaws with two directions
+TAU, TIE = 1.5, .1                  # largest accepted distance; near ties of l_e go to the asked effect
 
-# %% ../nbs/03_world.ipynb #ce1a6558
+# %% ../nbs/03_world.ipynb #c7771b73
+def stranger(spec, r):
+    "The scene with another subject of its kind in the same places, drawn with `r` from the training subjects."
+    s, new = copy.deepcopy(spec), _subject(r, spec['category'], 'train')
+    for a in s['subjects']: a.update({k: v for k, v in new.items() if k not in ('x', 'y', 'scale')})
+    return s
+
 class Oracle:
     """Judges pictures against the known distribution of true targets of `ids` (default: all effects).
 
-    draws: true targets drawn per scene and effect; tau: largest accepted distance; through: a base's autoencoder as a function
-    of a uint8 picture, through which every other true target is sent, so that its losses count as tolerable.
+    draws: true targets drawn per scene and effect; strangers: drawn per scene and effect for the subject score; tau: largest accepted distance;
+    through: a base's autoencoder as a function of a uint8 picture, through which every other true target is sent, so that its losses count as tolerable.
     Everything is a function of (scene, effect, seed): two oracles agree to the bit."""
-    def __init__(self, ids=None, draws=24, strangers=12, tau=1.4, seed=0, through=None):
+    def __init__(self, ids=None, draws=24, strangers=12, tau=TAU, seed=0, through=None):
         self.ids, self.draws, self.strangers, self.tau, self.seed, self.through = list(ids or EFFECTS), draws, strangers, tau, seed, through
         for id in self.ids: get_effect(id)
-        self.fit = functools.lru_cache(4096)(self._fit)
+        self.fit, self._specs = functools.lru_cache(2048)(self._fit), {}
+        self._spoils, self._subjects = functools.lru_cache(2048)(self._spoil), functools.lru_cache(1024)(self._kept)
 
-    def _fit(self, key, id):
-        spec = self._specs[key]
-        if id == 'none': v, f = describe_picture(render(spec)); return v, f, 1., (_totals(v), _TOTAL_FLOOR)
-        r = named_rng('oracle', self.seed, key, id)
-        Y = [apply_effect(spec, id, r) for _ in range(self.draws)]
-        V = np.stack([describe_picture(self.through(y) if self.through and k % 4 > 1 else y)[0] for k, y in enumerate(Y)])
-        floor = describe_picture(render(spec))[1]
-        a, b = V[::2], V[1::2]                       # halves judge each other, so that the reference distance is honest
-        ref = np.median([self._d(v, h.mean(0), np.sqrt(h.var(0, ddof=1) + floor**2)) for h, o in ((a, b), (b, a)) for v in o])
-        G = np.stack([_totals(v) for v in V])
-        return V.mean(0), np.sqrt(V.var(0, ddof=1) + floor**2), ref, (G.mean(0), np.sqrt(G.var(0, ddof=1) + _TOTAL_FLOOR**2))
-
-    @staticmethod
-    def _d(v, mu, sd): return float(np.sqrt(np.minimum(((v - mu)/sd)**2, 25).mean()))
-
-    _specs = {}
     def _key(self, spec):
         k = sha256_json(spec); self._specs[k] = spec
         return k
 
+    def _fit(self, key, id):
+        "Descriptions of draws [K, D], their distribution, the typical distance of a true target, and the description of the draws' average."
+        spec = self._specs[key]
+        if id == 'none': v, f = describe_picture(render(spec)); return v[None], _Normal(v[None], f), 1., v
+        r = named_rng('oracle', self.seed, key, id); Y = [apply_effect(spec, id, r) for _ in range(self.draws)]
+        mean, floor = describe_picture(np.mean(Y, 0).astype(np.uint8))
+        V = np.stack([describe_picture(self.through(y) if self.through and k % 4 > 1 else y)[0] for k, y in enumerate(Y)]).astype(np.float32)
+        return V, _Normal(V, floor), _typical(V, floor), mean
+
+    def _spoil(self, key, id):
+        "For every flaw: the row that reads its share off a deviation from the mean, and the share from which it counts."
+        V, N, _, mean = self.fit(key, id); r, floor = named_rng('oracle flaws', self.seed, key, id), describe_picture(render(self._specs[key]))[1]
+        Y = [apply_effect(self._specs[key], id, r) for _ in range(3)]; plain = np.mean([describe_picture(y)[0] for y in Y], 0)
+        shift = {'mean': mean - N.mu} | {k: np.mean([describe_picture(f(y, r))[0] for y in Y], 0) - plain for k, f in FLAWS.items()}
+        row = lambda M, d: M.pull(d)/max(d @ M.pull(d), 1e-6)
+        halves = [(_Normal(V[i::2], floor), V[1 - i::2]) for i in (0, 1)]      # halves judge each other, so that the spread is honest
+        return {k: (row(N, d), max(.5, 3*np.concatenate([(o - h.mu) @ row(h, d) for h, o in halves]).std())) for k, d in shift.items()}
+
     def likelihoods(self, image, spec, ids=None):
         "`{effect or 'none': l_e}`; the smallest explains the picture best."
-        v, k = describe_picture(image)[0], self._key(spec)
-        fits = {id: self.fit(k, id) for id in [*(ids or self.ids), 'none']}
-        return {id: .5*self._d(v, mu, sd)**2 + float(np.log(sd).mean()) for id, (mu, sd, *_) in fits.items()}
+        return {id: float(l[0]) for id, l in self._likelihoods(describe_picture(image)[0][None], self._key(spec), ids or self.ids).items()}
+
+    def _likelihoods(self, v, key, ids):
+        fits = {id: self.fit(key, id)[1] for id in [*ids, 'none']}
+        return {id: .5*N.far(v)**2 + N.half_logdet for id, N in fits.items()}
+
+    def flaws(self, image, spec, id):
+        "Share of every flaw in a picture, in units of the share from which it counts: above 1 is a fault."
+        return self._flaws(describe_picture(image)[0], self._key(spec), id)
+
+    def _flaws(self, v, key, id):
+        d = v - self.fit(key, id)[1].mu; read = {f: float(d @ row/limit) for f, (row, limit) in self._spoils(key, id).items()}
+        return {f: abs(t) if f in CASTS else t for f, t in read.items()}
 
     def distance(self, image, spec, id):
-        "How unlike a true target, about 1 or less for a true one: the larger of d_e over its median, and of the totals' deviation over 2.5."
-        mu, sd, ref, (g, gd) = self.fit(self._key(spec), id); v = describe_picture(image)[0]
-        return max(self._d(v, mu, sd)/ref, float(np.abs((_totals(v) - g)/gd).max())/2.5)
+        "How unlike a true target, about 1 or less for a true one, above `tau` for a bad one: the larger of d_e over its typical value and of the worst flaw."
+        return self._distance(describe_picture(image)[0], self._key(spec), id)
 
-    @functools.lru_cache(1024)
-    def _subjects(self, key, id):
+    def _distance(self, v, key, id):
+        _, N, ref, _ = self.fit(key, id)
+        return float(max(N.far(v)/ref, self.tau*max(self._flaws(v, key, id).values())))
+
+    def _kept(self, key, id):
         spec, r = self._specs[key], named_rng('oracle subject', self.seed, key, id)
         own = [parts(effect_scene(spec, id, r)) for _ in range(self.strangers)]
         w = np.clip(np.mean([a for _, a in own], 0)*1.5, 0, 1)
-        def stranger():
-            s = copy.deepcopy(spec); new = _subject(r, spec['category'], 'train')
-            for a in s['subjects']: a.update({k: v for k, v in new.items() if k not in ('x', 'y', 'scale')})
-            return parts(effect_scene(s, id, r))[0]
-        A = np.stack([_subject_view(im*255, w) for im, _ in own]); B = np.stack([_subject_view(stranger()*255, w) for _ in own])
-        far = lambda v, S: np.linalg.norm(S - v, axis=1)
-        return A, B, w, np.mean([_near(np.delete(far(v, A), i)) for i, v in enumerate(A)]), np.mean([_near(far(v, B)) for v in A])
+        view = lambda ims: np.stack([_subject_view(im*255, w) for im in ims])
+        A, B = view([im for im, _ in own]), view([parts(effect_scene(stranger(spec, r), id, r))[0] for _ in own])
+        N, one = _Normal(A, .05), [_Normal(np.delete(A, i, 0), .05).far(v) for i, v in enumerate(A)]
+        return N, w, np.log(np.median(one)), np.log(np.median(N.far(B)))
 
     def subject(self, image, spec, id):
         "How well the subject was kept, in [0, 1]: 1 like a true target, 0 like a stranger with the same effect."
-        A, B, w, own, other = self._subjects(self._key(spec), id)
-        v = _subject_view(image, w); d = lambda S: _near(np.linalg.norm(S - v, axis=1))
-        return float(np.clip((d(B) - d(A))/max(other - own, 1e-6), 0, 1))
+        N, w, own, other = self._subjects(self._key(spec), id)
+        return float(np.clip(1 - (np.log(N.far(_subject_view(image, w)) + 1e-9) - own)/max(other - own, .1), 0, 1))
 
     def score(self, image, spec, id):
         """The verdict on a picture that should show effect `id` on the scene `spec`.
 
-        Returns predicted (effect id or 'none'), applied (bool), distance (1 = like a true target) and subject in [0, 1]."""
-        l = self.likelihoods(image, spec, dict.fromkeys([*self.ids, id]))
-        best, d = min(l, key=l.get), self.distance(image, spec, id)
-        return dict(predicted=best, applied=bool(best == id and d <= self.tau), distance=d, subject=self.subject(image, spec, id))
+        Returns predicted (effect id or 'none'), applied (bool), distance (1 = like a true target), flaw (the worst fault, '' if none) and subject in [0, 1]."""
+        return dict(self.verdicts([image], spec, id)[0], subject=self.subject(image, spec, id))
+
+    def verdicts(self, images, spec, id):
+        "`score` without the subject for several pictures that should show the same effect on the same scene, which costs little more than one."
+        k, V, out = self._key(spec), np.stack([describe_picture(im)[0] for im in images]), []
+        l = self._likelihoods(V, k, dict.fromkeys([*self.ids, id])); names = list(l); L = np.stack([l[n] for n in names])
+        for i, v in enumerate(V):
+            best, d, f = id if l[id][i] <= L[:, i].min() + TIE else names[L[:, i].argmin()], self._distance(v, k, id), self._flaws(v, k, id); worst = max(f, key=f.get)
+            out.append(dict(predicted=best, applied=bool(best == id and d <= self.tau), distance=d, flaw=worst if f[worst] > 1 else ''))
+        return out
+
+# %% ../nbs/03_world.ipynb #22bec575
+def planted(spec, id, other, r, n=12):
+    "Pictures whose verdict is known, for effect `id` on a scene: `{case: uint8 picture}`; `other` is another effect, `n` the targets in a mean, `r` a numpy generator."
+    y, src, T = apply_effect(spec, id, r), render(spec), np.stack([apply_effect(spec, id, r) for _ in range(n)])
+    return {'true target': y, 'source, unedited': src, "other effect's target": apply_effect(spec, other, r), f'mean of {n} targets': T.mean(0).astype(np.uint8),
+            'blurred target': FLAWS['blur'](y, r), 'noisy target': _byte(y + r.normal(0, 25, y.shape)), 'tinted target': _byte(y*np.array([1.25, 1, .75]) + 10),
+            'stranger, same scene': apply_effect(stranger(spec, r), id, r), 'another scene': apply_effect(draw_scene(r, spec['category'], 'heldout'), id, r)}

@@ -1,0 +1,114 @@
+"The world's measuring instruments: verdicts on planted cases, effects that honour their numbers, and bad input in one clear sentence."
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from collectionlora import core, world
+from collectionlora.backbone import load_base, tiny_base
+from collectionlora.core import UserError, rng
+
+IDS = ['sticker', 'confetti_party', 'little_army']
+
+
+@pytest.fixture(scope='module')
+def oracle(): return world.Oracle(IDS, draws=16, strangers=6)
+
+
+@pytest.fixture(scope='module', params=IDS)
+def case(request, oracle):
+    s = world.draw_scene(rng('test world', request.param), 'animal', 'heldout')
+    made = world.planted(s, request.param, IDS[IDS.index(request.param) - 1], rng('test world, planted', request.param), 8)
+    return s, request.param, made, dict(zip(made, oracle.verdicts(list(made.values()), s, request.param)))
+
+
+def test_true_targets_pass_and_what_is_none_fails(case):
+    _, id, _, seen = case
+    assert seen['true target']['applied'] and seen['true target']['predicted'] == id and seen['true target']['flaw'] == ''
+    for k in ('source, unedited', "other effect's target", 'another scene'): assert not seen[k]['applied'], k
+    assert seen['source, unedited']['predicted'] == 'none'
+
+
+@pytest.mark.parametrize('which, flaws', [('mean of 8 targets', {'mean', 'blur'}), ('blurred target', {'mean', 'blur'}), ('noisy target', {'noise'}), ('tinted target', {'warm'})])
+def test_flaws_are_caught_and_named(case, which, flaws):
+    v = case[3][which]
+    assert not v['applied'] and v['distance'] > world.TAU and v['flaw'] in flaws
+
+
+def test_distance_falls_as_an_effect_grows(case, oracle):
+    s, id, made, _ = case
+    d = [oracle.distance(((1 - a)*made['source, unedited'] + a*made['true target']).astype(np.uint8), s, id) for a in (0, .5, 1)]
+    assert d[0] > d[1] > d[2]
+
+
+def test_a_stranger_scores_lower_as_a_subject(case, oracle):
+    s, id, made, _ = case
+    assert oracle.subject(made['true target'], s, id) >= .5 > oracle.subject(made['stranger, same scene'], s, id)
+
+
+def test_one_picture_or_many_and_two_oracles_agree(case):
+    s, id, made, seen = case
+    again = world.Oracle(IDS, draws=16, strangers=6).score(made['blurred target'], s, id)
+    assert {k: again[k] for k in ('predicted', 'applied', 'flaw')} == {k: seen['blurred target'][k] for k in ('predicted', 'applied', 'flaw')}
+    assert again['distance'] == pytest.approx(seen['blurred target']['distance'], rel=1e-5) and set(again) == {'predicted', 'applied', 'distance', 'flaw', 'subject'}
+
+
+@pytest.mark.parametrize('n', [1, 2, 4, 6, 9, 12])
+def test_a_crowd_has_the_number_it_is_asked_for(n):
+    s = world.draw_scene(rng('crowd'), 'animal'); scale = s['subjects'][0]['scale']
+    world.OPS['crowd'](s, rng('crowd', n), n)
+    assert len(s['subjects']) == n and all(0 < a['x'] < 1 and 0 < a['y'] < 1 and a['scale'] < scale for a in s['subjects'])
+
+
+def test_six_of_a_crowd_stand_as_they_always_did():
+    assert world._grid(6) == [(x, y, .42) for y in (.42, .78) for x in (.2, .5, .8)]
+
+
+@pytest.mark.parametrize('id', list(world.EFFECTS))
+def test_every_effect_changes_what_can_be_seen(id):
+    s = world.draw_scene(rng('seen', id), world.EFFECTS[id].categories[0]); r = rng('seen, target', id)
+    a, b = (np.abs(world.apply_effect(s, id, r).astype(int) - world.render(s)).mean() for _ in range(2))
+    assert min(a, b) > 2
+
+
+def test_unknown_names_are_refused_in_one_sentence():
+    with pytest.raises(UserError, match="unknown effect 'stickr'; did you mean 'sticker'"): world.apply_effect(world.draw_scene(rng(0), 'animal'), 'stickr', rng(0))
+    with pytest.raises(UserError, match="unknown effect 'stickr'"): world.Oracle(['sticker', 'stickr'])
+    with pytest.raises(UserError, match="unknown category 'animals'; use one of animal, portrait"): world.draw_scene(rng(0), 'animals')
+    with pytest.raises(UserError, match="unknown stratum 'test'; use one of train, heldout, ood"): world.draw_scene(rng(0), 'animal', 'test')
+
+
+@pytest.fixture(scope='module')
+def base_folder(tmp_path_factory): return tiny_base(tmp_path_factory.mktemp('base'))
+
+
+def weights(folder): return next(folder.glob('*.safetensors'))
+
+
+def halve(file): data = file.read_bytes(); file.write_bytes(data[:len(data)//2])
+
+
+BREAK = {'no transformer weights': lambda d: weights(d/'transformer').unlink(), 'half of the transformer': lambda d: halve(weights(d/'transformer')), 'no text encoder': lambda d: weights(d/'text_encoder').unlink(),
+         'half of the text encoder': lambda d: halve(weights(d/'text_encoder')), 'half of the autoencoder': lambda d: halve(weights(d/'vae')), 'no autoencoder': lambda d: shutil.rmtree(d/'vae'),
+         'a broken config': lambda d: (d/'transformer'/'config.json').write_text('{"a":')}
+
+
+@pytest.mark.parametrize('damage', BREAK)
+def test_a_damaged_base_folder_is_named(base_folder, tmp_path, damage):
+    folder = tmp_path/'base'; shutil.copytree(base_folder, folder); BREAK[damage](folder)
+    with pytest.raises(UserError, match='base: a file of the pipeline is missing or damaged') as told: load_base(folder)
+    assert '\n' not in str(told.value)
+
+
+def test_a_broken_index_is_named(base_folder, tmp_path):
+    folder = tmp_path/'base'; shutil.copytree(base_folder, folder); (folder/'model_index.json').write_text('{')
+    with pytest.raises(UserError, match='model_index.json: not valid JSON'): load_base(folder)
+
+
+def test_the_cards_quote_their_records():
+    for name in ('oracle', 'data_card'):
+        folder = core.results_dir()/name
+        record, card = json.loads((folder/'base.json').read_text())['metrics'], (folder/'base.md').read_text()
+        if name == 'oracle': assert all(f"{v['applied']['share']:.3f} [{v['applied']['low']:.3f}, {v['applied']['high']:.3f}]" in card for v in record['table'].values())
+        else: assert all(h[:16] in card for h in record['fingerprints'].values()) and all((folder/f'base-{f}.jpg').is_file() for f in record['families'])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TERMS', 'anchor_loss', 'generator_times', 'simulate_target', 'doubly_shifted', 'total']
 
-# %% ../nbs/11_c2fdo.ipynb #5d597e1b
+# %% ../nbs/11_c2fdo.ipynb #dc9650a5
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor
 from .core import UserError, check_keys
 from .flow import add_noise, shift_time, to_x0, velocity
 
-# %% ../nbs/11_c2fdo.ipynb #29d02bfb
+# %% ../nbs/11_c2fdo.ipynb #576b4db2
 def anchor_loss(v: Tensor, y: Tensor, eps: Tensor) -> Tensor:
     "TA-FM (Eq. 6): mean |v - (eps - y)|² for the student's prediction v at y_t; all [B, N, C], y the teacher's image."
     return F.mse_loss(v, velocity(y, eps))
 
-# %% ../nbs/11_c2fdo.ipynb #a39081ea
+# %% ../nbs/11_c2fdo.ipynb #4a68ed39
 def generator_times(times: Sequence[float], tau_max: float) -> list[float]:
     "The points of the few-step schedule below tau_max (Eq. 7). Raises UserError if none is."
     below = [t for t in times if t < tau_max]
@@ -33,12 +33,12 @@ def simulate_target(v_fn: Callable[[Tensor, Tensor], Tensor], y: Tensor, t: Tens
     y_t = add_noise(y, eps, t)
     return to_x0(y_t, v_fn(y_t, t), t)
 
-# %% ../nbs/11_c2fdo.ipynb #20bb02ce
+# %% ../nbs/11_c2fdo.ipynb #9a821100
 def doubly_shifted(t_critic: Tensor, u: Tensor, shift: float) -> Tensor:
     "The authors' noise level for TA-FM: uniform between t_critic and 1 (u [B] in [0, 1)), then shifted again."
     return shift_time(t_critic + u * (1 - t_critic), shift)
 
-# %% ../nbs/11_c2fdo.ipynb #f63f094f
+# %% ../nbs/11_c2fdo.ipynb #c641fe6d
 TERMS = ('bs', 'ts', 'fm')      # backward simulation, target simulation, trajectory anchoring: Eq. 8
 
 

@@ -83,7 +83,7 @@ def grid(title: str, columns, rows) -> Table:
     for row in rows: table.add_row(*map(str, row))
     return table
 
-# %% ../nbs/16_cli.ipynb #4936ac21
+# %% ../nbs/16_cli.ipynb #59b47cde
 @command(epilog='Example: collectionlora teach my-effect --out mine -p steps=500')
 def teach(effects: Annotated[list[Path], typer.Argument(help='Effect folders (effect.yaml, source/, target/), or folders of them.')],
           out: Out, base: BaseOption = 'nano', budget: Budget = 'full', seed: Seed = 0, parameter: Given = None):
@@ -127,17 +127,18 @@ def _extend(job, collection, found, teachers, general, old, given):
     return demo.extend(job, collection, found, demo.teacher_files(teachers, wanted), general, list(before.values()), given)
 
 
-@command(epilog='Example: collectionlora evaluate both/collection.safetensors mine-effect -t mine/teachers --out both')
+@command(epilog='Example: collectionlora evaluate both/collection.safetensors my-effect -t mine/teachers -t results/demo/teachers --out both')
 def evaluate(collection: Annotated[Path, typer.Argument(help='The collection file.')],
              effects: Annotated[list[Path], typer.Argument(help='Effect folders, or folders of them.')],
-             out: Out, teachers: Annotated[Optional[list[Path]], typer.Option('--teachers', '-t', help='Teacher LoRAs to compare with, files or folders.')] = None,
+             out: Out, teachers: Annotated[Optional[list[Path]], typer.Option('--teachers', '-t', help="Teacher LoRAs to compare with, files or folders: those of all the collection's effects.")] = None,
              acceleration: Annotated[Optional[Path], typer.Option(help='A LoRA that makes the base few-step.')] = None,
              fm: Annotated[Optional[Path], typer.Option(help='An all-in-one flow-matching LoRA.')] = None,
              base: BaseOption = 'nano', budget: Budget = 'full', seed: Seed = 0, parameter: Given = None):
     "Measure a collection on unseen pictures, against what the given files allow, and write the report."
     from collectionlora import demo
-    found, job = demo.checked_effects(effects), job_of(out, base, budget, seed)
-    demo.evaluate(job, collection, found, demo.teacher_files(teachers, found) if teachers else {}, acceleration, fm, assignments(parameter))
+    from collectionlora.lora_header import catalogue
+    found, job, held = demo.checked_effects(effects), job_of(out, base, budget, seed), [e['id'] for e in catalogue(collection)]
+    demo.evaluate(job, collection, found, demo.teacher_files(teachers, held) if teachers else {}, acceleration, fm, assignments(parameter))
     print(demo.write_report(job, []))
 
 
@@ -156,7 +157,7 @@ def rebase(seed: Seed = 0, budget: Budget = 'full'):
     from collectionlora.demo import rebase as go
     print(go(seed, budget))
 
-# %% ../nbs/16_cli.ipynb #54b93715
+# %% ../nbs/16_cli.ipynb #08aacb5b
 @command(epilog='Example: collectionlora edit cat.png clay neon --collection results/demo/collection.safetensors --out edits')
 def edit(image: Annotated[Path, typer.Argument(help='The picture to edit.')],
          effects: Annotated[list[str], typer.Argument(help="Effect ids; 'a+b' chains two in one instruction.")],
@@ -198,7 +199,8 @@ def _gallery(file: Path, html: Path) -> None:
 
 
 def _show(about: dict, header: dict, file: Path) -> None:
-    console = Console()
+    console, norms = Console(), about['norms']
+    if norms: about = {**about, 'norms': f'{min(norms.values()):.3g} to {max(norms.values()):.3g}, largest in {max(norms, key=norms.get)} (--json lists all)'}
     flat = [(k, json.dumps(core.plain(v)) if isinstance(v, (dict, list, tuple)) else v) for k, v in about.items()]
     console.print(grid(file.name, ('', ''), [(k, str(v)[:200]) for k, v in flat]))
     effects = header.get('collectionlora.effects', [])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'base_folder', 'budgets', 'differences', 'Job', 'effect_folders', 'checked_effects', 'teacher_files', 'teach',
-           'describe', 'paint', 'distill', 'plan', 'extend', 'evaluate', 'ladder', 'rivals', 'write_report',
-           'shipped_acceleration', 'default_folder', 'demo', 'keep', 'rebase']
+           'describe', 'paint', 'distill_values', 'distill', 'plan', 'extend', 'evaluate', 'ladder', 'rivals',
+           'write_report', 'shipped_acceleration', 'default_folder', 'demo', 'keep', 'rebase']
 
 # %% ../nbs/17_demo.ipynb #792708ce
 import shutil
@@ -54,7 +54,7 @@ class Job:
 
     def record(self, run: str, folder: str = '') -> Path: return self.out/folder/f'{run}.json'
 
-# %% ../nbs/17_demo.ipynb #b7df5ec5
+# %% ../nbs/17_demo.ipynb #1928e049
 def effect_folders(paths) -> list[Path]:
     "The effect folders among `paths`: those with an effect.yaml, and the subfolders that have one. Raises `UserError` where there is none."
     found = []
@@ -105,8 +105,17 @@ def paint(job: Job, effects: dict[str, Path], teachers: dict[str, Path], given: 
     return {id: job.out/'targets'/id for id in effects}
 
 
+def distill_values(job: Job, init: Path | None = None, given: dict | None = None):
+    "(parameters, settings) of a distillation at the job's budget; mistakes in `given` are found here, before minutes go into words and targets."
+    from collectionlora.distill import Settings
+    values = complete('distill', {**differences('distill', job.budget), **(given or {})})
+    asked = {**{k: values[k] for k in ('preset', 'steps', 'batch')}, 'seed': job.seed, 'rank_student': values['rank'], 'rank_fake': values['rank'], 'init': str(init or 'zero')}
+    return values, Settings.from_dict({**asked, **values['settings']})
+
+
 def distill(job: Job, effects: dict[str, Path], teachers: dict[str, Path], general: Path, init: Path | None = None, given: dict | None = None) -> Path:
     "The collection (Eq. 9), one LoRA file: words for every effect, targets by its teacher, then the loop."
+    distill_values(job, init, given)
     painted = paint(job, describe(job, effects), teachers)
     job.do('distill', 'collection', {'effects': list(painted.values()), 'teachers': list(teachers.values()), 'general': general, 'init': init}, given)
     return job.out/'collection.safetensors'
@@ -117,9 +126,7 @@ def plan(job: Job, effects: dict[str, Path], general: Path, init: Path | None = 
     from dataclasses import replace
     from collectionlora import data, distill as loop
     from collectionlora.backbone import load_base
-    values = {**complete('distill', {**differences('distill', job.budget), **(given or {})})}
-    s = loop.Settings.from_dict({**{k: values[k] for k in ('preset', 'steps', 'batch')}, 'seed': job.seed, 'rank_student': values['rank'], 'rank_fake': values['rank'],
-                                 'init': str(init or 'zero'), **values['settings']})
+    values, s = distill_values(job, init, given)
     sets = [replace(e, trigger=e.trigger or e.id, description=e.description or e.prompt) for e in map(data.load_effect, effects.values())]
     stream, base = data.load_general(general), load_base(job.base, device=values['device'], frozen=values['frozen'])
     base.backbone.checkpointing(values['checkpointing']); base.backbone.offload(values['offload'])

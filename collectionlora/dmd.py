@@ -6,7 +6,7 @@
 __all__ = ['score', 'mixture_x0', 'gradient', 'pull', 'loss', 'velocity_gradient', 'fake_loss', 'draw_times', 'draw_exits',
            'rollout_each']
 
-# %% ../nbs/08_dmd.ipynb #fa11fb11
+# %% ../nbs/08_dmd.ipynb #8a1b3624
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from .core import UserError
 from .flow import add_noise, shift_time, to_x0, velocity
 
-# %% ../nbs/08_dmd.ipynb #46f22fbd
+# %% ../nbs/08_dmd.ipynb #27b9572a
 def score(x_t: Tensor, x0: Tensor, t) -> Tensor:
     "The score of the noised distribution, `-(x_t - (1 - t) x0) / t^2`, from a denoiser's estimate x0; t in (0, 1]."
     t = torch.as_tensor(t, dtype=x_t.dtype).reshape(-1, *[1] * (x_t.ndim - 1))
@@ -34,7 +34,7 @@ def mixture_x0(x_t: Tensor, t, means: Tensor, std: float, weights: Tensor | None
     share = (prior - away.square().sum(-1) / (2 * var)).softmax(-1)                      # [B, K] responsibilities
     return (share[..., None] * (means + ((1 - t) * std**2 / var)[:, None] * away)).sum(1)
 
-# %% ../nbs/08_dmd.ipynb #b19b2d7d
+# %% ../nbs/08_dmd.ipynb #e08b53eb
 def _per_sample_mean(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1).reshape(-1, *[1] * (x.ndim - 1))
 
@@ -55,7 +55,7 @@ def loss(x0: Tensor, x0_fake: Tensor, x0_real: Tensor, eps: float = 1e-6) -> Ten
     "DMD's generator loss from three clean samples [B, ...] (Eq. 1)."
     return pull(x0, gradient(x0.detach(), x0_fake, x0_real, eps))
 
-# %% ../nbs/08_dmd.ipynb #5a01aed7
+# %% ../nbs/08_dmd.ipynb #4a59dfad
 def velocity_gradient(v: Tensor, v_fake: Tensor, v_real: Tensor, eps: float = 1e-6) -> Tensor:
     """Eq. 1 from velocities, `(v_real - v_fake) / (mean|v_real - v| + eps)`; equal to `gradient` at every t > 0.
 
@@ -67,7 +67,7 @@ def fake_loss(v_fake: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
     "Flow matching of the fake score on the student's sample: `mean |v_fake(x_t) - (eps - x0)|^2`, no gradient to x0."
     return F.mse_loss(v_fake, velocity(x0, eps).detach())
 
-# %% ../nbs/08_dmd.ipynb #4580e973
+# %% ../nbs/08_dmd.ipynb #b941821e
 def _strata(n: int, generator: torch.Generator) -> Tensor:
     "n numbers in [0, 1), one in each n-th, in random order: each alone is uniform."
     return (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
@@ -86,7 +86,7 @@ def draw_exits(n: int, steps: int, generator: torch.Generator) -> list[int]:
     "Exit steps in [0, steps) of n samples, stratified and largest first (samples are exchangeable, so order is free)."
     return sorted((_strata(n, generator) * steps).long().tolist(), reverse=True)
 
-# %% ../nbs/08_dmd.ipynb #5d8b98c5
+# %% ../nbs/08_dmd.ipynb #6960baa3
 def rollout_each(v_fn: Callable[[Tensor, Tensor, slice], Tensor], x1: Tensor, times: Sequence[float], exits: Sequence[int],
                  noise_fn: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
     """Backward simulation with one exit step per sample: (x_t [B, ...], t [B]), the input of the step to be trained.

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['route', 'schedule', 'timetable']
 
-# %% ../nbs/09_pdsr.ipynb #d1c1217d
+# %% ../nbs/09_pdsr.ipynb #364570ac
 from collections.abc import Sequence
 
 from .core import UserError, rng
 
-# %% ../nbs/09_pdsr.ipynb #9d4fb46e
+# %% ../nbs/09_pdsr.ipynb #2bb52d2d
 def route(p_switch: float, seed: int, step: int, every: int = 1) -> str:
     """'effect' with probability p_switch, else 'general' (Sec. 4.2); redrawn every `every` steps.
 
@@ -19,7 +19,7 @@ def route(p_switch: float, seed: int, step: int, every: int = 1) -> str:
     if every < 1: raise UserError(f'route: every is {every}; redraw at least every 1 step')
     return 'effect' if rng(seed, 'route', step // every).random() < p_switch else 'general'
 
-# %% ../nbs/09_pdsr.ipynb #3ebaf7e0
+# %% ../nbs/09_pdsr.ipynb #d3c57927
 def schedule(ids: Sequence[str], steps: int, seed: int, balanced: bool = True) -> list[str]:
     """The effect of each of `steps` effect steps. balanced: every effect equally often to within one at any moment;
     otherwise independent uniform draws. Raises UserError without effects or with a repeated id."""
@@ -30,7 +30,7 @@ def schedule(ids: Sequence[str], steps: int, seed: int, balanced: bool = True) -
     decks = -(-steps // len(ids)) if ids else 0
     return [ids[i] for d in range(decks) for i in rng(seed, 'deck', d).permutation(len(ids))][:steps]
 
-# %% ../nbs/09_pdsr.ipynb #a1d6e08b
+# %% ../nbs/09_pdsr.ipynb #71e7d93f
 def timetable(ids: Sequence[str], steps: int, seed: int, p_switch: float = .5, every: int = 1,
               balanced: bool = True) -> list[str | None]:
     "The effect id of every generator step, None where the general stream runs (Eq. 9's indicator functions)."

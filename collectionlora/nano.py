@@ -228,14 +228,14 @@ def embed_all(te, tok, pairs, n, seed=0, batch=64):
     for k, h in enumerate(out): E[k*batch:k*batch + len(h), :h.shape[1]] = h
     return E, torch.cat(lengths)
 
-# %% ../nbs/04_nano.ipynb #be531346
+# %% ../nbs/04_nano.ipynb #b7f536ac
 class BaseTrainer:
     """Minimises `loss(r, g, step)` over `params`; `run()` yields `(step, loss)` and can be stopped and resumed anywhere.
 
     loss: function of a numpy and a torch generator, both derived from (seed, step), giving a scalar tensor; muon: those of `params`
     (matrices) that the Muon optimiser takes, the rest goes to AdamW; decay: the last share of the steps, over which the rate falls."""
     def __init__(self, params, loss, steps=4000, lr=1e-3, warmup=100, decay=1., ema=.999, muon=(), seed=0):
-        self.params, self.loss, self.steps, self.ema_decay, self.seed, self.step = list(params), loss, steps, ema, seed, 0
+        self.params, self.loss, self.steps, self.ema_decay, self.seed, self.step, self.seconds = list(params), loss, steps, ema, seed, 0, 0.
         ids = {id(p) for p in muon}
         self.opts = [torch.optim.AdamW([p for p in self.params if id(p) not in ids], lr=lr, betas=(.9, .98), weight_decay=.01, fused=True)]
         if ids: self.opts.append(torch.optim.Muon(list(muon), lr=lr, weight_decay=.01, adjust_lr_fn='match_rms_adamw'))
@@ -246,6 +246,7 @@ class BaseTrainer:
 
     def one(self):
         "One optimiser step; returns the loss."
+        began = time.perf_counter()
         loss = self.loss(rng('base_step', self.seed, self.step), torch.Generator().manual_seed(seed_of('base_noise', self.seed, self.step)), self.step)
         for o in self.opts: o.zero_grad()
         loss.backward()
@@ -253,7 +254,7 @@ class BaseTrainer:
         for o in (*self.opts, *self.scheds): o.step()
         self.step += 1
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - min(self.ema_decay, self.step/(self.step + 10)))
-        self.losses.append(loss.item())
+        self.losses.append(loss.item()); self.seconds += time.perf_counter() - began
         return self.losses[-1]
 
     def run(self, until=None):
@@ -262,7 +263,7 @@ class BaseTrainer:
 
     def save(self, path):
         "Writes everything a resumed run needs, atomically."
-        state = dict(step=self.step, losses=self.losses, ema=self.ema, opts=[o.state_dict() for o in (*self.opts, *self.scheds)], params=[p.detach() for p in self.params])
+        state = dict(step=self.step, seconds=self.seconds, losses=self.losses, ema=self.ema, opts=[o.state_dict() for o in (*self.opts, *self.scheds)], params=[p.detach() for p in self.params])
         with replacing(path) as p: torch.save(state, p)
 
     def load(self, path):
@@ -270,7 +271,7 @@ class BaseTrainer:
         s = torch.load(path, weights_only=True)
         for p, q in zip(self.params, s['params']): p.data.copy_(q)
         for o, q in zip((*self.opts, *self.scheds), s['opts']): o.load_state_dict(q)
-        self.step, self.losses, self.ema = s['step'], s['losses'], s['ema']
+        self.step, self.seconds, self.losses, self.ema = s['step'], s['seconds'], s['losses'], s['ema']
 
     def use_ema(self):
         "Copies the averaged weights into the models (for evaluation and export)."

@@ -6,7 +6,7 @@
 __all__ = ['VelocityFn', 'add_noise', 'velocity', 'to_x0', 'to_eps', 'shift_time', 'few_step_times', 'ode_times', 'guide',
            'sample_ode', 'sample_few', 'rollout', 'noise_like']
 
-# %% ../nbs/01_flow.ipynb #2e30d3b5
+# %% ../nbs/01_flow.ipynb #c1456a31
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .core import UserError, seed_of
 
-# %% ../nbs/01_flow.ipynb #5b4b4b0b
+# %% ../nbs/01_flow.ipynb #30848b3d
 def _like(t, x: Tensor) -> Tensor:
     "`t` (float or [B]) shaped to broadcast over x [B, ...]."
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
@@ -41,7 +41,7 @@ def to_eps(x_t: Tensor, v: Tensor, t) -> Tensor:
     "The noise that the same prediction implies, `eps = x_t + (1 - t) v`."
     return x_t + (1 - _like(t, x_t)) * v
 
-# %% ../nbs/01_flow.ipynb #d0549444
+# %% ../nbs/01_flow.ipynb #3b6ac93d
 def shift_time(t, s: float):
     "`s t / (1 + (s - 1) t)`: pushes times in [0, 1] towards 1 for s > 1; floats or tensors; 0 and 1 stay."
     return s * t / (1 + (s - 1) * t)
@@ -57,7 +57,7 @@ def ode_times(n: int, shift: float = 1.0) -> list[float]:
     "n + 1 times of a deterministic solver: `few_step_times(n, shift)` and a closing 0."
     return few_step_times(n, shift) + [0.0]
 
-# %% ../nbs/01_flow.ipynb #2f3f0aa4
+# %% ../nbs/01_flow.ipynb #700a6fbb
 def guide(v_cond: Tensor, v_uncond: Tensor, w: float, rescale: bool = False) -> Tensor:
     """Classifier-free guidance `v_uncond + w (v_cond - v_uncond)`; w = 1 is no guidance. All [B, N, C].
 
@@ -66,7 +66,7 @@ def guide(v_cond: Tensor, v_uncond: Tensor, w: float, rescale: bool = False) -> 
     if not rescale: return v
     return v * (v_cond.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
-# %% ../nbs/01_flow.ipynb #771bc14e
+# %% ../nbs/01_flow.ipynb #c3e83d91
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -104,7 +104,7 @@ def rollout(v_fn: VelocityFn, x1: Tensor, times: Sequence[float], exit_step: int
         x0 = sample_few(v_fn, x1, times[:exit_step], noise_fn)
         return add_noise(x0, noise_fn(exit_step), times[exit_step])
 
-# %% ../nbs/01_flow.ipynb #bc962a68
+# %% ../nbs/01_flow.ipynb #06c4c741
 def noise_like(shape: Sequence[int], seeds: Sequence[int], step: int = 0) -> Tensor:
     """Standard normal noise [B, N, C], float32 on CPU, sample i drawn from its own seed alone: what a sample becomes
     depends neither on its place in the batch nor on its neighbours. `step` separates the draws of one sample."""

@@ -7,7 +7,7 @@ __all__ = ['INKS', 'UNSEEN', 'PAPER_STEPS', 'STYLE', 'PAGE', 'image_uri', 'ticks
            'lists', 'show_bytes', 'show_seconds', 'main_table', 'effect_table', 'budget_words', 'budget_of', 'name_of',
            'verdict', 'confusion_table', 'provenance', 'gallery', 'charts_of', 'costs_of', 'measured', 'render']
 
-# %% ../nbs/14b_report.ipynb #a8018f59
+# %% ../nbs/14b_report.ipynb #602646a3
 import base64
 import html
 import io
@@ -22,7 +22,7 @@ from PIL import Image
 from .core import UserError, check_keys, replacing
 from .metrics import (ENCODED, NONE, REFERENCES, Contrast, Estimate, Row, bleed, by_method, confusion, contrasts, show_p, table, wilson)
 
-# %% ../nbs/14b_report.ipynb #8b2c0471
+# %% ../nbs/14b_report.ipynb #e55900d9
 def image_uri(image, limit: int = 512) -> str:
     "data: URI of a PIL image or uint8 array [H, W, 3]; PNG up to 128 pixels, JPEG scaled to `limit` above."
     image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
@@ -32,7 +32,7 @@ def image_uri(image, limit: int = 512) -> str:
     image.save(buffer, kind, **(dict(optimize=True) if kind == 'PNG' else dict(quality=88)))
     return f'data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
-# %% ../nbs/14b_report.ipynb #718e7156
+# %% ../nbs/14b_report.ipynb #ba06b3a3
 INKS = ('#3b7dd8', '#e07b39', '#3a9d6e', '#b45bc4', '#c94f5d', '#8a8d3f', '#4aa3b5', '#7a6ad8')
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -53,7 +53,7 @@ def finite(v) -> bool:
     "True for a finite number."
     return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
 
-# %% ../nbs/14b_report.ipynb #5cddcc9e
+# %% ../nbs/14b_report.ipynb #8a8c9142
 def _path(points, sx, sy) -> str:
     "SVG path through finite points; a non-finite value lifts the pen."
     out, pen = [], 'M'
@@ -85,7 +85,7 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], title: str, 
             out.append(f'<path d="M{x:.0f} {y - 4}h12" stroke="{ink}" stroke-width="3"/><text x="{x + 16:.0f}" y="{y}" class="l">{html.escape(name)}</text>')
     return ''.join(out) + '</svg>'
 
-# %% ../nbs/14b_report.ipynb #409c66db
+# %% ../nbs/14b_report.ipynb #277b2571
 UNSEEN = ('step', 'seconds', 'forward', 'gradient')      # of a history: bookkeeping, not monitors
 
 def curves(history: Sequence[Mapping]) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -104,7 +104,7 @@ def lists(metrics: Mapping) -> dict[str, list[tuple[float, float]]]:
     plain = {k: v for k, v in metrics.items() if isinstance(v, list) and len(v) > 1 and all(x is None or (isinstance(x, (int, float)) and not isinstance(x, bool)) for x in v)}
     return {k: [(float(i), float('nan') if x is None else float(x)) for i, x in enumerate(v)] for k, v in plain.items()}
 
-# %% ../nbs/14b_report.ipynb #90c24832
+# %% ../nbs/14b_report.ipynb #c1f690dc
 def show_bytes(n: int | None) -> str:
     "'1.3 MB'; '–' for None."
     if n is None: return '–'
@@ -149,7 +149,7 @@ def effect_table(rows: Sequence[Row], effects: Sequence[str], methods: Sequence[
         out.append(dict(effect=e, cells=cells))
     return out
 
-# %% ../nbs/14b_report.ipynb #1a0560bc
+# %% ../nbs/14b_report.ipynb #c8d966ef
 PAPER_STEPS = 5000          # generator steps of the paper's 50-effect run
 
 def budget_words(effects: int, steps: int, batch: int, p_switch: float, teacher_steps: int, seeds: int = 1, full_steps: int | None = None) -> str:
@@ -184,7 +184,7 @@ def verdict(c: Contrast, p: float, level: float = .05) -> str:
     if p < level: return f'{a} has {"fewer" if c.difference < 0 else "more"} bad cases than {c.b}, by {size} ({basis}).'
     return f'No difference in bad cases was found between {c.a} and {c.b}: {100 * c.difference:+.0f} points [{100 * c.low:+.0f}, {100 * c.high:+.0f}] ({basis}).' + (f' A true difference of about {100 * c.mde:.0f} points would have been found with 80 % power.' if finite(c.mde) else '')
 
-# %% ../nbs/14b_report.ipynb #994242d3
+# %% ../nbs/14b_report.ipynb #7ffabb1e
 def confusion_table(rows: Sequence[Row], effects: Sequence[str]) -> str:
     "HTML of one method's confusion matrix: asked effect by recognised effect, last column none."
     m = confusion(rows, effects)
@@ -197,7 +197,7 @@ def confusion_table(rows: Sequence[Row], effects: Sequence[str]) -> str:
         out.append(f'<tr><th>{esc(e)}</th>{cells}</tr>')
     return ''.join(out) + '</table>'
 
-# %% ../nbs/14b_report.ipynb #abc53d80
+# %% ../nbs/14b_report.ipynb #adeeeb63
 STYLE = '''
 :root{color-scheme:light dark;--ink:#1d2330;--soft:#5c6678;--paper:#fbfaf7;--card:#fff;--line:#dfe2e8;--accent:59 125 216;--good:#2f8f63;--bad:#c0463f}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ef;--soft:#9aa4b5;--paper:#14171d;--card:#1c2028;--line:#323845;--accent:102 158 240;--good:#5cc593;--bad:#ef7f77}}
@@ -218,7 +218,7 @@ h2{margin:3rem 0 .4rem;font-size:1.45rem;letter-spacing:-.01em}h3{margin:1.8rem 
 details{margin:.7rem 0}summary{cursor:pointer;color:rgb(var(--accent));font-weight:550}dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1.1rem;font-size:.9rem}dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}code{font-size:.88em;overflow-wrap:anywhere}footer{margin-top:3rem;color:var(--soft);font-size:.88rem}
 @media print{.scroll{overflow:visible}details{display:block}}'''
 
-# %% ../nbs/14b_report.ipynb #5f322e1d
+# %% ../nbs/14b_report.ipynb #6453c4a3
 PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{{ title }}</title><style>{{ style|safe }}</style></head><body><main>
 <header><h1>{{ title }}</h1><p class="soft">{{ lead }}</p><p class="budget">{{ budget }}</p></header>
 <div class="tiles">{% for l in lines if not l.reference %}<div class="tile{{ ' own' if l.method == own }}"><small>{{ l.method }}</small><b>{{ l.bcr.value }}</b><small>bad cases [{{ l.bcr.interval }}], n = {{ l.n }}<br>{{ l.nfe }} evaluations per image</small></div>{% endfor %}</div>
@@ -235,7 +235,7 @@ PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name=
 <section><h2>Where it comes from</h2>{% for r in provenance %}<details><summary>{{ r.name }}</summary><dl>{% for k, v in r.lines %}<dt>{{ k }}</dt><dd><code>{{ v }}</code></dd>{% endfor %}</dl></details>{% endfor %}</section>
 <footer>{% for n in notes %}<p>{{ n }}</p>{% endfor %}</footer></main></body></html>'''
 
-# %% ../nbs/14b_report.ipynb #abf75b64
+# %% ../nbs/14b_report.ipynb #3f18a5d8
 def provenance(name: str, record: Mapping) -> dict:
     "Display lines of one run record (see core.run_info)."
     run, meta = record['run'], record['meta']
@@ -263,7 +263,7 @@ def gallery(effects: Mapping[str, dict], pictures: Mapping[tuple[str, str, str],
         out.append(dict(effect=e, category=about['category'], description=about['description'], lines=lines))
     return out
 
-# %% ../nbs/14b_report.ipynb #7dd5c50b
+# %% ../nbs/14b_report.ipynb #808ddee2
 def charts_of(records: Mapping[str, Mapping]) -> list[dict]:
     "One block of charts per experiment; record names are 'experiment/run', and runs of one experiment share the charts of their plain lists."
     blocks: dict[str, dict[str, dict]] = {}

@@ -363,8 +363,11 @@ def test_a_second_interrupt_does_not_save_half_an_update(world, tmp_path, monkey
         time.sleep(.2)
         return None
     monkeypatch.setattr(loop, 'fake_loss', twice)
-    with pytest.raises(KeyboardInterrupt): run(world, SMALL, tmp_path)
-    assert not list((tmp_path/'checkpoints').glob('*.pt')) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell starts background jobs with Ctrl-C ignored
+    try:
+        with pytest.raises(KeyboardInterrupt): run(world, SMALL, tmp_path)
+        assert not list((tmp_path/'checkpoints').glob('*.pt')) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally: signal.signal(signal.SIGINT, before)
 
 
 def test_checkpoints_keep_the_last_k(world, tmp_path):

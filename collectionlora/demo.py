@@ -7,13 +7,13 @@ __all__ = ['KEPT', 'base_folder', 'budgets', 'differences', 'Job', 'effect_folde
            'describe', 'paint', 'distill_values', 'distill', 'plan', 'extend', 'evaluate', 'ladder', 'rivals',
            'write_report', 'shipped_acceleration', 'default_folder', 'demo', 'keep', 'rebase']
 
-# %% ../nbs/17_demo.ipynb #792708ce
+# %% ../nbs/17_demo.ipynb #32c4cb06
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from .core import UserError, data_dir, in_checkout, nano_dir, nearest, notebooks_dir, replacing, results_dir
-from .run import complete, declared, execute, from_file
+from .run import _short, complete, declared, execute, from_file
 
 # %% ../nbs/17_demo.ipynb #606a818f
 def base_folder(name='nano') -> Path:
@@ -35,7 +35,7 @@ def differences(experiment: str, budget: str) -> dict:
     path = notebooks_dir()/experiment/f'{budget}.yaml'
     return from_file(path)[2] if path.is_file() else {}
 
-# %% ../nbs/17_demo.ipynb #bed0f2f7
+# %% ../nbs/17_demo.ipynb #1f7f83bf
 @dataclass(frozen=True)
 class Job:
     "Experiments that write below `out`, on the base in folder `base`, at a budget and with a seed."
@@ -47,7 +47,7 @@ class Job:
     def do(self, experiment: str, run: str, inputs: dict, given: dict | None = None, folder: str = '') -> dict:
         "Runs one experiment into `out/folder` and returns its record; empty inputs are left out."
         known = declared(experiment)
-        shared = {'cache': (results_dir()/'.cache').as_posix()} if 'cache' in known else {}
+        shared = {'cache': _short(results_dir()/'.cache')} if 'cache' in known else {}
         base = {'base': self.base} if 'base' in known else {}
         values = {**differences(experiment, self.budget), **shared, **(given or {})}
         return execute(experiment, self.out/folder, run, values, {**base, **{n: v for n, v in inputs.items() if v}}, self.seed)

@@ -1,4 +1,5 @@
 "README.md from nbs/index.ipynb: runs the notebook, keeps what a reader sees, puts its pictures into assets/. Needs no Quarto."
+import os
 import re
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ def render(nb) -> tuple[str, dict]:
 
 
 def main():
+    os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline'     # pictures into the notebook, whatever the caller has set
     nb = nbformat.read(ROOT/'nbs'/'index.ipynb', 4)
     if '--run' in sys.argv: NotebookClient(nb, timeout=600, resources={'metadata': {'path': str(ROOT/'nbs')}}).execute()
     text, pictures = render(shown(nb))

@@ -56,27 +56,6 @@ def open_world(folder, base=None):
     return base, bank, effects, load_general(folder/'general'), ConditionCache(base, folder/'cache')
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory): return tmp_path_factory.mktemp('world')
-
-
-@pytest.fixture(scope='module')
-def world(folder):
-    args = open_world(folder, make_world(folder))
-    yield args
-    args[1].close()
-
-
-@pytest.fixture
-def roles(world):
-    base = world[0]
-    for k, role in enumerate(('student', 'fake')):
-        base.backbone.add_role(role, 2, seed=k)
-        with torch.no_grad(): base.backbone.flat(role).normal_(0, .1, generator=torch.Generator().manual_seed(10 + k))
-    yield base.backbone
-    for role in ('student', 'fake'): base.backbone.remove(role)
-
-
 def engine_of(world, s, backbone=None):
     base, bank, effects, general, cache = world
     s = resolved(s, 1.)

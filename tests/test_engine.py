@@ -4,29 +4,7 @@ import torch
 
 from collectionlora.dmd import fake_loss
 from collectionlora.flow import add_noise
-from test_distill import SMALL, ThreeCopies, engine_of, gradients, make_world, open_world
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory): return tmp_path_factory.mktemp('world')
-
-
-@pytest.fixture(scope='module')
-def world(folder):
-    args = open_world(folder, make_world(folder))
-    yield args
-    args[1].close()
-
-
-@pytest.fixture
-def roles(world):
-    b = world[0].backbone
-    for k, role in enumerate(('student', 'fake')):
-        b.add_role(role, 2, seed=k)
-        with torch.no_grad(): b.flat(role).normal_(0, .1, generator=torch.Generator().manual_seed(10 + k))
-    yield b
-    b.checkpointing(False); b.offload(False)
-    for role in ('student', 'fake'): b.remove(role)
+from test_distill import SMALL, ThreeCopies, engine_of, gradients
 
 
 def every_gradient(engine):

@@ -19,20 +19,9 @@ from collectionlora.core import UserError, seed_of
 from collectionlora.distill import Diverged, distill
 from collectionlora.lora_files import Lora, lora_hash, read_lora, write_lora
 from collectionlora.teachers import TeacherBank, finish
-from test_distill import SMALL, fails, make_world, open_world, run, same_history
+from test_distill import SMALL, fails, open_world, run, same_history
 
 S = replace(SMALL, steps=6, fake_warmup=2, p_switch=.8)
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory): return tmp_path_factory.mktemp('world')
-
-
-@pytest.fixture(scope='module')
-def world(folder):
-    args = open_world(folder, make_world(folder))
-    yield args
-    args[1].close()
 
 
 @pytest.fixture(scope='module')

@@ -3,6 +3,7 @@
 The quick suite takes a few hundred, `make test-all` ten thousand; with COLLECTIONLORA_FUZZ_RECORD=file.json the long one writes its record there."""
 import json, math, os, struct, subprocess, sys, time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -292,11 +293,20 @@ def fuzz(tmp_path, cases):
 def test_no_damaged_file_is_taken_for_another(tmp_path): fuzz(tmp_path, FEW)
 
 
+def resident(field):
+    "Bytes of this process that /proc calls `field`: VmRSS now, VmHWM at most since the mark was cleared."
+    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(field)) * 1024
+
+
 @pytest.mark.slow
 def test_none_of_ten_thousand_damaged_files_is_taken_for_another(tmp_path):
-    begun, count = time.time(), fuzz(tmp_path, MANY)
+    fuzz(tmp_path, 20)                                         # libraries are loaded, buffers are there
+    Path('/proc/self/clear_refs').write_text('5')              # the high-water mark starts again
+    begun, before, count = time.time(), resident('VmRSS'), fuzz(tmp_path, MANY)
+    growth = resident('VmHWM') - before
+    assert growth <= 50e6, f'{growth} bytes more for files of a few kilobytes'
     if 'COLLECTIONLORA_FUZZ_RECORD' in os.environ:             # reached only when nothing above failed
-        metrics = {'files': MANY, 'accepted_wrongly': 0, 'crashed': 0, **{f'{kind} ({state})': n for (kind, state), n in sorted(count.items())}}
+        metrics = {'files': MANY, 'accepted_wrongly': 0, 'crashed': 0, 'peak_growth_bytes': growth, **{f'{kind} ({state})': n for (kind, state), n in sorted(count.items())}}
         save_run(os.environ['COLLECTIONLORA_FUZZ_RECORD'], run_info({'cases': MANY}, 0, {}), metrics, {'seconds': round(time.time() - begun, 1)})
 
 

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['TERMS', 'anchor_loss', 'generator_times', 'simulate_target', 'doubly_shifted', 'total']
 
-# %% ../nbs/11_c2fdo.ipynb #dc9650a5
+# %% ../nbs/11_c2fdo.ipynb #4cd6ed59
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -1,6 +1,5 @@
 "What can happen to a run: teachers that are replaced or broken, divergence, memory and disk that run out, and kill -9 of kernel and runner."
 import errno
-import os
 import random
 import shutil
 import signal

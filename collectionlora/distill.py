@@ -1137,7 +1137,7 @@ def show_history(history: Sequence[dict], smooth: int = 1):
               ("scores' errors on the student's samples", ('fake_error_bs', 'teacher_error_bs', 'fake_error_ts', 'teacher_error_ts'), 'log'),
               ('samples against targets', ('detail_bs', 'contrast_bs', 'colour_bs', 'val_detail', 'val_contrast'), 'linear'),
               ('fake score: lead over the base', ('probe_lead', 'probe_lead_targets'), 'linear'),
-              ("teachers' shift and gain, the student's move per update", ('probe_shift', 'probe_gain', 'probe_move'), 'linear')]
+              ("teachers' shift and gain, the student's move", ('probe_shift', 'probe_gain', 'probe_move'), 'linear')]
     for ax, (title, names, scale) in zip(axes.flat, panels):
         for name in names:
             points = [(h['step'], h[name]) for h in history if name in h]

@@ -14,6 +14,7 @@ from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import core
@@ -36,6 +37,7 @@ def guarded(f):
         try: return f(*args, **kw)
         except UserError as e: code, text = 2, str(e)
         except RunFailed as e: code, text = 1, str(e)
+        except OSError as e: code, text = 1, f'{e.filename}: {e.strerror}' if e.filename else str(e)
         except KeyboardInterrupt as e: code, text = 130, str(e) or 'stopped'
         _say(text)
         raise typer.Exit(code)
@@ -80,7 +82,7 @@ def job_of(out: Path, base: str, budget: str, seed: int):
 def grid(title: str, columns, rows) -> Table:
     "A rich table."
     table = Table(*columns, title=title, title_justify='left')
-    for row in rows: table.add_row(*map(str, row))
+    for row in rows: table.add_row(*(escape(''.join(c if c.isprintable() or c == '\n' else '?' for c in str(cell))) for cell in row))
     return table
 
 # %% ../nbs/16_cli.ipynb #59b47cde
@@ -193,6 +195,11 @@ def inspect(file: Annotated[Path, typer.Argument(help='A LoRA file in any known 
 
 def _gallery(file: Path, html: Path) -> None:
     from collectionlora.card import gallery_html, inspect as facts
+    from collectionlora.lora_files import find_weights
+    from collectionlora.lora_header import verify
+    file, _ = find_weights(file)
+    if html.resolve() == file.resolve(): raise UserError(f'--html: {html} is the LoRA itself; name another file')
+    verify(file)
     page = gallery_html(facts(file))
     with core.replacing(html) as part: Path(part).write_text(page, encoding='utf-8')
     _say(f'wrote {html}', 'green')
@@ -201,6 +208,7 @@ def _gallery(file: Path, html: Path) -> None:
 def _show(about: dict, header: dict, file: Path) -> None:
     console, norms = Console(), about['norms']
     if norms: about = {**about, 'norms': f'{min(norms.values()):.3g} to {max(norms.values()):.3g}, largest in {max(norms, key=norms.get)} (--json lists all)'}
+    if about['missing'] is None: about = {**about, 'missing': 'not counted, for no base was given'}
     flat = [(k, json.dumps(core.plain(v)) if isinstance(v, (dict, list, tuple)) else v) for k, v in about.items()]
     console.print(grid(file.name, ('', ''), [(k, str(v)[:200]) for k, v in flat]))
     effects = header.get('collectionlora.effects', [])

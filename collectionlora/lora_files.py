@@ -12,7 +12,7 @@ __all__ = ['LEAVES', 'TOP', 'PREFIXES', 'FLAT_PREFIXES', 'ENDING', 'FOREIGN', 'N
            'read_header']
 
 # %% ../nbs/06_lora_files.ipynb #155cadba
-import fnmatch, hashlib, math, mmap, re, struct
+import fnmatch, hashlib, json, math, mmap, re, struct
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from .core import UserError, check_keys, nearest, write_json
+from .core import UserError, check_keys, nearest, replacing
 from .lora_header import (SCHEMA_VERSION, catalogue, decode_metadata, encode_metadata, file_sha256, parse_json,
                                         modelspec, read_header, read_table, verify, write_table)
 
@@ -75,7 +75,7 @@ FOREIGN = (('FLUX', r'(double|single)_blocks[._]|single_transformer_blocks'), ('
            ('Wan', r'(^|[._])blocks[._][0-9]+[._](cross|self)_attn'), ('SD3', r'joint_blocks|context_block'),
            ('Stable Diffusion', r'(input|down|up|mid|output)_blocks?[._]'))
 NOT_LORA = {'hada_': 'LoHa', 'lokr_': 'LoKr', 'dora_scale': 'DoRA', 'magnitude': 'DoRA', 'lora_mid': 'Tucker LoCon', 'oft_': 'OFT',
-            'diff': 'a full difference', 'bias': 'a LoRA with bias', 'norm': 'norm weights'}
+            '.diff': 'a full difference', 'bias': 'a LoRA with bias', 'norm': 'norm weights'}
 
 
 def unflatten(flat: str) -> str | None:
@@ -343,6 +343,8 @@ def _scales(payload, groups, dialect, beside, alpha) -> tuple[dict, str]:
     for source, config in _configs(payload.table.metadata, dialect, beside):
         found[source] = {n: config_scale(config, n, r) for n, r in ranks.items()}
     if alpha is not None:
+        if not dialect.alpha and 'collectionlora.schema' in payload.table.metadata:
+            raise UserError('alpha was given, but this file was written with its scale folded in; leave alpha out.')
         found['argument'] = {n: alpha / r for n, r in ranks.items()}
     if not found and dialect.prefix in PEFT_PREFIXES:
         raise UserError('PEFT keeps alpha in adapter_config.json, which is not beside the file; put it there or pass alpha.')
@@ -370,7 +372,7 @@ def open_lora(path, modules: dict | None = None, allow_missing=(), alpha: float 
     try:
         groups, dialect = group_keys(table.tensors, modules)
         _check_shapes(table.tensors, groups, modules)
-        missing = _check_missing(groups, modules, allow_missing)
+        missing = _check_missing(groups, modules, allow_missing) if modules is not None else None      # nothing to count against
         _check_base(header, base)
         verify(path, table, payload=check)
         payload = Payload(path, table)
@@ -468,6 +470,16 @@ def _own_fields(header: dict) -> dict:
     return {k: v for k, v in header.items() if k.startswith(('collectionlora.', 'modelspec.')) and not k.endswith('_sha256')}
 
 
+def _check_target(target: Path, dialect: Dialect, folder: bool) -> None:
+    "Raises UserError for a target whose place would change what the written file means."
+    if folder and (target.suffix == '.safetensors' or target.is_file()):
+        raise UserError(f'{target}: PEFT keeps a LoRA in a folder; name a folder.')
+    if not folder and target.is_dir():
+        raise UserError(f'{target} is a folder; name a file.')
+    if not folder and not dialect.prefix and not dialect.alpha and (target.parent / 'adapter_config.json').is_file():
+        raise UserError(f'{target}: the adapter_config.json in this folder would be applied to the file; choose another folder.')
+
+
 def convert(source, target, dialect='canonical', dtype=None, out_alpha: float | None = None, header: dict | None = None, **reading) -> dict:
     """Convert a LoRA between dialects; returns the report of what was read. `reading`: the arguments of `read_lora` that decide what is accepted.
     `dtype=None` picks the smallest exact format; `out_alpha` is the alpha to write where the dialect has one (default: the rank)."""
@@ -475,17 +487,22 @@ def convert(source, target, dialect='canonical', dtype=None, out_alpha: float | 
     factors, scales, meta = open_lora(source, **reading)
     shift = all(power_of_two(s) for s in scales.values())
     dtype = dtype or (torch.bfloat16 if meta['dtype'] == 'BF16' and shift and out_alpha is None else torch.float32)
+    if out_alpha is not None and not 0 < out_alpha < math.inf:
+        raise UserError(f'out_alpha is {out_alpha}; give a positive number.')
     target, own = Path(target), dialect == 'canonical'
+    _check_target(target, DIALECTS[dialect], dialect == 'peft')
     rank = max(a.shape[0] for a, _ in factors.values())
     if own:
         metadata = _metadata(rank, _own_fields(meta['header']) | (header or {}))
     else:
-        metadata = {'format': 'pt'}
+        metadata = {'format': 'pt'} | {k: v if isinstance(v, str) else json.dumps(v) for k, v in _own_fields(meta['header']).items()}
+    own = own or any(k.startswith('collectionlora.') for k in metadata)      # a catalogue is signed in every dialect
     if dialect == 'peft':
-        target.mkdir(parents=True, exist_ok=True)
-        write_json(target / 'adapter_config.json', peft_config(factors))
-        target = target / 'adapter_model.safetensors'
-    _write(target, factors, scales, DIALECTS[dialect], dtype, out_alpha, metadata, own)
+        with replacing(target / 'adapter_config.json') as part:      # takes its place only after the weights have taken theirs
+            Path(part).write_text(json.dumps(peft_config(factors), indent=1))
+            _write(target / 'adapter_model.safetensors', factors, scales, DIALECTS[dialect], dtype, out_alpha, metadata, own)
+    else:
+        _write(target, factors, scales, DIALECTS[dialect], dtype, out_alpha, metadata, own)
     return report(Lora(factors, meta), norms=False)
 
 
@@ -519,7 +536,7 @@ def report(lora: Lora, norms=True) -> dict:
     scales = lora.meta.get('scales', {})
     seen = sorted({round(s, 6) for s in scales.values()}) or [1.]
     out = {k: lora.meta.get(k) for k in ('path', 'producer', 'dialect', 'family', 'dtype', 'alpha')}
-    out |= dict(modules=len(lora.factors), missing=len(lora.meta.get('missing', [])), ranks={str(r): n for r, n in sorted(ranks.items())},
+    out |= dict(modules=len(lora.factors), missing=None if (missing := lora.meta.get('missing', [])) is None else len(missing), ranks={str(r): n for r, n in sorted(ranks.items())},
                 scale=seen if len(seen) <= 8 else [seen[0], seen[-1]],
                 parameters=sum(a.numel() + b.numel() for a, b in lora.factors.values()))
     if norms:

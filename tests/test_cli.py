@@ -62,6 +62,21 @@ def test_a_file_is_converted_there_and_back_and_shown_as_a_page(tmp_path):
     assert 'zorvik' in (tmp_path/'page.html').read_text() and '<html' in (tmp_path/'page.html').read_text()
 
 
+def test_a_file_cannot_harm_or_deceive_who_looks_at_it(tmp_path):
+    import torch
+    from collectionlora.lora_files import Lora, write_lora
+    lora, file = Lora({'transformer_blocks.0.attn.to_q': (torch.ones(2, 8), torch.ones(6, 2))}, {}), tmp_path/'a.safetensors'
+    write_lora(file, lora, {'collectionlora.effects': [{'id': 'clay', 'category': 'animal', 'trigger': '[red] dog [/x]'}]})
+    shown, before = call('inspect', file), file.read_bytes()
+    assert shown.exit_code == 0 and '[red] dog [/x]' in shown.output
+    assert call('inspect', file, '--html', file).exit_code == 2 and file.read_bytes() == before      # its own page is not written over it
+    file.write_bytes(before.replace(b'dog', b'cat'))
+    assert call('inspect', file, '--html', tmp_path/'page.html').exit_code == 2 and not (tmp_path/'page.html').exists()
+    file.write_bytes(before); (tmp_path/'plain').write_text('')
+    refused = call('convert', file, tmp_path/'plain'/'b.safetensors')
+    assert refused.exit_code == 1 and 'plain' in refused.output and isinstance(refused.exception, SystemExit)
+
+
 def test_a_smaller_collection_is_written_with_its_card(tmp_path):
     import torch
     from collectionlora.lora_files import Lora, catalogue, read_header, read_lora, write_lora

@@ -443,3 +443,53 @@ def test_broken_catalogues_are_not_written(tmp_path):
         with pytest.raises(UserError, match=match):
             write_lora(tmp_path / 'x.safetensors', LORA, {'collectionlora.effects': effects})
     assert not list(tmp_path.iterdir())
+
+
+HEADER = {'collectionlora.effects': [dict(id='a', category='animal', trigger='bekuz')], 'collectionlora.sampling': {'times': [1., .5]}, 'modelspec.title': 'x'}
+
+
+def test_a_folded_file_takes_no_alpha(tmp_path):
+    write_lora(tmp_path / 'c.safetensors', LORA, HEADER)
+    with pytest.raises(UserError, match='folded in; leave alpha out'): convert(tmp_path / 'c.safetensors', tmp_path / 'd.safetensors', alpha=8.)
+    assert not (tmp_path / 'd.safetensors').exists()
+
+
+@pytest.mark.parametrize('dialect', DIALECTS)
+def test_the_catalogue_survives_every_dialect(dialect, tmp_path):
+    write_lora(tmp_path / 'c.safetensors', LORA, HEADER)
+    out = tmp_path / ('out' if dialect == 'peft' else 'out.safetensors')
+    convert(tmp_path / 'c.safetensors', out, dialect)
+    convert(out, tmp_path / 'back.safetensors')
+    assert file_sha256(tmp_path / 'back.safetensors') == file_sha256(tmp_path / 'c.safetensors')
+
+
+def test_a_config_beside_a_converted_file_is_not_applied_to_it(tmp_path):
+    write_lora(tmp_path / 'c.safetensors', LORA)
+    convert(tmp_path / 'c.safetensors', tmp_path / 'pf', 'peft')
+    with pytest.raises(UserError, match='would be applied to the file'): convert(tmp_path / 'c.safetensors', tmp_path / 'pf' / 'out.safetensors', 'diffsynth')
+    for target, dialect, match in ((tmp_path / 'pf', 'kohya', 'is a folder'), (tmp_path / 'p.safetensors', 'peft', 'name a folder'), (tmp_path / 'k.safetensors', 'kohya', 'positive')):
+        with pytest.raises(UserError, match=match): convert(tmp_path / 'c.safetensors', target, dialect, out_alpha=0. if match == 'positive' else None)
+        assert not target.exists() or target.is_dir()
+
+
+def test_an_adapter_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    from collectionlora import lora_files
+    write_lora(tmp_path / 'c.safetensors', LORA)
+    convert(tmp_path / 'c.safetensors', tmp_path / 'pf', 'peft')
+    before = {p.name: p.read_bytes() for p in (tmp_path / 'pf').iterdir()}
+    def full(*args, **kw): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(lora_files, 'write_table', full)
+    with pytest.raises(OSError): convert(tmp_path / 'c.safetensors', tmp_path / 'pf', 'peft')
+    assert {p.name: p.read_bytes() for p in (tmp_path / 'pf').iterdir()} == before
+
+
+def test_missing_modules_are_not_counted_without_a_base(tmp_path):
+    write_lora(tmp_path / 'c.safetensors', Lora(dict(list(LORA.factors.items())[:5])))
+    assert report(read_lora(tmp_path / 'c.safetensors'))['missing'] is None
+    assert report(read_lora(tmp_path / 'c.safetensors', MODULES, allow_missing=True))['missing'] == len(MODULES) - 5
+
+
+def test_an_unknown_tensor_is_not_said_to_be_a_difference(tmp_path):
+    path = save(tmp_path / 'x.safetensors', {**tensors_of(), 'diffusion_model.transformer_blocks.0.attn.to_q.extra': torch.zeros(1)})
+    with pytest.raises(UserError, match='is not a LoRA factor') as e: read_lora(path)
+    assert 'difference' not in str(e.value)

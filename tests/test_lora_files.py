@@ -493,3 +493,8 @@ def test_an_unknown_tensor_is_not_said_to_be_a_difference(tmp_path):
     path = save(tmp_path / 'x.safetensors', {**tensors_of(), 'diffusion_model.transformer_blocks.0.attn.to_q.extra': torch.zeros(1)})
     with pytest.raises(UserError, match='is not a LoRA factor') as e: read_lora(path)
     assert 'difference' not in str(e.value)
+
+
+def test_a_family_with_the_same_names_is_told_by_its_width(tmp_path):
+    path = save(tmp_path / 'x.safetensors', {'transformer.transformer_blocks.0.attn.to_q.lora_A.weight': torch.zeros(2, 1536), 'transformer.transformer_blocks.0.attn.to_q.lora_B.weight': torch.ones(1536, 2)})
+    with pytest.raises(UserError, match='Stable Diffusion 3'): read_lora(path)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from .core import UserError, check_keys, nearest, replacing
-from .lora_header import (SCHEMA_VERSION, catalogue, decode_metadata, encode_metadata, file_sha256, parse_json,
+from .lora_header import (OWN, SCHEMA_VERSION, catalogue, decode_metadata, encode_metadata, file_sha256, parse_json,
                                         modelspec, read_header, read_table, verify, write_table)
 
 _all_ = ['catalogue', 'read_header']          # the header's two readers are part of this room's interface
@@ -476,8 +476,9 @@ def write_lora(path, lora: Lora, header: dict | None = None, dtype=torch.float32
 
 # %% ../nbs/06_lora_files.ipynb #c5a0341a
 def _own_fields(header: dict) -> dict:
-    "What a rewritten file keeps of a header: catalogue and descriptions, not the checksums."
-    return {k: v for k, v in header.items() if k.startswith(('collectionlora.', 'modelspec.')) and not k.endswith('_sha256')}
+    "What a rewritten file keeps of a header: catalogue and descriptions in this version's schema, not the checksums and not what a newer version added."
+    known = lambda k: k.startswith('modelspec.') or k.removeprefix('collectionlora.') in OWN and k != 'collectionlora.schema'
+    return {k: v for k, v in header.items() if known(k) and not k.endswith('_sha256')}
 
 
 def _check_target(target: Path, dialect: Dialect, folder: bool) -> None:
@@ -505,8 +506,9 @@ def convert(source, target, dialect='canonical', dtype=None, out_alpha: float | 
     if own:
         metadata = _metadata(rank, _own_fields(meta['header']) | (header or {}))
     else:
-        metadata = {'format': 'pt'} | {k: v if isinstance(v, str) else json.dumps(v) for k, v in _own_fields(meta['header']).items()}
-    own = own or any(k.startswith('collectionlora.') for k in metadata)      # a catalogue is signed in every dialect
+        kept = _own_fields(meta['header'])
+        own = any(k.startswith('collectionlora.') for k in kept)              # a catalogue is signed in every dialect
+        metadata = encode_metadata({'format': 'pt'} | kept | ({'collectionlora.schema': SCHEMA_VERSION} if own else {}))
     if dialect == 'peft':
         with replacing(target / 'adapter_config.json') as part:      # takes its place only after the weights have taken theirs
             Path(part).write_text(json.dumps(peft_config(factors), indent=1))

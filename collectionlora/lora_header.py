@@ -195,9 +195,12 @@ def decode_metadata(metadata: dict, where: str) -> dict:
     for k, kind in (('effects', list), ('parents', list), ('sampling', dict), ('base', dict), ('train', dict)):
         if not isinstance(out.get(f'collectionlora.{k}', kind()), kind):
             raise UserError(f'{where}: header field collectionlora.{k} must be a JSON {"array" if kind is list else "object"}.')
+    for k in ('sampling', 'base', 'parents'):
+        if problem := violation(out.get(f'collectionlora.{k}'), HEADER_SCHEMA['properties'][f'collectionlora.{k}'] if f'collectionlora.{k}' in out else {}, f'collectionlora.{k}'):
+            raise UserError(f'{where}: header field {problem}.')
     effects = out.get('collectionlora.effects', [])
-    if not all(isinstance(e, dict) and isinstance(e.get('id'), str) for e in effects):
-        raise UserError(f'{where}: header field collectionlora.effects must hold objects with an id.')
+    if not all(isinstance(e, dict) and all(isinstance(e.get(k), str) for k in ('id', 'category', 'trigger')) and isinstance(e.get('metrics', {}), dict) for e in effects):
+        raise UserError(f'{where}: header field collectionlora.effects must hold objects with id, category and trigger, and metrics that are an object.')
     if len({e['id'] for e in effects}) != len(effects):
         raise UserError(f'{where}: two effects in the catalogue share one id.')
     return out

@@ -498,3 +498,23 @@ def test_an_unknown_tensor_is_not_said_to_be_a_difference(tmp_path):
 def test_a_family_with_the_same_names_is_told_by_its_width(tmp_path):
     path = save(tmp_path / 'x.safetensors', {'transformer.transformer_blocks.0.attn.to_q.lora_A.weight': torch.zeros(2, 1536), 'transformer.transformer_blocks.0.attn.to_q.lora_B.weight': torch.ones(1536, 2)})
     with pytest.raises(UserError, match='Stable Diffusion 3'): read_lora(path)
+
+
+def test_a_file_of_a_newer_minor_version_can_be_rewritten(tmp_path):
+    header = {'collectionlora.schema': '1.7', 'collectionlora.effects': json.dumps([dict(id='a', trigger='b', category='c')]), 'collectionlora.novelty': '[1]'}
+    foreign, path = tmp_path / 'f.safetensors', tmp_path / 'x.safetensors'
+    write_lora(foreign, LORA)
+    from collectionlora.lora_header import write_table
+    table = read_table(foreign)
+    raw = foreign.read_bytes()[table.start:]
+    write_table(path, [(n, e.dtype, e.shape, lambda e=e: raw[e.begin:e.end]) for n, e in table.tensors.items()], header)
+    convert(path, tmp_path / 'y.safetensors')
+    assert lora_hash(read_lora(tmp_path / 'y.safetensors')) == lora_hash(LORA)
+    assert read_header(tmp_path / 'y.safetensors')['collectionlora.schema'] == '1.0' and catalogue(tmp_path / 'y.safetensors')[0]['id'] == 'a'
+
+
+@pytest.mark.parametrize('field, value', [('sampling', {'times': [1, 'x']}), ('sampling', {'times': 5}), ('sampling', {'cfg': 'a'}), ('effects', [dict(id='a', trigger={}, category='c')]),
+                                          ('effects', [dict(id='a', trigger='b')]), ('effects', [dict(id='a', trigger='b', category='c', metrics=[])]), ('parents', [{}])])
+def test_a_header_that_breaks_the_schema_is_refused_when_read(field, value, tmp_path):
+    path = save(tmp_path / 'x.safetensors', tensors_of(), {f'collectionlora.{field}': json.dumps(value)})
+    with pytest.raises(UserError, match=f'collectionlora.{field}'): read_header(path)

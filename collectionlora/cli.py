@@ -81,8 +81,9 @@ def job_of(out: Path, base: str, budget: str, seed: int):
 
 def grid(title: str, columns, rows) -> Table:
     "A rich table."
+    from collectionlora.card import printable
     table = Table(*columns, title=title, title_justify='left')
-    for row in rows: table.add_row(*(escape(''.join(c if c.isprintable() or c == '\n' else '?' for c in str(cell))) for cell in row))
+    for row in rows: table.add_row(*(escape(printable(str(cell))) for cell in row))
     return table
 
 # %% ../nbs/16_cli.ipynb #59b47cde

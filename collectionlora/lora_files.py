@@ -273,7 +273,8 @@ def _check_shapes(tensors, groups, modules):
                 raise UserError(f"tensor {slot['alpha']} must be one number, its shape is {list(e.shape)} and its dtype {e.dtype}.")
 
 
-def _check_missing(groups, modules, allow_missing) -> list[str]:
+def _check_missing(groups, modules, allow_missing) -> list[str] | None:
+    "The modules that the LoRA leaves out; None without a base to count against."
     if isinstance(allow_missing, str):
         raise UserError("allow_missing takes True or a list of patterns such as ['*_mod.1'], not one string.")
     required = [] if modules is None else [m for m in modules if m not in TOP]
@@ -283,7 +284,7 @@ def _check_missing(groups, modules, allow_missing) -> list[str]:
     if hard:
         raise UserError(f'only {len(required) - len(missing)} of {len(required)} modules are present; the first missing one is {hard[0]}. Pass '
                         f"allow_missing with patterns such as '*.{hard[0].split('.', 2)[-1]}' if the trainer leaves them out on purpose.")
-    return missing
+    return missing if modules is not None else None
 
 
 def _check_base(header, base):
@@ -382,7 +383,7 @@ def open_lora(path, modules: dict | None = None, allow_missing=(), alpha: float 
         _check_shapes(table.tensors, groups, modules)
         if modules is None:
             _check_width(table.tensors, groups)
-        missing = _check_missing(groups, modules, allow_missing) if modules is not None else None      # nothing to count against
+        missing = _check_missing(groups, modules, allow_missing)
         _check_base(header, base)
         verify(path, table, payload=check)
         payload = Payload(path, table)
@@ -500,21 +501,22 @@ def convert(source, target, dialect='canonical', dtype=None, out_alpha: float | 
     dtype = dtype or (torch.bfloat16 if meta['dtype'] == 'BF16' and shift and out_alpha is None else torch.float32)
     if out_alpha is not None and not 0 < out_alpha < math.inf:
         raise UserError(f'out_alpha is {out_alpha}; give a positive number.')
-    target, own = Path(target), dialect == 'canonical'
+    target, sign = Path(target), dialect == 'canonical'
     _check_target(target, DIALECTS[dialect], dialect == 'peft')
     rank = max(a.shape[0] for a, _ in factors.values())
-    if own:
+    if sign:
         metadata = _metadata(rank, _own_fields(meta['header']) | (header or {}))
     else:
         kept = _own_fields(meta['header'])
-        own = any(k.startswith('collectionlora.') for k in kept)              # a catalogue is signed in every dialect
-        metadata = encode_metadata({'format': 'pt'} | kept | ({'collectionlora.schema': SCHEMA_VERSION} if own else {}))
+        sign = any(k.startswith('collectionlora.') for k in kept)             # a catalogue is signed in every dialect
+        metadata = encode_metadata({'format': 'pt'} | kept | ({'collectionlora.schema': SCHEMA_VERSION} if sign else {}))
+    content = factors, scales, DIALECTS[dialect], dtype, out_alpha, metadata, sign
     if dialect == 'peft':
         with replacing(target / 'adapter_config.json') as part:      # takes its place only after the weights have taken theirs
             Path(part).write_text(json.dumps(peft_config(factors), indent=1))
-            _write(target / 'adapter_model.safetensors', factors, scales, DIALECTS[dialect], dtype, out_alpha, metadata, own)
+            _write(target / 'adapter_model.safetensors', *content)
     else:
-        _write(target, factors, scales, DIALECTS[dialect], dtype, out_alpha, metadata, own)
+        _write(target, *content)
     return report(Lora(factors, meta), norms=False)
 
 

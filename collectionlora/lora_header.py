@@ -192,15 +192,12 @@ def decode_metadata(metadata: dict, where: str) -> dict:
     if not version.replace('.', '', 1).isdecimal() or int(version.split('.')[0]) > int(SCHEMA_VERSION.split('.')[0]):
         raise UserError(f'{where}: header field collectionlora.schema is {version[:40]!r}, this program reads up to {SCHEMA_VERSION}; '
                         'upgrade collectionlora.')
-    for k, kind in (('effects', list), ('parents', list), ('sampling', dict), ('base', dict), ('train', dict)):
-        if not isinstance(out.get(f'collectionlora.{k}', kind()), kind):
-            raise UserError(f'{where}: header field collectionlora.{k} must be a JSON {"array" if kind is list else "object"}.')
-    for k in ('sampling', 'base', 'parents'):
-        if problem := violation(out.get(f'collectionlora.{k}'), HEADER_SCHEMA['properties'][f'collectionlora.{k}'] if f'collectionlora.{k}' in out else {}, f'collectionlora.{k}'):
+    for k in (f'collectionlora.{k}' for k in ('parents', 'sampling', 'base', 'train')):
+        if k in out and (problem := violation(out[k], HEADER_SCHEMA['properties'][k], k)):
             raise UserError(f'{where}: header field {problem}.')
     effects = out.get('collectionlora.effects', [])
-    if not all(isinstance(e, dict) and all(isinstance(e.get(k), str) for k in ('id', 'category', 'trigger')) and isinstance(e.get('metrics', {}), dict) for e in effects):
-        raise UserError(f'{where}: header field collectionlora.effects must hold objects with id, category and trigger, and metrics that are an object.')
+    if not isinstance(effects, list) or not all(isinstance(e, dict) and all(isinstance(e.get(k), str) for k in ('id', 'category', 'trigger')) and isinstance(e.get('metrics', {}), dict) for e in effects):
+        raise UserError(f'{where}: header field collectionlora.effects must be a list of objects with id, category and trigger, and metrics that are an object.')
     if len({e['id'] for e in effects}) != len(effects):
         raise UserError(f'{where}: two effects in the catalogue share one id.')
     return out

@@ -7,7 +7,7 @@ __all__ = ['app', 'Out', 'BaseOption', 'Seed', 'Budget', 'Processes', 'Given', '
            'job_of', 'grid', 'teach', 'distill', 'evaluate', 'demo', 'rebase', 'edit', 'inspect', 'convert', 'resize',
            'info', 'files_among', 'run', 'sweep']
 
-# %% ../nbs/16_cli.ipynb #f932351a
+# %% ../nbs/16_cli.ipynb #9c859f84
 import functools, json
 from pathlib import Path
 from typing import Annotated, Optional
@@ -20,7 +20,7 @@ from rich.table import Table
 from . import core
 from .core import UserError
 
-# %% ../nbs/16_cli.ipynb #30a2e62f
+# %% ../nbs/16_cli.ipynb #456832cd
 app = typer.Typer(name='collectionlora', no_args_is_help=True, rich_markup_mode='rich', pretty_exceptions_enable=False, add_completion=False,
                   context_settings={'help_option_names': ['-h', '--help']},
                   help="Many effect LoRAs and few-step sampling, distilled into one LoRA.\n\nStart with [bold]collectionlora demo[/bold].")
@@ -64,7 +64,7 @@ def assignments(pairs) -> dict:
         found[name] = core.parse_yaml(value, f'-p {name}')
     return found
 
-# %% ../nbs/16_cli.ipynb #2bedb706
+# %% ../nbs/16_cli.ipynb #7f8ec861
 Out = Annotated[Path, typer.Option('--out', '-o', help='Folder to write to; the same command goes on where it stopped.')]
 BaseOption = Annotated[str, typer.Option('--base', '-b', help="'nano', or the folder of a Qwen-Image-Edit pipeline.")]
 Seed = Annotated[int, typer.Option('--seed', '-s', min=0, help='Seed of every draw.')]
@@ -160,7 +160,7 @@ def rebase(seed: Seed = 0, budget: Budget = 'full'):
     from collectionlora.demo import rebase as go
     print(go(seed, budget))
 
-# %% ../nbs/16_cli.ipynb #08aacb5b
+# %% ../nbs/16_cli.ipynb #a176336f
 @command(epilog='Example: collectionlora edit cat.png clay neon --collection results/demo/collection.safetensors --out edits')
 def edit(image: Annotated[Path, typer.Argument(help='The picture to edit.')],
          effects: Annotated[list[str], typer.Argument(help="Effect ids; 'a+b' chains two in one instruction.")],
@@ -183,15 +183,22 @@ def edit(image: Annotated[Path, typer.Argument(help='The picture to edit.')],
 @command(epilog='Example: collectionlora inspect some_lora.safetensors --json')
 def inspect(file: Annotated[Path, typer.Argument(help='A LoRA file in any known dialect, or a trainer folder.')],
             as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
-            html: Annotated[Optional[Path], typer.Option(help='Write a gallery page of the effects to this file.')] = None):
+            html: Annotated[Optional[Path], typer.Option(help='Write a gallery page of the effects to this file.')] = None,
+            base: Annotated[Optional[str], typer.Option('--base', '-b', help="Compare with the layers of this base: 'nano', or a pipeline folder (its config is enough).")] = None):
     "Say what a LoRA file is: producer, dialect, ranks, scales, norms, and the effects it lists."
     if html: return _gallery(file, html)
     from collectionlora.lora_header import read_header
     header = {} if file.is_dir() else read_header(file)
     from collectionlora.lora_files import read_lora, report
-    about = report(read_lora(file))
+    about = report(read_lora(file, _layers(base), allow_missing=True))
     if as_json: print(json.dumps(core.plain({'report': about, 'header': header}), indent=1))
     else: _show(about, header, file)
+
+
+def _layers(base: str | None) -> dict | None:
+    "The layers of the base that an option names, None without one."
+    from collectionlora.backbone import layer_sizes
+    return None if base is None else layer_sizes(core.nano_dir() if base == 'nano' else base)
 
 
 def _gallery(file: Path, html: Path) -> None:
@@ -219,10 +226,16 @@ def _show(about: dict, header: dict, file: Path) -> None:
 @command(epilog='Example: collectionlora convert teacher.safetensors for_kohya.safetensors --dialect kohya')
 def convert(file: Annotated[Path, typer.Argument(help='A LoRA file in any known dialect, or a trainer folder.')], to: Annotated[Path, typer.Argument(help='What to write.')],
             dialect: Annotated[str, typer.Option(help='canonical, ai-toolkit, diffusers, peft, kohya, diffsynth or lightning.')] = 'canonical',
-            alpha: Annotated[Optional[float], typer.Option(help='The alpha that the file was trained with, where neither it nor a config beside it says so.')] = None):
+            alpha: Annotated[Optional[float], typer.Option(help='The alpha that the file was trained with, where neither it nor a config beside it says so.')] = None,
+            dtype: Annotated[Optional[str], typer.Option(help='float32 or bfloat16; default: the smallest that keeps every number.')] = None,
+            base: Annotated[Optional[str], typer.Option('--base', '-b', help="Demand the layers of this base: 'nano', or a pipeline folder (its config is enough).")] = None,
+            allow_missing: Annotated[Optional[list[str]], typer.Option('--allow-missing', metavar='PATTERN', help="With --base: layers that may be absent, e.g. '*_mod.1'; may be repeated.")] = None):
     "Write a LoRA in another dialect, or any dialect in the canonical one that loads everywhere."
+    import torch
     from collectionlora.lora_files import convert as rewrite
-    rewrite(file, to, dialect, alpha=alpha)
+    kinds = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
+    if dtype is not None: core.check_keys([dtype], kinds, '--dtype: number formats')
+    rewrite(file, to, dialect, kinds.get(dtype), alpha=alpha, modules=_layers(base), allow_missing=allow_missing or ())
     _say(f'wrote {to} ({dialect})', 'green')
 
 

@@ -6,12 +6,12 @@
 __all__ = ['LEAVES', 'TOP', 'PREFIXES', 'FLAT_PREFIXES', 'ENDING', 'FOREIGN', 'FOREIGN_WIDTHS', 'NOT_LORA', 'CHANGES_FORWARD',
            'SHIFTS_BASE', 'FLOATS', 'INTS', 'CONFIG_NAMES', 'WEIGHT_NAMES', 'PEFT_PREFIXES', 'DIALECTS', 'Lora',
            'lora_hash', 'unflatten', 'Key', 'parse_key', 'module_name', 'Dialect', 'group_keys', 'check_config',
-           'config_scale', 'Payload', 'finite', 'power_of_two', 'fold', 'find_weights', 'guess_producer', 'Opened',
-           'open_lora', 'read_lora', 'key_names', 'write_lora', 'convert', 'peft_config', 'annotate', 'delta_norm',
-           'report', 'factor_svd', 'balanced', 'resize', 'rank_for', 'shrink', 'comfyui_view', 'diffsynth_view',
-           'catalogue', 'read_header']
+           'config_scale', 'Payload', 'finite', 'power_of_two', 'fold', 'halves', 'find_weights', 'guess_producer',
+           'Opened', 'open_lora', 'read_lora', 'key_names', 'write_lora', 'convert', 'peft_config', 'annotate',
+           'delta_norm', 'report', 'factor_svd', 'balanced', 'resize', 'rank_for', 'shrink', 'comfyui_view',
+           'diffsynth_view', 'catalogue', 'read_header']
 
-# %% ../nbs/06_lora_files.ipynb #155cadba
+# %% ../nbs/06_lora_files.ipynb #c8d2861a
 import fnmatch, hashlib, json, math, mmap, re, struct
 from collections import Counter
 from dataclasses import dataclass, field
@@ -26,10 +26,10 @@ from .lora_header import (OWN, SCHEMA_VERSION, catalogue, decode_metadata, encod
 
 _all_ = ['catalogue', 'read_header']          # the header's two readers are part of this room's interface
 
-# %% ../nbs/06_lora_files.ipynb #e0b4db29
+# %% ../nbs/06_lora_files.ipynb #0a62016c
 @dataclass
 class Lora:
-    "`factors`: dotted module name -> (A [r, in], B [out, r]) with alpha/r folded into B, fp32. `meta`: what the file said about itself."
+    "`factors`: dotted module name -> (A [r, in], B [out, r]) with alpha/r folded into the smaller of the two (B if equal). `meta`: what the file said about itself."
     factors: dict
     meta: dict = field(default_factory=dict)
 
@@ -58,7 +58,7 @@ def lora_hash(lora: Lora) -> str:
             digest.update(_bytes(t, torch.float32))
     return digest.hexdigest()
 
-# %% ../nbs/06_lora_files.ipynb #99563d7a
+# %% ../nbs/06_lora_files.ipynb #8483312f
 LEAVES = ('img_mod.1', 'txt_mod.1', 'attn.to_q', 'attn.to_k', 'attn.to_v', 'attn.add_q_proj', 'attn.add_k_proj', 'attn.add_v_proj',
           'attn.to_out.0', 'attn.to_add_out', 'img_mlp.net.0.proj', 'img_mlp.net.2', 'txt_mlp.net.0.proj', 'txt_mlp.net.2')
 TOP = ('img_in', 'txt_in', 'proj_out', 'norm_out.linear', 'time_text_embed.timestep_embedder.linear_1',
@@ -115,6 +115,9 @@ def module_name(key: Key, modules: dict | None = None) -> str:
     other = next((f for f, pattern in FOREIGN if re.search(pattern, key.prefix + key.body[:500])), None)
     if other:
         raise UserError(f'module {key.body[:120]!r} belongs to {other}; this LoRA was made for another model than Qwen-Image-Edit.')
+    if name in TOP:
+        raise UserError(f'module {name} lies outside the transformer blocks, where no LoRA of ours can sit; leaving it out would change the effect, '
+                        'so train the teacher again on the layers of the blocks alone.')
     options = modules if modules is not None else [f'transformer_blocks.0.{leaf}' for leaf in LEAVES] + list(TOP)
     raise UserError(f'module {key.body[:120]!r} does not exist in the base; {nearest(name or key.body[:120], options)}')
 
@@ -213,7 +216,7 @@ def config_scale(config: dict, name: str, rank: int) -> float:
         raise UserError(f'the adapter config gives module {name} rank {r}, its tensors have rank {rank}.')
     return _pattern(config.get('alpha_pattern') or {}, name, config['lora_alpha']) / (rank ** .5 if config.get('use_rslora') else rank)
 
-# %% ../nbs/06_lora_files.ipynb #d4a58c06
+# %% ../nbs/06_lora_files.ipynb #b949cea7
 FLOATS = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
 INTS = {'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'U8': torch.uint8}
 
@@ -232,9 +235,8 @@ class Payload:
 
 
 def finite(t: torch.Tensor) -> bool:
-    "True when no value is NaN or infinite; one pass, no temporaries."
-    low, high = t.aminmax()
-    return math.isfinite(low) and math.isfinite(high)
+    "True when no value is NaN or infinite, without temporaries: neither can leave a sum, and only if that is not finite are extremes sought."
+    return math.isfinite(t.sum()) or all(map(math.isfinite, t.aminmax()))
 
 
 def power_of_two(s: float) -> bool:
@@ -254,7 +256,12 @@ def fold(t: torch.Tensor, scale: float, dtype=None) -> torch.Tensor:
     out = t.to(wide, copy=True)
     return (out if scale == 1 else out.mul_(scale)).to(dtype)
 
-# %% ../nbs/06_lora_files.ipynb #816f4779
+
+def halves(a: torch.Tensor, b: torch.Tensor, scale: float) -> tuple[float, float]:
+    "What A and B are multiplied by when a module's scale is folded in: the smaller factor takes it all, B if they are equal."
+    return (scale, 1.) if a.numel() < b.numel() else (1., scale)
+
+# %% ../nbs/06_lora_files.ipynb #399c1fcd
 def _check_shapes(tensors, groups, modules):
     for name, slot in groups.items():
         a, b = tensors[slot['A']], tensors[slot['B']]
@@ -295,7 +302,7 @@ def _check_base(header, base):
     if 'qwen' not in arch.lower():
         raise UserError(f'its header field modelspec.architecture is {arch[:60]!r}; this LoRA was made for another model than Qwen-Image-Edit.')
 
-# %% ../nbs/06_lora_files.ipynb #7690b95d
+# %% ../nbs/06_lora_files.ipynb #a3bc4a7e
 CONFIG_NAMES = ('adapter_config.json', 'lora_config/adapter_config.json')
 WEIGHT_NAMES = ('adapter_model.safetensors', 'pytorch_lora_weights.safetensors')
 PEFT_PREFIXES = ('base_model.model.', 'model.base_model.model.')
@@ -358,7 +365,7 @@ def _scales(payload, groups, dialect, beside, alpha) -> tuple[dict, str]:
             raise UserError(f"module {n}: {' and '.join(found)} give different scales; the file is ambiguous.")
     return scales, source
 
-# %% ../nbs/06_lora_files.ipynb #7029d432
+# %% ../nbs/06_lora_files.ipynb #3185d279
 class Opened(NamedTuple):
     "A checked file: `factors` maps module -> (A, B) as stored (mapped), `scales` module -> s, `meta` as in `Lora`."
     factors: dict
@@ -373,8 +380,8 @@ def _check_width(tensors, groups):
         raise UserError(f'attention is {width} wide, so this LoRA is for {FOREIGN_WIDTHS[width]}, not for Qwen-Image.')
 
 
-def open_lora(path, modules: dict | None = None, allow_missing=(), alpha: float | None = None, base: str | None = None, check=True) -> Opened:
-    "All checks of `read_lora` (same arguments and errors) without converting anything."
+def _open(path, modules=None, allow_missing=(), alpha=None, base=None, check=True) -> Opened:
+    "Everything checked but that the numbers are finite, which costs least where they are used."
     path, beside = find_weights(path)
     table = read_table(path)
     header = decode_metadata(table.metadata, str(path))
@@ -389,15 +396,27 @@ def open_lora(path, modules: dict | None = None, allow_missing=(), alpha: float 
         payload = Payload(path, table)
         scales, source = _scales(payload, groups, dialect, beside, alpha)
         factors = {name: (payload[groups[name]['A']], payload[groups[name]['B']]) for name in sorted(groups)}
-        bad = check and next((n for n, ab in factors.items() if not all(map(finite, ab))), None)
-        if bad:
-            raise UserError(f'module {bad} contains NaN or infinite values.')
     except UserError as e:
         raise UserError(str(e) if str(path) in str(e) else f'{path}: {e}') from None
     dtypes = sorted({table.tensors[s[k]].dtype for s in groups.values() for k in 'AB'})
     meta = dict(path=str(path), dialect=dialect.name, producer=guess_producer(dialect, table.metadata), family='qwen-image',
                 dtype='+'.join(dtypes), alpha=source, scales=scales, missing=missing, header=header)
     return Opened(factors, scales, meta)
+
+
+def _check_finite(factors: dict, opened: Opened) -> None:
+    "Raises UserError for the first module of `factors`, folded or not, with a number that is not finite."
+    for name, ab in factors.items():
+        if not all(map(finite, ab)):
+            stored = all(map(finite, opened.factors[name]))
+            raise UserError(f"{opened.meta['path']}: module {name} " + (f'overflows when its scale {opened.scales[name]:g} is folded in.' if stored else 'contains NaN or infinite values.'))
+
+
+def open_lora(path, modules: dict | None = None, allow_missing=(), alpha: float | None = None, base: str | None = None, check=True) -> Opened:
+    "All checks of `read_lora` (same arguments and errors) without converting anything."
+    opened = _open(path, modules, allow_missing, alpha, base, check)
+    if check: _check_finite(opened.factors, opened)
+    return opened
 
 
 def read_lora(path, modules: dict | None = None, allow_missing=(), alpha: float | None = None, base: str | None = None,
@@ -408,15 +427,12 @@ def read_lora(path, modules: dict | None = None, allow_missing=(), alpha: float 
     All block modules must be present except those that match a glob in `allow_missing` (True allows any). `alpha` answers for files that keep it
     elsewhere. `base` is the hash of the base in use, compared with the header's. `dtype=None` keeps the file's numbers and maps them
     lazily. `check=False` skips the payload's checksum and the test for NaN. Every refusal is a `UserError` that names the file."""
-    factors, scales, meta = open_lora(path, modules, allow_missing, alpha, base, check)
-    out = {n: (fold(a, 1., dtype), fold(b, scales[n], dtype)) for n, (a, b) in factors.items()}
-    if check and dtype is not None and any(s != 1 for s in scales.values()):
-        bad = next((n for n, ab in out.items() if scales[n] != 1 and not finite(ab[1])), None)
-        if bad:
-            raise UserError(f"{meta['path']}: module {bad} overflows when its scale {scales[bad]:g} is folded in.")
-    return Lora(out, meta)
+    opened = _open(path, modules, allow_missing, alpha, base, check)
+    out = {n: tuple(fold(f, s, dtype) for f, s in zip(ab, halves(*ab, opened.scales[n]))) for n, ab in opened.factors.items()}
+    if check: _check_finite(out, opened)
+    return Lora(out, opened.meta)
 
-# %% ../nbs/06_lora_files.ipynb #77185a93
+# %% ../nbs/06_lora_files.ipynb #3678dcd0
 _DTYPES = {torch.float32: 'F32', torch.bfloat16: 'BF16', torch.float16: 'F16'}
 DIALECTS = {'canonical': Dialect('diffusion_model.', 'lora_A/B', False), 'ai-toolkit': Dialect('diffusion_model.', 'lora_A/B', False),
             'diffusers': Dialect('transformer.', 'lora_A/B', False), 'peft': Dialect('base_model.model.', 'lora_A/B', False),
@@ -439,8 +455,8 @@ def _rows(factors, scales, dialect, dtype, alpha):
         if a.ndim != 2 or b.ndim != 2 or r != b.shape[1] or 0 in (*a.shape, *b.shape):
             raise UserError(f'module {name} has factors of shape {list(a.shape)} and {list(b.shape)}; they must be [r, in] and [out, r].')
         s = scales.get(name, 1.) * (r / alpha if dialect.alpha and alpha is not None else 1.)
-        yield keys['A'], _DTYPES[dtype], tuple(a.shape), lambda n=name, a=a: _finite_bytes(n, a, 1., dtype)
-        yield keys['B'], _DTYPES[dtype], tuple(b.shape), lambda n=name, b=b, s=s: _finite_bytes(n, b, s, dtype)
+        for part, t, k in zip('AB', (a, b), halves(a, b, s)):
+            yield keys[part], _DTYPES[dtype], tuple(t.shape), lambda n=name, t=t, k=k: _finite_bytes(n, t, k, dtype)
         if dialect.alpha:
             yield keys['alpha'], 'F32', (), lambda r=r: struct.pack('<f', r if alpha is None else alpha)
 
@@ -475,11 +491,14 @@ def write_lora(path, lora: Lora, header: dict | None = None, dtype=torch.float32
     _write(path, lora.factors, {}, DIALECTS['canonical'], dtype, None, _metadata(lora.rank, header or {}), True)
     return file_sha256(path)
 
-# %% ../nbs/06_lora_files.ipynb #c5a0341a
+# %% ../nbs/06_lora_files.ipynb #dc03be85
 def _own_fields(header: dict) -> dict:
     "What a rewritten file keeps of a header: catalogue and descriptions in this version's schema, not the checksums and not what a newer version added."
     known = lambda k: k.startswith('modelspec.') or k.removeprefix('collectionlora.') in OWN and k != 'collectionlora.schema'
-    return {k: v for k, v in header.items() if known(k) and not k.endswith('_sha256')}
+    kept = {k: v for k, v in header.items() if known(k) and not k.endswith('_sha256')}
+    ours = any(k.startswith('collectionlora.') for k in kept)
+    derived = modelspec(kept) if ours else {}                            # written anew from the catalogue; what an author put there stays
+    return {k: v for k, v in kept.items() if k not in derived or v != derived[k]}
 
 
 def _check_target(target: Path, dialect: Dialect, folder: bool) -> None:
@@ -496,7 +515,9 @@ def convert(source, target, dialect='canonical', dtype=None, out_alpha: float | 
     """Convert a LoRA between dialects; returns the report of what was read. `reading`: the arguments of `read_lora` that decide what is accepted.
     `dtype=None` picks the smallest exact format; `out_alpha` is the alpha to write where the dialect has one (default: the rank)."""
     check_keys([dialect], DIALECTS, 'LoRA dialects')
-    factors, scales, meta = open_lora(source, **reading)
+    factors, scales, meta = _open(source, **reading)                      # numbers are checked as they are written
+    if dtype is None and 'F64' in meta['dtype']:
+        raise UserError(f"{meta['path']}: holds float64 numbers, which no format written here keeps; pass dtype=torch.float32 (--dtype float32) to round them.")
     shift = all(power_of_two(s) for s in scales.values())
     dtype = dtype or (torch.bfloat16 if meta['dtype'] == 'BF16' and shift and out_alpha is None else torch.float32)
     if out_alpha is not None and not 0 < out_alpha < math.inf:
@@ -507,9 +528,9 @@ def convert(source, target, dialect='canonical', dtype=None, out_alpha: float | 
     if sign:
         metadata = _metadata(rank, _own_fields(meta['header']) | (header or {}))
     else:
-        kept = _own_fields(meta['header'])
+        kept = _own_fields(meta['header']) | (header or {})
         sign = any(k.startswith('collectionlora.') for k in kept)             # a catalogue is signed in every dialect
-        metadata = encode_metadata({'format': 'pt'} | kept | ({'collectionlora.schema': SCHEMA_VERSION} if sign else {}))
+        metadata = encode_metadata({'format': 'pt'} | (modelspec(kept) if sign else {}) | kept | ({'collectionlora.schema': SCHEMA_VERSION} if sign else {}))
     content = factors, scales, DIALECTS[dialect], dtype, out_alpha, metadata, sign
     if dialect == 'peft':
         with replacing(target / 'adapter_config.json') as part:      # takes its place only after the weights have taken theirs
@@ -537,7 +558,7 @@ def annotate(path, fields: dict) -> str:
     convert(path, path, header={'collectionlora.effects': [e | fields.get(e['id'], {}) for e in entries]})
     return file_sha256(path)
 
-# %% ../nbs/06_lora_files.ipynb #a55ad153
+# %% ../nbs/06_lora_files.ipynb #3be8c9b4
 def delta_norm(a: torch.Tensor, b: torch.Tensor) -> float:
     "Frobenius norm of B A from the factors, without forming the product."
     a, b = a.double(), b.double()
@@ -557,7 +578,7 @@ def report(lora: Lora, norms=True) -> dict:
         out['norms'] = {n: delta_norm(a, b) for n, (a, b) in lora.factors.items()}
     return out
 
-# %% ../nbs/06_lora_files.ipynb #85806ad7
+# %% ../nbs/06_lora_files.ipynb #ffe0236f
 def factor_svd(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Thin SVD of B A from its factors: U [out, m], S [m], V [in, m] with m = min(r, in, out)."
     if a.shape[0] >= min(a.shape[1], b.shape[0]):        # the factors are not thin: the product is the smaller thing
@@ -607,15 +628,20 @@ def rank_for(lora: Lora, energy: float) -> int:
 def shrink(source, target, rank: int | None = None, energy: float | None = None, mixed=False, dtype=None) -> Lora:
     """Write a smaller copy of a LoRA file; returns what was written. Either `rank`, or the smallest one that keeps the share `energy`, for all modules;
     with `mixed` each module keeps that share with a rank of its own, which diffusers scales rightly from 0.40 on only. Catalogue and recipe go with
-    it; the header names the original, by sha256, as parent. `dtype=None` writes bfloat16 where the original has it, else float32."""
+    it, but not the metrics, which were the original's; the header names that, by sha256, as parent. `dtype=None` writes bfloat16 where the original
+    has it, else float32. Raises `UserError` for a `rank` above the original's."""
     lora = read_lora(source, allow_missing=True)
+    if rank is not None and rank > lora.rank: raise UserError(f'{source}: has rank {lora.rank}, so rank {rank} would not make it smaller; give {lora.rank} or less.')
+    if mixed and energy is None: raise UserError('mixed ranks follow from an energy to keep; give energy instead of rank.')
     asked = {'rank': rank} if energy is None else {'energy': energy, 'mixed': mixed}
     one = rank is None and energy is not None and 0 < energy <= 1 and not mixed
     small = resize(lora, *((rank_for(lora, energy), None) if one else (rank, energy)))
     total, said = sum(delta_norm(*f) ** 2 for f in lora.factors.values()), _own_fields(lora.meta['header'])
     kept = sum(delta_norm(*f) ** 2 for f in small.factors.values()) / max(total, 1e-300)
     parent = {'sha256': file_sha256(lora.meta['path']), 'energy_kept': round(kept, 6), **asked}
-    header = {k: v for k, v in said.items() if k != 'modelspec.merged_from'} | {'collectionlora.parents': [parent]}
+    whole = said.get('collectionlora.effects')
+    effects = {} if whole is None else {'collectionlora.effects': [{k: v for k, v in e.items() if k != 'metrics'} for e in whole]}
+    header = said | effects | {'collectionlora.parents': [parent]}
     write_lora(target, small, header, dtype or (torch.bfloat16 if lora.meta['dtype'] == 'BF16' else torch.float32))
     return small
 

@@ -86,7 +86,7 @@ def make_rule(name: str, density: float = .2, seed: int = 0) -> Callable:
             return RULES[name](ms, torch.tensor(weights, dtype=ms[0].dtype), density)
     return rule
 
-# %% ../nbs/06b_merging.ipynb #4218748a
+# %% ../nbs/06b_merging.ipynb #8c11103c
 METHODS = {'cat': None, 'linear': None, 'svd': (core_merge, 'sum'), 'ties_svd': (dense_merge, 'ties'), 'dare_linear_svd': (dense_merge, 'dare_linear'),
            'dare_ties_svd': (dense_merge, 'dare_ties'), 'magnitude_prune_svd': (dense_merge, 'magnitude_prune'), 'core_ties': (core_merge, 'ties'),
            'core_dare_ties': (core_merge, 'dare_ties'), 'core_magnitude_prune': (core_merge, 'magnitude_prune'),
@@ -100,8 +100,10 @@ def merge(loras: list[Lora], method: str, weights=None, rank: int | None = None,
     weights = [1.] * len(loras) if weights is None else [float(w) for w in weights]
     if not loras or len(weights) != len(loras):
         raise UserError(f'merge got {len(loras)} LoRAs and {len(weights)} weights.')
-    if METHODS[method] and (rank is None or rank < 1):
-        raise UserError(f'merge method {method!r} needs a rank of at least 1.')
+    if METHODS[method] and (type(rank) is not int or rank < 1):
+        raise UserError(f'merge method {method!r} needs a whole rank of at least 1, not {rank!r}.')
+    if not all(map(math.isfinite, weights)):
+        raise UserError(f'merge weights are {weights}; every one must be a finite number.')
     factors = {}
     for name in sorted(set().union(*(l.factors for l in loras))):
         have = [(w, *l.factors[name]) for w, l in zip(weights, loras) if name in l.factors]

@@ -1,4 +1,5 @@
 "The command line as a user meets it: help, mistakes, exit codes, and an installed wheel far from the checkout."
+import json
 import os
 import subprocess
 import sys
@@ -181,3 +182,21 @@ def test_a_wheel_runs_its_notebooks_in_a_folder_of_the_users(wheel_site, tmp_pat
     assert len(list((tmp_path/'mine'/'effects').glob('*/effect.yaml'))) == 1
     again = go()
     assert 'reused' in again.stderr and again.stdout == done.stdout
+
+
+def test_a_lora_is_compared_with_a_bases_layers(tmp_path):
+    import torch
+    from collectionlora.backbone import layer_sizes
+    from collectionlora.lora_files import Lora, read_lora, write_lora
+    sizes = layer_sizes(core.nano_dir())
+    some = {n: (torch.ones(2, i), torch.ones(o, 2)) for n, (i, o) in sizes.items() if not n.endswith('_mod.1')}
+    file, to = tmp_path/'some.safetensors', tmp_path/'to.safetensors'
+    write_lora(file, Lora(some))
+    assert 'not counted' in call('inspect', file).stdout
+    assert json.loads(call('inspect', file, '--json', '--base', 'nano').stdout)['report']['missing'] == len(sizes) - len(some)
+    refused = call('convert', file, to, '--base', 'nano')
+    assert refused.exit_code == 2 and '_mod.1' in refused.stderr and not to.exists()
+    assert call('convert', file, to, '--base', 'nano', '--allow-missing', '*_mod.1', '--dtype', 'bfloat16').exit_code == 0
+    assert len(read_lora(to).factors) == len(some) and read_lora(to).meta['dtype'] == 'BF16'
+    assert call('convert', file, to, '--dtype', 'float8').exit_code == 2
+    assert call('inspect', file, '--base', tmp_path).exit_code == 2

@@ -518,3 +518,92 @@ def test_a_file_of_a_newer_minor_version_can_be_rewritten(tmp_path):
 def test_a_header_that_breaks_the_schema_is_refused_when_read(field, value, tmp_path):
     path = save(tmp_path / 'x.safetensors', tensors_of(), {f'collectionlora.{field}': json.dumps(value)})
     with pytest.raises(UserError, match=f'collectionlora.{field}'): read_header(path)
+
+
+def job_info(rank): return {'ss_network_dim': str(rank), 'ss_base_model_version': 'qwen_image', 'ss_output_name': 'mine', 'ss_tag_frequency': json.dumps({'1_mine': {'mine': 20}})}
+
+
+def unmodulated(tensors): return {k: v for k, v in tensors.items() if '_mod_' not in k}
+
+
+def rooted(tensors):
+    "What musubi's converter does with alpha/r = 1/2: its root on either side, and no alpha any more."
+    return {k: v * .5 ** .5 for k, v in tensors.items() if not k.endswith('.alpha')}
+
+
+# the rows of the reference's producer table with the metadata that the producer adds: (tensors, metadata, modules that it leaves out, guess)
+PRODUCERS = {
+    'musubi-tuner': (unmodulated(tensors_of(prefix='lora_unet_', flat=True, alpha=2, **DOWN)),
+                     job_info(RANK) | {'sshs_model_hash': 'ab' * 32, 'modelspec.architecture': 'Qwen-Image-Edit-Plus', 'modelspec.title': 'mine'}, ['*_mod.1'], 'kohya / musubi-tuner'),
+    'musubi-tuner, converted': (rooted(tensors_of(alpha=2)), job_info(RANK) | {'modelspec.architecture': 'Qwen-Image-Edit-Plus'}, (), 'musubi-tuner (converted)'),
+    'ai-toolkit': (tensors_of(), {'format': 'pt', 'software': json.dumps({'name': 'ai-toolkit', 'version': '0.5'}), 'training_info': json.dumps({'step': 2000}), 'sshs_legacy_hash': 'ab' * 4}, (), 'ai-toolkit'),
+    'DiffSynth': (tensors_of(prefix='', adapter='.default'), None, (), 'DiffSynth'),
+    'Lightning': (tensors_of(prefix='', alpha=8, **DOWN), {'format': 'pt'}, (), 'Lightning')}
+
+
+@pytest.mark.parametrize('name', PRODUCERS)
+def test_a_producers_file_with_its_own_metadata_means_the_same_everywhere(name, tmp_path):
+    tensors, metadata, left_out, guess = PRODUCERS[name]
+    path = save(tmp_path / 'x.safetensors', tensors, metadata)
+    got = read_lora(path, MODULES, allow_missing=left_out)
+    want = changed({n: LORA.factors[n] for n in got.factors})
+    assert close(changed(got.factors), want) and got.meta['producer'] == guess and report(got)['missing'] == len(MODULES) - len(got.factors) == 4 * bool(left_out)
+    if left_out:
+        with pytest.raises(UserError, match='24 of 28 modules.*_mod.1'): read_lora(path, MODULES)
+    assert close(through_diffusers(path), want) and close(changed(comfyui_view(tensors, MODULES)), want)
+    convert(path, tmp_path / 'c.safetensors', modules=MODULES, allow_missing=left_out)
+    out = safetensors.torch.load_file(tmp_path / 'c.safetensors')
+    for seen in (through_diffusers(tmp_path / 'c.safetensors'), changed(comfyui_view(out, MODULES)), changed(diffsynth_view(out, MODULES))): assert close(seen, want)
+
+
+def test_a_peft_folders_weights_alone_work_nowhere_else_and_their_conversion_everywhere(tmp_path):
+    peft = peft_model(dict(r=RANK, lora_alpha=2 * RANK))
+    peft.save_pretrained(tmp_path / 'peft')
+    want, tensors = output(peft), safetensors.torch.load_file(tmp_path / 'peft' / 'adapter_model.safetensors')
+    assert not comfyui_view(tensors, MODULES) and not diffsynth_view(tensors, MODULES)
+    assert close(through_diffusers(tmp_path / 'peft' / 'adapter_model.safetensors'), PLAIN)                     # silently ignored
+    convert(tmp_path / 'peft', tmp_path / 'c.safetensors', modules=MODULES, allow_missing=True)
+    out = safetensors.torch.load_file(tmp_path / 'c.safetensors')
+    for seen in (through_diffusers(tmp_path / 'c.safetensors'), changed(comfyui_view(out, MODULES)), changed(diffsynth_view(out, MODULES))): assert close(seen, want)
+
+
+def test_the_smaller_factor_takes_the_scale(tmp_path):
+    write_lora(tmp_path / 'a.safetensors', LORA)
+    convert(tmp_path / 'a.safetensors', tmp_path / 'k.safetensors', 'lightning', out_alpha=1.)
+    stored, got = safetensors.torch.load_file(tmp_path / 'k.safetensors'), read_lora(tmp_path / 'k.safetensors', dtype=None)
+    for n, (a, b) in got.factors.items():
+        scaled = [not torch.equal(t, stored[f'{n}.lora_{part}.weight']) for part, t in (('down', a), ('up', b))]
+        assert scaled == ([True, False] if a.numel() < b.numel() else [False, True])
+    assert close(changed(got.factors))
+
+
+def test_derived_fields_follow_the_catalogue_and_an_authors_own_stay(tmp_path):
+    path, effects = tmp_path / 'c.safetensors', [dict(id='a', trigger='zon qel', category='c', metrics={'bcr': .5})]
+    write_lora(path, LORA, {'collectionlora.effects': effects, 'modelspec.title': 'My effects'})
+    annotate(path, {'a': {'trigger': 'fal mir'}})
+    assert read_header(path)['modelspec.trigger_phrase'] == 'fal mir' and read_header(path)['modelspec.title'] == 'My effects'
+    shrink(path, tmp_path / 'small.safetensors', rank=2)
+    small = read_header(tmp_path / 'small.safetensors')
+    assert small['modelspec.title'] == 'My effects' and small['modelspec.merged_from'] == file_sha256(path)
+    assert 'metrics' not in small['collectionlora.effects'][0]                                                  # they were the whole's
+    convert(path, tmp_path / 'd.safetensors', 'diffusers')
+    assert read_header(tmp_path / 'd.safetensors')['modelspec.trigger_phrase'] == 'fal mir'
+
+
+def test_nothing_is_called_smaller_that_is_not(tmp_path):
+    write_lora(tmp_path / 'c.safetensors', LORA)
+    for kw, match in ((dict(rank=RANK + 1), f'has rank {RANK}'), (dict(rank=2, mixed=True), 'give energy')):
+        with pytest.raises(UserError, match=match): shrink(tmp_path / 'c.safetensors', tmp_path / 's.safetensors', **kw)
+    assert not (tmp_path / 's.safetensors').exists()
+
+
+def test_a_layer_outside_the_blocks_is_refused_by_a_base_with_the_reason(tmp_path):
+    path = save(tmp_path / 'x.safetensors', tensors_of() | {'diffusion_model.proj_out.lora_A.weight': torch.ones(RANK, 32), 'diffusion_model.proj_out.lora_B.weight': torch.ones(16, RANK)})
+    with pytest.raises(UserError, match='proj_out lies outside the transformer blocks'): read_lora(path, MODULES)
+
+
+def test_double_precision_is_not_rounded_without_a_word(tmp_path):
+    path = save(tmp_path / 'x.safetensors', {k: v.double() for k, v in tensors_of().items()})
+    with pytest.raises(UserError, match='float64.*--dtype float32'): convert(path, tmp_path / 'c.safetensors')
+    convert(path, tmp_path / 'c.safetensors', dtype=torch.float32)
+    assert lora_hash(read_lora(tmp_path / 'c.safetensors')) == lora_hash(LORA)

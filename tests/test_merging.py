@@ -98,3 +98,9 @@ def test_the_sum_is_cut_alike_whether_factors_are_thin_or_not(count):
     for rank in (3, 8, 100):
         (a, b), (c, d) = core_merge(As, Bs, ws, rank), dense_merge(As, Bs, ws, rank)
         assert torch.allclose(b @ a, d @ c, atol=1e-3) and len(a) == b.shape[1] <= min(rank, 24, 4*count)
+
+
+@pytest.mark.parametrize('kw, match', [(dict(rank=2.5), 'whole rank'), (dict(rank=None), 'whole rank'), (dict(rank=0), 'whole rank'), (dict(rank=2, weights=[1., float('nan'), 1.]), 'finite'),
+                                       (dict(rank=2, weights=[1., float('inf'), 1.]), 'finite')])
+def test_a_merge_of_nonsense_is_refused(kw, match, loras):
+    with pytest.raises(UserError, match=match): merge(loras, 'svd', **kw)

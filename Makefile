@@ -9,7 +9,7 @@ SEED ?= 0
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 BIN := .venv/bin
 QUIET := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 MPLBACKEND=agg TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
-LINT := E9,F63,F7,F81,F82
+LINT := E9,F401,F63,F7,F81,F82
 
 export PYTHON KEEP_TORCH EXTRAS
 .PHONY: help install demo test test-all export-check lint notebooks pytest readme docs rebase export clean

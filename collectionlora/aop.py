@@ -6,7 +6,7 @@
 __all__ = ['CONSONANTS', 'VOWELS', 'ENDINGS', 'REFERENCE', 'Backend', 'QUESTION', 'PROMPT_KEYS', 'words_of', 'check_triggers',
            'make_triggers', 'student_prompt', 'compose', 'trigger_embeddings', 'trigger_cosines', 'choose_triggers',
            'Refusal', 'clean', 'rewrite', 'WorldDescriber', 'OpenAIVision', 'LocalQwenVL', 'read_prompts',
-           'write_prompts', 'with_prompts']
+           'write_prompts', 'with_prompts', 'with_words']
 
 # %% ../nbs/10_aop.ipynb #7c1809e6
 import base64, io, json, os, re, time, urllib.error, urllib.request
@@ -255,7 +255,7 @@ class LocalQwenVL:
         out = self.model.generate(**inputs, mm_token_type_ids=kinds, max_new_tokens=self.max_new_tokens, do_sample=False)
         return self.processor.tokenizer.decode(out[0, inputs['input_ids'].shape[1]:], skip_special_tokens=True)
 
-# %% ../nbs/10_aop.ipynb #552d8cbb
+# %% ../nbs/10_aop.ipynb #d393d5d6
 PROMPT_KEYS = ('trigger', 'description', 'by', 'refusal')
 
 
@@ -306,3 +306,8 @@ def with_prompts(effects: Sequence[EffectSet], path) -> list[EffectSet]:
     for e in effects:
         if e.id not in entries: raise UserError(f"{path}: has no entry for effect {e.id!r}; {nearest(e.id, entries)} Run the AOP step again to add it")
     return [replace(e, trigger=entries[e.id]['trigger'], description=entries[e.id]['description']) for e in effects]
+
+
+def with_words(effect: EffectSet, seed: int, taken: Iterable[str] = ()) -> EffectSet:
+    "An effect of the miniature world with the world's own description and a trigger drawn by seed: the short way, without a prompts.yaml."
+    return replace(effect, trigger=make_triggers([effect.id], seed, taken)[effect.id], description=world.describe(effect.id))

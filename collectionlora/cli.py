@@ -86,7 +86,7 @@ def grid(title: str, columns, rows) -> Table:
     for row in rows: table.add_row(*(escape(printable(str(cell))) for cell in row))
     return table
 
-# %% ../nbs/16_cli.ipynb #59b47cde
+# %% ../nbs/16_cli.ipynb #52fa9a79
 @command(epilog='Example: collectionlora teach my-effect --out mine -p steps=500')
 def teach(effects: Annotated[list[Path], typer.Argument(help='Effect folders (effect.yaml, source/, target/), or folders of them.')],
           out: Out, base: BaseOption = 'nano', budget: Budget = 'full', seed: Seed = 0, parameter: Given = None):
@@ -112,7 +112,7 @@ def distill(effects: Annotated[list[Path], typer.Argument(help='Effect folders, 
     if old and not extend: raise UserError('--old: names effects of a collection that is extended; give it with --extend FILE')
     if dry_run: return _plan(demo.plan(job_of(out, base, budget, seed), found, general, init or extend, given))
     if extend: print(_extend(job_of(out, base, budget, seed), extend, found, teachers, general, old or [], given))
-    else: print(demo.distill(job_of(out, base, budget, seed), found, demo.teacher_files(teachers, found), general, init, given))
+    else: print(demo.distill(job_of(out, base, budget, seed), found, _files(teachers, found), general, init, given))
 
 
 def _plan(plan: dict) -> None:
@@ -123,11 +123,16 @@ def _plan(plan: dict) -> None:
     Console().print(grid('plan (nothing was trained)', ('', ''), rows))
 
 
+def _files(teachers, effects):
+    from collectionlora.teachers import teacher_files
+    return teacher_files(teachers, effects)
+
+
 def _extend(job, collection, found, teachers, general, old, given):
     from collectionlora import demo
     before = demo.checked_effects(old) if old else {}
     wanted = [*found, *(before if given.get('rehearse') else ())]
-    return demo.extend(job, collection, found, demo.teacher_files(teachers, wanted), general, list(before.values()), given)
+    return demo.extend(job, collection, found, _files(teachers, wanted), general, list(before.values()), given)
 
 
 @command(epilog='Example: collectionlora evaluate both/collection.safetensors my-effect -t mine/teachers -t results/demo/teachers --out both')
@@ -141,7 +146,7 @@ def evaluate(collection: Annotated[Path, typer.Argument(help='The collection fil
     from collectionlora import demo
     from collectionlora.lora_header import catalogue
     found, job, held = demo.checked_effects(effects), job_of(out, base, budget, seed), [e['id'] for e in catalogue(collection)]
-    demo.evaluate(job, collection, found, demo.teacher_files(teachers, held) if teachers else {}, acceleration, fm, assignments(parameter))
+    demo.evaluate(job, collection, found, _files(teachers, held) if teachers else {}, acceleration, fm, assignments(parameter))
     print(demo.write_report(job, []))
 
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'IMAGE_SUFFIXES', 'REFUSED', 'MANIFEST_KEYS', 'GENERAL_KEYS', 'ENCODING', 'to_rgb', 'load_image', 'EffectSet',
-           'load_effect', 'check_unique', 'load_effects', 'write_effect', 'load_general', 'general_specs',
-           'write_general', 'pick_effects', 'write_world_effect', 'write_world_general', 'ConditionCache']
+           'load_effect', 'check_unique', 'effect_folders', 'load_effects', 'write_effect', 'load_general',
+           'general_specs', 'write_general', 'pick_effects', 'write_world_effect', 'write_world_general',
+           'ConditionCache']
 
 # %% ../nbs/05_data.ipynb #772e2cb9
 import hashlib, json, logging, os, re, shutil
@@ -154,7 +155,7 @@ def load_effect(folder) -> EffectSet:
     return EffectSet(**fields, sources=tuple(sources.values()), targets=tuple(targets[s] for s in sources),
                      folder=folder, files_hash=sha256_json(files))
 
-# %% ../nbs/05_data.ipynb #91d172d8
+# %% ../nbs/05_data.ipynb #f8212cd5
 def check_unique(effects: Sequence[EffectSet]) -> None:
     "Raises `UserError` if two effects share an id or a trigger (capitals do not count)."
     for field in ('id', 'trigger'):
@@ -166,13 +167,21 @@ def check_unique(effects: Sequence[EffectSet]) -> None:
             seen[key] = e
 
 
-def load_effects(folder) -> list[EffectSet]:
-    "Every effect in the subfolders of `folder`, in the order of their ids; ids and triggers are unique."
-    folder = Path(folder)
-    if not folder.is_dir(): raise UserError(f"{folder}: no such folder; give the folder that holds one folder per effect")
-    subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
-    if not subfolders: raise UserError(f"{folder}: holds no effects; each is a folder with effect.yaml, source/ and target/")
-    effects = sorted((load_effect(p) for p in subfolders), key=lambda e: e.id)
+def effect_folders(paths) -> list[Path]:
+    "The effect folders among `paths`: each is one, or holds some (subfolders with effect.yaml or source/). Raises `UserError` where there is none."
+    is_effect = lambda p: (p/'effect.yaml').is_file() or (p/'source').is_dir()
+    found = []
+    for path in map(Path, paths):
+        if not path.is_dir(): raise UserError(f"{path}: no such folder; give an effect (a folder with effect.yaml, source/ and target/), or the folder that holds some")
+        here = [path] if is_effect(path) else sorted(p for p in path.iterdir() if not p.name.startswith('.') and is_effect(p))
+        if not here: raise UserError(f"{path}: holds no effects; each is a folder with effect.yaml, source/ and target/")
+        found += here
+    return found
+
+
+def load_effects(*paths) -> list[EffectSet]:
+    "Every effect among `paths` (effect folders, or folders of them), in that order and by name; ids and triggers are unique."
+    effects = [load_effect(folder) for folder in effect_folders(paths)]
     check_unique(effects)
     return effects
 

@@ -13,7 +13,7 @@ __all__ = ['PRESETS', 'POSITIVE', 'SHARES', 'NOT_NEGATIVE', 'LARGER_THAN_0', 'WH
            'collection_header', 'prepare', 'add_roles', 'distill', 'Training', 'fakes_by', 'go_back', 'out_of_memory',
            'telling_what_helps', 'show_history']
 
-# %% ../nbs/12_distill.ipynb #3ef28de3
+# %% ../nbs/12_distill.ipynb #d7487311
 import json
 import math
 import signal
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from .aop import student_prompt
 from .backbone import Backbone, Base, Cond
 from .c2fdo import anchor_loss, doubly_shifted, generator_times
-from .core import UserError, check_keys, folder_lock, nearest, replacing, rng, seed_of, sha256_file, sha256_json
+from .core import UserError, check_keys, nearest, replacing, rng, seed_of, sha256_file, sha256_json
 from .data import ConditionCache, EffectSet, load_image
 from .dmd import draw_exits, draw_times, fake_loss, pull, rollout_each, velocity_gradient
 from .flow import add_noise, few_step_times, noise_like, sample_few, to_x0, velocity
@@ -1128,7 +1128,7 @@ def telling_what_helps(s: Settings):
         raise UserError(f'out of memory at batch {s.batch}, ranks {s.rank_student} and {s.rank_fake} ({str(e).splitlines()[0][:120]}); checkpointing=true or offload=true go on from the last checkpoint '
                         "to the same bits; frozen=int8, a smaller batch or smaller ranks start another run") from e
 
-# %% ../nbs/12_distill.ipynb #81a1cdb9
+# %% ../nbs/12_distill.ipynb #645c5d5c
 def show_history(history: Sequence[dict], smooth: int = 1):
     "Figure of a run: losses, gradient norms, health of the fake score, drift of the student's samples; running means over `smooth` steps."
     import matplotlib.pyplot as plt

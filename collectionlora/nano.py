@@ -9,7 +9,7 @@ __all__ = ['SPECIAL', 'PICTURE', 'CHAT', 'SIZES', 'PIXELS', 'PatchPCA', 'to_tens
            'flow_loss', 'draw_times', 'labels', 'Reading', 'last_hidden', 'embed_all', 'BaseTrainer', 'reading_loss',
            'matrices', 'drawing_loss', 'render_pairs', 'edit_example', 'save_base', 'family_weights']
 
-# %% ../nbs/04_nano.ipynb #ab23eccc
+# %% ../nbs/04_nano.ipynb #70977918
 import json
 import math
 import multiprocessing as mp
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, ModelMixin, QwenImageEditPlusPipeline, QwenImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, QwenImageEditPlusPipeline, QwenImageTransformer2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, IdentityDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from . import world
-from .core import UserError, bar, replacing, rng, seed_of, write_json
+from .core import bar, replacing, rng, seed_of, write_json
 
 # %% ../nbs/04_nano.ipynb #80bfe157
 class PatchPCA(ModelMixin, ConfigMixin):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'OURS', 'UNCOUNTED', 'Parameter', 'notebook_path', 'declared', 'complete', 'modules_of', 'code_hash',
-           'hash_of', 'run_key', 'ThisPython', 'tidy', 'forget_finished', 'finished', 'work', 'RunFailed', 'execute',
-           'from_file', 'grid_points', 'sweep', 'table', 'write_table', 'Task']
+           'short_path', 'hash_of', 'run_key', 'ThisPython', 'tidy', 'forget_finished', 'finished', 'work', 'RunFailed',
+           'execute', 'from_file', 'grid_points', 'sweep', 'table', 'write_table', 'Task']
 
 # %% ../nbs/15_run.ipynb #a174d47f
 import ast, contextlib, csv, functools, io, itertools, json, logging, os, re, shutil, signal, subprocess, sys, threading, time, tokenize
@@ -93,7 +93,7 @@ def complete(experiment, given: dict) -> dict:
     check_keys(given, [n for n in known if n not in OURS], path.name)
     return {n: p.checked(given.get(n, p.default), path.name) for n, p in known.items() if n not in OURS}
 
-# %% ../nbs/15_run.ipynb #67591518
+# %% ../nbs/15_run.ipynb #478ba590
 def _imports(tree) -> set:
     "Names of this package's modules that a syntax tree imports, at any depth."
     found = set()
@@ -121,23 +121,32 @@ def _code(path: Path) -> list[str]:
     return [re.sub(r'^\s*[%!].*$', 'pass', c, flags=re.M) for c in cells]
 
 
+def _statements(source: str) -> str:
+    "Source code without what cannot change a result: comments, blank lines, docstrings."
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
 def code_hash(experiment) -> str:
-    "Hash of the code that decides a run: the notebook's code cells and every module of the package that they reach."
-    code = _code(notebook_path(experiment))
-    return sha256_json([code, [[p.name, sha256_file(p)] for p in modules_of('\n'.join(code))]])
+    "Hash of the code that decides a run: the notebook's code cells and every module of the package that they reach, comments and docstrings apart."
+    code = '\n'.join(_code(notebook_path(experiment)))
+    return sha256_json([_statements(code), [[p.name, _statements(p.read_text(encoding='utf-8'))] for p in modules_of(code)]])
 
 
 @functools.lru_cache(maxsize=4096)
 def _hash_once(path: str, size: int, mtime: int) -> str: return sha256_file(path)
 
 
-def _short(path) -> str:
+def short_path(path) -> str:
     "A path as seen from the current directory, where it lies below it: records should not name machines."
     path = Path(path).resolve()
     return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.as_posix()
 
 
-def _as_parameter(value): return [_short(v) for v in value] if isinstance(value, (list, tuple)) else _short(value)
+def _as_parameter(value): return [short_path(v) for v in value] if isinstance(value, (list, tuple)) else short_path(value)
 
 
 def hash_of(value) -> str:
@@ -314,12 +323,12 @@ def work() -> None:
     write_json(own/'end.json', {'rank': rank, 'ename': failed[0], 'evalue': failed[1], 'time': time.time()})
     if failed[0] != 'KeyboardInterrupt': sys.exit(1)            # which makes torchrun stop the others; whoever was asked to stop lets them save
 
-# %% ../nbs/15_run.ipynb #3b12dd1d
+# %% ../nbs/15_run.ipynb #f025b8ea
 class RunFailed(RuntimeError):
     "An experiment's notebook stopped with an error; the message names the executed notebook."
 
 
-def _how_to_go_on(out_dir, run): return f"{_short(out_dir)}/{run}: stopped; the same command goes on from the last checkpoint"
+def _how_to_go_on(out_dir, run): return f"{short_path(out_dir)}/{run}: stopped; the same command goes on from the last checkpoint"
 
 
 def _papermill(path, out, name, values, to=None):
@@ -339,7 +348,7 @@ def _attempt(path, out, name, values, told, processes):
         write_json(out/f'{name}.json', {**told, 'status': 'interrupted' if stopped else 'failed', 'error': f'{e.ename}: {e.evalue}'})
         if stopped: raise KeyboardInterrupt(_how_to_go_on(out, name)) from None
         if e.ename == 'UserError': raise UserError(e.evalue) from None
-        raise RunFailed(f"{path.stem}/{name} failed: {e.ename}: {e.evalue}; see {_short(out/f'{name}.ipynb')}") from None
+        raise RunFailed(f"{path.stem}/{name} failed: {e.ename}: {e.evalue}; see {short_path(out/f'{name}.ipynb')}") from None
     except DeadKernelError:
         error = 'its kernel died without a word: killed, or out of memory; the same command goes on from the last checkpoint'
         write_json(out/f'{name}.json', {**told, 'status': 'failed', 'error': error})
@@ -376,7 +385,7 @@ def execute(experiment, out_dir, run: str = 'run', parameters: dict | None = Non
         forget_finished(out, run, key)
         before = _listing(out, run)
         write_json(out/f'{run}.json', told)
-        _attempt(path, out, run, {**values, 'out': _short(out), 'run': run, 'seed': seed}, told, processes)
+        _attempt(path, out, run, {**values, 'out': short_path(out), 'run': run, 'seed': seed}, told, processes)
         return _tell(path, run, {**_finish(out, run, told, before, time.time() - start), 'reused': False})
 
 
@@ -509,7 +518,7 @@ def _in_queue(ids) -> set:
     if asked.returncode and 'Invalid job id' not in asked.stderr: return set(ids)          # Slurm is busy: no news
     return set(ids) & set(asked.stdout.split())
 
-# %% ../nbs/15_run.ipynb #e0b59779
+# %% ../nbs/15_run.ipynb #d3711382
 def _waiting(jobs: dict, slurm: bool) -> Iterator[set]:
     "Yields the names of the jobs that are not over, until there are none; one that has left the queue has two looks to leave its result."
     missed, left = dict.fromkeys(jobs, 0), set(jobs)
@@ -536,14 +545,14 @@ def _submit(executor, tasks: dict[str, Task], out: Path) -> dict:
 def _array(experiment, points, out: Path, inputs: dict, processes: int, options: dict) -> dict[str, dict]:
     "The sweep as a job array: submits, waits, collects."
     executor, out = _executor(out, options), out.resolve()
-    tasks = {n: Task(str(experiment), _short(out/n), n, point, {k: _as_parameter(v) for k, v in inputs.items()}, seed, processes) for n, (point, seed) in points.items()}
+    tasks = {n: Task(str(experiment), short_path(out/n), n, point, {k: _as_parameter(v) for k, v in inputs.items()}, seed, processes) for n, (point, seed) in points.items()}
     jobs = _submit(executor, tasks, out)
     try:
         with bar(total=len(jobs), desc='job array') as progress:
             for left in _waiting(jobs, executor.cluster == 'slurm'):
                 progress.update(len(jobs) - len(left) - progress.n)
                 time.sleep(2)
-    except KeyboardInterrupt: raise KeyboardInterrupt(f"{_short(out)}: the jobs go on ({', '.join(sorted({j.job_id.split('_')[0] for j in jobs.values()}))}); the same call waits for them") from None
+    except KeyboardInterrupt: raise KeyboardInterrupt(f"{short_path(out)}: the jobs go on ({', '.join(sorted({j.job_id.split('_')[0] for j in jobs.values()}))}); the same call waits for them") from None
     failed = [_how_it_ended(task, jobs.get(n)) for n, task in tasks.items() if not task.done()]
     return _collected({n: task.file for n, task in tasks.items()}, out, failed)
 
@@ -553,4 +562,4 @@ def _how_it_ended(task: Task, job) -> str:
     record = read_json(task.file) if task.file.is_file() else {}
     if record.get('status') == 'failed': return f"{task.name}: {record['error']}"
     if record.get('status') == 'finished': return f"{task.name}: has finished, but the code or an input changed since it was submitted; the same call repeats it"
-    return f"{task.name}: ended without a word; see {_short(job.paths.stderr) if job else task.out}"
+    return f"{task.name}: ended without a word; see {short_path(job.paths.stderr) if job else task.out}"

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TIMES', 'flow_loss', 'draw_times', 'Example', 'examples', 'Bucket', 'FlowData', 'flow_data', 'FlowSettings',
-           'balanced_rows', 'draw_batch', 'train_fm', 'finish', 'train_teacher', 'teacher_header', 'TeacherBank',
-           'sample_targets', 'target_latents', 'make_targets']
+           'balanced_rows', 'draw_batch', 'train_fm', 'finish', 'train_teacher', 'teacher_header', 'teacher_files',
+           'sample_teacher', 'TeacherBank', 'sample_targets', 'target_latents', 'make_targets']
 
-# %% ../nbs/07_teachers.ipynb #d45b8bda
+# %% ../nbs/07_teachers.ipynb #90bc3c58
 import math, os, shutil, threading, time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -22,11 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .aop import with_words
 from .backbone import Backbone, Cond
 from .core import UserError, bar, nearest, read_json, replacing, rng, seed_of, sha256_file, sha256_json, write_json, write_yaml
-from .data import ConditionCache, EffectSet, load_effect
+from .data import ConditionCache, EffectSet, load_effect, write_world_effect
 from .flow import add_noise, noise_like, ode_times, sample_ode, shift_time, velocity
-from .lora_files import Lora, read_lora
+from .lora_files import Lora, catalogue, read_lora, write_lora
 
 # %% ../nbs/07_teachers.ipynb #9bd48c65
 def flow_loss(v_pred: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
@@ -256,6 +257,28 @@ def teacher_header(base, effect: EffectSet, settings: FlowSettings, data_hash: s
     return {'modelspec.title': f'{effect.id} (single-effect teacher)', 'modelspec.architecture': 'Qwen-Image-Edit-Plus/lora',
             'collectionlora.base': {'hash': base.hash}, 'collectionlora.effects': [entry],
             'collectionlora.train': {'kind': 'teacher', 'settings': asdict(settings), 'data': data_hash, 'effect': effect.pairs_hash}}
+
+# %% ../nbs/07_teachers.ipynb #7ea820c2
+def teacher_files(paths, effects) -> dict[str, Path]:
+    "Effect id -> teacher LoRA, for each of `effects`, from files and folders of files; the id stands in a teacher's header. Raises `UserError` if one is missing or there are two."
+    found = {}
+    for file in [f for p in map(Path, paths) for f in (sorted(p.glob('*.safetensors')) if p.is_dir() else [p])]:
+        ids = [e['id'] for e in catalogue(file)]
+        if len(ids) != 1: raise UserError(f"{file}: is no single-effect teacher, its header lists {len(ids)} effects; give files made by `teach`")
+        if ids[0] in found: raise UserError(f"{file}: a second teacher for effect {ids[0]!r} beside {found[ids[0]]}; name one of them")
+        found[ids[0]] = file
+    for id in effects:
+        if id not in found: raise UserError(f"effect {id!r} has no teacher among the given files; {nearest(id, found)} Train it with `collectionlora teach`")
+    return {id: found[id] for id in effects}
+
+
+def sample_teacher(base, cache: ConditionCache, folder, id: str, seed: int, pairs: int = 3, taken=()) -> tuple[EffectSet, Path]:
+    "A small effect of the miniature world with description and trigger, and a teacher LoRA of two steps for it, below `folder`."
+    folder = Path(folder)
+    effect, file = write_world_effect(folder/'effects'/id, id, pairs, seed), folder/'teachers'/f'{id}.safetensors'
+    lora, _ = finish(train_teacher(base, effect, cache, FlowSettings(steps=2, batch=2, rank=4)), 2, id)
+    write_lora(file, lora, lora.meta['header'])
+    return with_words(effect, seed, taken), file
 
 # %% ../nbs/07_teachers.ipynb #b2eb65ad
 class _Ahead:

@@ -12,10 +12,10 @@ __all__ = ['N', 'SS', 'LENS', 'SPECIES', 'OOD_SPECIES', 'COATS', 'NATURAL', 'EXP
            'get_effect', 'effect_scene', 'apply_effect', 'describe', 'describe_scene', 'edit_pair', 'describe_picture',
            'stranger', 'Oracle', 'planted']
 
-# %% ../nbs/03_world.ipynb #9349f542
+# %% ../nbs/03_world.ipynb #309ed0d7
 import copy
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter

@@ -108,7 +108,7 @@ def test_ids_and_triggers_are_unique_but_prompts_need_not_be(effect):
     other(id='two')
     assert [e.prompt for e in load_effects(effect.folder.parent)] == ['do it', 'do it']
     shutil.rmtree(effect.folder.parent/'two'); other(id='ONE')
-    with pytest.raises(UserError, match="id 'one' is also"): load_effects(effect.folder.parent)
+    with pytest.raises(UserError, match="(?i)id 'one' is also"): load_effects(effect.folder.parent)
     shutil.rmtree(effect.folder.parent/'two'); other(id='two', trigger='Zorvik')
     write_effect(effect.folder.parent/'three', id='three', category='a', prompt='p', trigger='zorvik', pairs=[(picture(5), picture(6))])
     with pytest.raises(UserError, match='trigger'): load_effects(effect.folder.parent)

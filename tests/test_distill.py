@@ -3,7 +3,6 @@ import copy
 import errno
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +18,9 @@ from collectionlora import aop, c2fdo, distill as loop
 from collectionlora.backbone import load_base, tiny_base
 from collectionlora.core import UserError, seed_of
 from collectionlora.data import ConditionCache, load_effects, load_general, write_effect, write_general
-from collectionlora.distill import Engine, Guard, Settings, State, distill, load_pools, resolved, samples_of, schedule_of
+from collectionlora.distill import Engine, Guard, Settings, distill, load_pools, resolved, samples_of, schedule_of
 from collectionlora.flow import few_step_times
-from collectionlora.lora_files import Lora, catalogue, read_header, read_lora, write_lora
+from collectionlora.lora_files import catalogue, read_header, read_lora, write_lora
 from collectionlora.teachers import TeacherBank
 
 SMALL = Settings.preset(steps=5, batch=3, fake_per_generator=2, fake_warmup=3, rank_student=3, rank_fake=3, ema=.8, p_switch=.6, seed=1)

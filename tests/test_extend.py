@@ -2,7 +2,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from collectionlora import extend as ext
 from collectionlora.core import UserError, sha256_file

@@ -199,3 +199,11 @@ def test_a_killed_run_is_not_taken_for_a_finished_one_and_frees_its_folder(tmp_p
     process.wait()
     assert core.read_json(tmp_path/'results'/'run.json')['status'] == 'running'
     assert not run.execute(notebook(path), tmp_path/'results')['reused']
+
+
+def test_words_about_code_do_not_make_a_run_stale_and_code_does(tmp_path):
+    from collectionlora.run import code_hash
+    book = lambda name, source: notebook(tmp_path/f"{name}.ipynb", body=source)
+    plain = code_hash(book('a', 'def f(x): return x + 1\ny = f(1)'))
+    assert plain == code_hash(book('b', '# a remark\ndef f(x):\n    "Adds one."\n    return x + 1\n\ny = f(1)    # two'))
+    assert len({plain, code_hash(book('c', 'def f(x): return x + 2\ny = f(1)')), code_hash(book('d', 'def f(x): return x + 1\ny = "Adds one."'))}) == 3

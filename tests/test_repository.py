@@ -62,3 +62,12 @@ def test_every_budget_file_fits_its_notebook():
 def test_published_json_is_valid():
     for file in tracked():
         if file.endswith('.json') and (ROOT/file).is_file(): json.loads((ROOT/file).read_text())
+
+
+def test_the_front_page_names_effects_that_the_demonstration_makes():
+    from collectionlora import data, world
+    from collectionlora.demo import differences
+    made = set(data.pick_effects(differences('effects', 'demo')['effects'], 0))
+    page = (ROOT/'README.md').read_text()
+    named = {word for word in re.findall(r"[a-z]+_[a-z]+(?:_[a-z]+)*", ' '.join(re.findall(r'collection\.edit\(.*|collectionlora edit .*', page))) if word in world.EFFECTS}
+    assert len(named) >= 3 and named <= made

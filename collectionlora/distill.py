@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'POSITIVE', 'SHARES', 'NOT_NEGATIVE', 'LARGER_THAN_0', 'WHOLE', 'Settings', 'check_settings', 'schedule_of',
-           'resolved', 'describe', 'Pool', 'Sample', 'samples_of', 'load_pools', 'deal', 'choose_pool', 'mixed_rows',
-           'image_of', 'laplacian_energy', 'compare', 'few_step_sample', 'Batch', 'Part', 'monitors', 'Engine', 'State',
-           'writing', 'save_checkpoint', 'compare_fingerprints', 'latest_checkpoint', 'Interruption', 'Diverged',
-           'Guard', 'rate_at', 'in_stage', 'student_rate', 'apply_gradient', 'fake_update', 'generator_update',
-           'start_from', 'weights_of', 'Look', 'look_at', 'draw_looks', 'contact_sheet', 'validate', 'passes',
-           'pass_seconds', 'plan', 'kept_bytes', 'memory', 'disk', 'measured_plan', 'fingerprint_of',
-           'collection_header', 'prepare', 'add_roles', 'distill', 'Training', 'fakes_by', 'go_back', 'out_of_memory',
-           'telling_what_helps', 'show_history']
+           'resolved', 'describe', 'Pool', 'Sample', 'samples_of', 'load_pools', 'deal', 'choose_pool', 'shares',
+           'mixed_pool', 'mixed_rows', 'image_of', 'laplacian_energy', 'compare', 'few_step_sample', 'Batch', 'Part',
+           'monitors', 'Engine', 'State', 'writing', 'save_checkpoint', 'compare_fingerprints', 'load_checkpoint',
+           'latest_checkpoint', 'Interruption', 'Diverged', 'Guard', 'rate_at', 'in_stage', 'student_rate',
+           'apply_gradient', 'fake_update', 'generator_update', 'start_from', 'weights_of', 'Look', 'look_at',
+           'draw_looks', 'contact_sheet', 'validate', 'passes', 'pass_seconds', 'plan', 'kept_bytes', 'memory', 'disk',
+           'measured_plan', 'check_inputs', 'fingerprint_of', 'collection_header', 'prepare', 'add_roles', 'distill',
+           'Training', 'fakes_by', 'go_back', 'out_of_memory', 'telling_what_helps', 'show_history']
 
-# %% ../nbs/12_distill.ipynb #d7487311
+# %% ../nbs/12_distill.ipynb #b90f0a21
 import json
 import math
 import signal
@@ -21,11 +21,14 @@ import statistics
 import sys
 import threading
 import time
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,14 +46,14 @@ from .parallel import Ranks, check_scale, drawn, fork, is_sharded, join, optimis
 from .pdsr import timetable
 from .teachers import TeacherBank, target_latents
 
-# %% ../nbs/12_distill.ipynb #eb8ca461
+# %% ../nbs/12_distill.ipynb #d07df2fc
 PRESETS = {
     'paper': dict(steps=5000, batch=8, fake_warmup=0, fake_batch='same', fake_targets=0.0, balanced=False, few_shift=3.0, critic_shift=3.0,
                   critic_min=0.0, fake_shift=3.0, fake_min=0.0, anchor_shift=3.0, tau_max=0.75, tau_min=0.5, guidance=4.0, rescale=True,
                   rank_student=128, rank_fake=128, lr_student=1e-4, lr_fake=1e-4, betas=(0.9, 0.999), clip=10.0, ema=0.0),
     'default': {},
 }
-PRESETS['authors'] = PRESETS['paper'] | dict(route_every=20, truncate_times=True, tau_max=0.9, tau_min=0.75, guidance=5.0, rescale=False,
+PRESETS['authors'] = PRESETS['paper'] | dict(route_every=4, lr_warmup=0, weight_decay=0.01, truncate_times=True, tau_max=0.9, tau_min=0.75, guidance=5.0, rescale=False,
                                              anchor_after_critic=True, normaliser_eps=0.0, low_precision=True)
 
 
@@ -257,7 +260,7 @@ def _pool(cache: ConditionCache, group: Sequence[Sample]) -> Pool:
     return Pool(student, cache.uncond([s.source for s in group]), cache.cond([(s.source, s.teacher) for s in of_effects]) if y else None,
                 torch.stack(y).float() if y else None, {k: tuple(v) for k, v in rows.items()})
 
-# %% ../nbs/12_distill.ipynb #1cd23079
+# %% ../nbs/12_distill.ipynb #72a4db69
 def deal(rows: Sequence[int], n: int, r) -> list[int]:
     "n of `rows`, each taking its turn before one repeats."
     dealt = []
@@ -265,19 +268,36 @@ def deal(rows: Sequence[int], n: int, r) -> list[int]:
     return [rows[i] for i in dealt[:n]]
 
 
-def choose_pool(pools: Sequence[Pool], r, id: str | None | bool = True) -> Pool:
-    "A pool drawn in proportion to its rows: of effect `id`, of the general stream (None), or of both (True)."
-    sizes = [len(p) if id is True else len(p.rows.get(id, ())) for p in pools]
+def choose_pool(pools: Sequence[Pool], r, id: str | None) -> Pool:
+    "A pool drawn in proportion to its rows of effect `id`, or of the general stream (None)."
+    sizes = [len(p.rows.get(id, ())) for p in pools]
     return pools[int(r.choice(len(pools), p=[n / sum(sizes) for n in sizes]))]
 
 
-def mixed_rows(pool: Pool, n: int, p_switch: float, targets: float, r) -> tuple[list[int], int]:
-    """n rows over all streams, in random order: each an effect's with probability p_switch, effects in turn. Returns (rows, k):
-    the last k are for target simulation, about a share `targets` of the effect rows."""
-    ids = [i for i in pool.rows if i is not None]
-    p = p_switch if ids and None in pool.rows else float(bool(ids))
-    m = int(r.binomial(n, p))
-    effect = [deal(pool.rows[ids[k]], 1, r)[0] for k in deal(range(len(ids)), m, r)] if m else []
+def shares(pools: Sequence[Pool]) -> list[dict]:
+    "For every pool, the share of each stream's rows (effect id, or None) that lie in it."
+    total = Counter({id: sum(len(p.rows.get(id, ())) for p in pools) for id in {id for p in pools for id in p.rows}})
+    return [{id: len(rows) / total[id] for id, rows in p.rows.items()} for p in pools]
+
+
+def mixed_pool(pools: Sequence[Pool], p_switch: float, r) -> tuple[Pool, float, dict]:
+    """A pool for a batch over all streams, which must share one grid: (pool, probability of the effect stream in it, weight of each of its effects).
+    Drawn so that over many batches each stream and each effect gets its due, however their rows are spread over the pools."""
+    spread, ids = shares(pools), {id for p in pools for id in p.rows} - {None}
+    p = p_switch if ids and any(None in p.rows for p in pools) else float(bool(ids))
+    effect = [p * sum(v for id, v in part.items() if id is not None) / max(1, len(ids)) for part in spread]
+    whole = [e + (1 - p) * part.get(None, 0.) for e, part in zip(effect, spread)]
+    k = int(r.choice(len(pools), p=[w / sum(whole) for w in whole]))
+    return pools[k], effect[k] / whole[k], {id: v for id, v in spread[k].items() if id is not None}
+
+
+def mixed_rows(pool: Pool, n: int, p_effect: float, weights: Mapping[str, float], targets: float, r) -> tuple[list[int], int]:
+    """n rows over all streams, in random order: each an effect's with probability p_effect, effects in turn where their weights are equal, else drawn
+    by weight. Returns (rows, k): the last k are for target simulation, about a share `targets` of the effect rows."""
+    ids, w = list(weights), np.array(list(weights.values()))
+    m = int(r.binomial(n, p_effect))
+    turns = [] if not m else deal(range(len(ids)), m, r) if np.ptp(w) < 1e-9 else r.choice(len(ids), m, p=w / w.sum())
+    effect = [deal(pool.rows[ids[k]], 1, r)[0] for k in turns]
     k = min(m, int(targets * m + r.random()))
     first = (deal(pool.rows[None], n - m, r) if n > m else []) + effect[:m - k]
     return [first[i] for i in r.permutation(len(first))] + effect[m - k:], k
@@ -314,7 +334,7 @@ def few_step_sample(backbone: Backbone, role, cond: Cond, times: Sequence[float]
             done.append(sample_few(lambda x, t: backbone.velocity(role, x, t, c), noise(0), times, noise).cpu())
     return torch.cat(done)
 
-# %% ../nbs/12_distill.ipynb #3c5afae3
+# %% ../nbs/12_distill.ipynb #10a56b33
 @dataclass(frozen=True)
 class Batch:
     "What one generator update reads: conditions of student and teacher, the empty prompt, the teacher's role, targets or None."
@@ -362,6 +382,7 @@ class Engine:
         self.backbone, self.bank, self.pools, self.s, self.times, self.ranks = backbone, bank, pools, settings, list(times), ranks
         self.sharded = ranks.world > 1 and is_sharded(backbone)
         self.low_times = [t for t in self.times if t < settings.tau_max]
+        self.fake_targets = settings.fake_targets if self.low_times and settings.weight_ts else 0.      # nobody asks the fake score about samples that no term makes
         self.passes, self._shared = {'forward': 0, 'gradient': 0}, (None,)
 
     # --- forwards, counted in samples
@@ -514,11 +535,11 @@ class Engine:
         "This process's conditions of a fake update, the targets of its last rows, which are to be target-simulated (maybe none), and how many of the whole batch are not."
         s, r = self.s, rng(self.s.seed, 'fake rows', update)
         if s.fake_batch == 'mixed':
-            pool = choose_pool(self.pools, r)
-            rows, k = mixed_rows(pool, s.batch, s.p_switch, s.fake_targets if self.low_times else 0, r)
+            pool, p_effect, weights = mixed_pool(self.pools, s.p_switch, r)
+            rows, k = mixed_rows(pool, s.batch, p_effect, weights, self.fake_targets, r)
         else:
             pool = choose_pool(self.pools, r, id)
-            rows, k = deal(pool.rows[id], s.batch, r), int(s.fake_targets * s.batch + r.random()) if id and self.low_times else 0
+            rows, k = deal(pool.rows[id], s.batch, r), int(self.fake_targets * s.batch + r.random()) if id and self.fake_targets else 0
         n, mine = s.batch - k, self.ranks.rows(range(s.batch))
         targets = [rows[i] for i in mine if i >= n]
         y = pool.y[targets] if targets else torch.zeros(0)
@@ -554,7 +575,7 @@ class Engine:
         mine = lambda k: grads.pop(k) if k in grads else torch.zeros_like(self.backbone.flat('student'))
         return {k: (self.ranks.sum_(mine(k)), *monitors([p for p in parts if p.term == k])) for k, w in weights.items() if w and (k == 'bs' or any(ids))}
 
-# %% ../nbs/12_distill.ipynb #3e56c1c9
+# %% ../nbs/12_distill.ipynb #1338662c
 @dataclass
 class State:
     "All that changes: updates done, weights (views of the backbone's flat tensors), running mean, optimisers, history."
@@ -622,10 +643,18 @@ def compare_fingerprints(saved: dict, wanted: dict, path) -> None:
 def _short(value) -> str: return value[:12] if isinstance(value, str) and len(value) == 64 else 'none' if value is None else repr(value)
 
 
+def load_checkpoint(path: Path) -> dict:
+    "A checkpoint whose every byte is as it was written. Raises whatever reading a damaged file raises."
+    with zipfile.ZipFile(path) as z:                     # torch.load itself compares no checksum
+        if bad := z.testzip(): raise zipfile.BadZipFile(f'{bad} does not match its checksum')
+    return torch.load(path, weights_only=True)
+
+
 def latest_checkpoint(folder: Path, fingerprint: dict) -> dict | None:
     "The newest whole checkpoint, or None; a damaged one is passed over with a note. Raises UserError if it is another run's."
-    for path in sorted(folder.glob('*.pt'), reverse=True):
-        try: saved = torch.load(path, weights_only=True)
+    files = sorted(folder.glob('*.pt'), reverse=True)
+    for path in files:
+        try: saved = load_checkpoint(path)
         except Exception as e:
             print(f'{path}: damaged ({type(e).__name__}), going back to the one before', file=sys.stderr)
             continue
@@ -633,6 +662,7 @@ def latest_checkpoint(folder: Path, fingerprint: dict) -> dict | None:
         if saved['step'] > fingerprint['settings']['steps']:
             raise UserError(f"{path}: is at step {saved['step']}, beyond steps = {fingerprint['settings']['steps']}; give more steps or another output folder")
         return saved
+    if files: print(f'{folder}: no checkpoint is whole, so the run starts again from step 0', file=sys.stderr)
     return None
 
 # %% ../nbs/12_distill.ipynb #12193db4
@@ -825,13 +855,13 @@ def validate(base: Base, look: Look, times: Sequence[float], seed: int, path: Pa
     return {'val': {id: {k: mean(f, k) for k in f[0]} for id, f in each.items()},
             **{f'val_{k}': mean([d for f in each.values() for d in f], k) for k in ('colour', 'contrast', 'detail')}}
 
-# %% ../nbs/12_distill.ipynb #1fc344bf
+# %% ../nbs/12_distill.ipynb #cdd0d5a8
 def passes(s: Settings) -> dict[str, float]:
     "Expected samples through the transformer per cycle (one generator update and its fake updates): forward, gradient."
     rolled, scored, e = (s.few_steps - 1) / 2, 1 + (1 if s.guidance == 1 else 2), s.p_switch
     bs, ts, fm = (float(bool(w)) for w in (s.weight_bs, s.weight_ts, s.weight_fm))
     generator = dict(forward=(rolled + scored) * bs + e * ts * scored, gradient=bs + e * (ts + fm))
-    targets = e * s.fake_targets
+    targets = e * s.fake_targets * ts
     sampled = s.few_steps * (1 - targets) / s.fake_per_generator + targets if s.shared_rollout else (rolled + 1) * (1 - targets) + targets
     n = s.fake_per_generator
     return {k: s.batch * v for k, v in dict(forward=generator['forward'] + n * sampled, gradient=generator['gradient'] + n).items()}
@@ -858,7 +888,7 @@ def plan(s: Settings, seconds: Mapping[str, float], effects: int, general: int) 
     per_step = sum(cycle[k] * seconds[k] for k in cycle)
     warm = s.fake_warmup * s.batch * ((s.few_steps + 1) / 2 * seconds['forward'] + seconds['gradient']) + s.anchor_first * s.batch * seconds['gradient']
     return {'generator steps': s.steps, 'fake-score updates': s.fake_warmup + (s.steps - s.anchor_first) * s.fake_per_generator, 'effects': effects,
-            'general images': general, 'generator samples per effect': round(s.steps * s.p_switch * s.batch / max(1, effects)),
+            'general images': general, 'generator samples per effect': round((s.anchor_first + (s.steps - s.anchor_first) * s.p_switch) * s.batch / max(1, effects)),
             'passes per step': {k: round(v, 1) for k, v in cycle.items()}, 'seconds per step': per_step, 'seconds': per_step * (s.steps - s.anchor_first) + warm}
 
 
@@ -894,17 +924,20 @@ def disk(s: Settings, adapter: int, keep: int = 3) -> dict[str, int]:
     return {'collection': adapter, 'checkpoints, at most': (keep + 3) * state}
 
 
-def measured_plan(base: Base, effects, general, cache: ConditionCache, s: Settings) -> dict:
-    "`plan` with pass times, memory and disk measured here, on a batch of one of the run's own samples (the teacher slot is not counted)."
+def measured_plan(base: Base, effects, general, cache: ConditionCache, s: Settings, processes: int = 1) -> dict:
+    """`plan` with pass times, memory and disk measured here, on one process's share of a batch of one of the run's own samples (the teacher slot is
+    not counted). Raises UserError naming the knobs where memory does not suffice."""
     samples = samples_of(effects, general)
     first, b = samples[0], base.backbone
-    cond = cache.cond([(first.source, first.student)]).repeat(s.batch).to(b.device)
+    cond = cache.cond([(first.source, first.student)]).repeat(-(-s.batch // processes)).to(b.device)
     b.add_role('measured', s.rank_student)
-    try: return plan(s, pass_seconds(b, cond, 'measured'), len(effects), len(general)) | {'memory': memory(base, s, cond, len(samples), 'measured'), 'disk': disk(s, b.flat('measured').nbytes)}
+    try:
+        with telling_what_helps(s): return plan(s, pass_seconds(b, cond, 'measured'), len(effects), len(general)) | {'memory': memory(base, s, cond, len(samples), 'measured'), 'disk': disk(s, b.flat('measured').nbytes)}
     finally: b.remove('measured')
 
-# %% ../nbs/12_distill.ipynb #13893605
-def _check_inputs(effects, general, bank, s: Settings) -> None:
+# %% ../nbs/12_distill.ipynb #ac273dda
+def check_inputs(effects, general, bank, s: Settings) -> None:
+    "Raises UserError where settings, effects, general stream and teachers do not fit one another; needs a resolved `s` and loads nothing."
     if s.p_switch > 0 and not effects: raise UserError('distill: p_switch is above 0 but there are no effects; give some or set p_switch to 0')
     if s.p_switch < 1 and not general: raise UserError('distill: p_switch is below 1 but there is no general data; give some or set p_switch to 1')
     if effects and s.p_switch == 0: raise UserError('distill: effects are given but p_switch is 0, so none would be learnt; raise p_switch or leave them out')
@@ -917,7 +950,7 @@ def fingerprint_of(base: Base, bank, effects, general, s: Settings) -> dict:
     "Everything that decides the result, as hashes by name: settings, base, effects, teachers, general data, starting LoRA."
     settings = json.loads(json.dumps(asdict(s)))
     if s.init != 'zero': settings['init'] = sha256_file(s.init)
-    data = {'general stream': sha256_json([[sha256_file(p), c] for p, c in general]), 'base': base.hash}
+    data = {'general stream': sha256_json([[sha256_file(p), c] for p, c in general]), 'base': base.hash, 'encoding': base.encoding, 'order of effects': ', '.join(e.id for e in effects)}
     latents = lambda e: [sha256_file(p) for p in sorted((e.folder/'latents').glob('*'))]
     return dict(settings=settings, data=data, numerics=base.backbone.numerics, effects={e.id: sha256_json([e.hash, latents(e)]) for e in effects},
                 teachers={e.id: bank.shas[e.id] for e in effects})
@@ -967,7 +1000,7 @@ def distill(base: Base, bank: TeacherBank | None, effects: Sequence[EffectSet], 
     ranks = ranks or join(base.backbone.device.type)
     out, s = Path(out_folder), resolved(settings, float(base.info['shift']))
     file, backbone = Path(file or out/'collection.safetensors'), base.backbone
-    _check_inputs(effects, general, bank, s)
+    check_inputs(effects, general, bank, s)
     times = schedule_of(s)
     if s.p_switch > 0 and s.weight_ts > 0: generator_times(times, s.tau_max)
     check_scale(ranks, backbone, s)
@@ -976,9 +1009,9 @@ def distill(base: Base, bank: TeacherBank | None, effects: Sequence[EffectSet], 
         saved = latest_checkpoint(out/'checkpoints', fingerprint)
         ranks.same(saved and (saved['step'], saved['fakes']), f'{out}/checkpoints')
         try:
-            pools = ranks.in_turn(lambda: prepare(base, effects, general, cache, s))
+            with telling_what_helps(s): pools = ranks.in_turn(lambda: prepare(base, effects, general, cache, s))
             look = ranks.in_turn(lambda: look_at(cache, validation or effects, val_per_effect)) if val_every and (validation or effects) else None
-            state = State.fresh(backbone, s, ranks)
+            with telling_what_helps(s): state = State.fresh(backbone, s, ranks)
             if saved: state.unpack(saved)
             if drop_encoders: base.drop_encoders()
             yield from list(state.history)
@@ -1013,9 +1046,10 @@ class Training:
     look_every: int
 
     def table(self) -> list[str | None]:
-        "The effect, or None, of every route of every generator step."
-        s = self.engine.s
-        return timetable(self.ids, s.steps * s.routes, s.seed, s.p_switch, s.route_every, s.balanced)
+        "The effect, or None, of every route of every generator step; while there is only the anchor, an effect on each."
+        s, coarse = self.engine.s, self.engine.s.anchor_first
+        first = timetable(self.ids, coarse * s.routes, seed_of(s.seed, 'anchor first'), 1.0, s.route_every, s.balanced) if coarse else []
+        return first + timetable(self.ids, (s.steps - coarse) * s.routes, s.seed, s.p_switch, s.route_every, s.balanced)
 
 
 def fakes_by(s: Settings, step: int) -> int:
@@ -1045,7 +1079,6 @@ def _step(t: Training, stop: Interruption, table: Sequence[str | None]) -> dict:
     "One generator step with the fake updates before it; returns its monitors."
     engine, s, state, guard = t.engine, t.engine.s, t.state, Guard(t.engine.s.explosion, t.state.seen)
     start, now, before = time.perf_counter(), table[state.step * s.routes:(state.step + 1) * s.routes], dict(engine.passes)
-    if state.step < s.anchor_first: now = [id or t.ids[state.step % len(t.ids)] for id in now]      # the general stream has no anchor
     coming = [id for id in [*now, *table[(state.step + 1) * s.routes:][:200]] if id]
     if engine.bank: engine.bank.expect(coming)
     while state.fakes < fakes_by(s, state.step):
@@ -1087,13 +1120,14 @@ def _validate(t: Training, info: dict) -> dict:
         if is_best(t.state.history, seen): t.publish(t.out/'best.safetensors')
     return seen
 
-# %% ../nbs/12_distill.ipynb #36f571ac
+# %% ../nbs/12_distill.ipynb #0cf02480
 def go_back(t: Training, why: Diverged) -> None:
     "Puts a diverged run back to its last regular checkpoint, or its start, with half the rates; raises `why` when that was done often enough."
     state, s, failed = t.state, t.engine.s, t.state.step
     slower, folder = state.slower + 1, t.out/'checkpoints'
     if slower > s.rollbacks: raise why
     saved = _regular(folder, failed, t.save_every)
+    t.engine.ranks.same(saved and saved['step'], folder)          # also holds back whoever would write before all have read
     if saved: state.unpack(saved)
     else:
         add_roles(t.base, s)
@@ -1108,7 +1142,7 @@ def _regular(folder: Path, before: int, every: int) -> dict | None:
     "The newest whole checkpoint between two cycles at a multiple of `every` generator steps, at least one step before `before`."
     for path in sorted(folder.glob('*.pt'), reverse=True):
         if int(path.stem[:7]) >= before or int(path.stem[:7]) % every: continue
-        try: saved = torch.load(path, weights_only=True)
+        try: saved = load_checkpoint(path)
         except Exception: continue
         if not saved['recent']: return saved
     return None

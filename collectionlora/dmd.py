@@ -67,10 +67,11 @@ def fake_loss(v_fake: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
     "Flow matching of the fake score on the student's sample: `mean |v_fake(x_t) - (eps - x0)|^2`, no gradient to x0."
     return F.mse_loss(v_fake, velocity(x0, eps).detach())
 
-# %% ../nbs/08_dmd.ipynb #b941821e
+# %% ../nbs/08_dmd.ipynb #470f871a
 def _strata(n: int, generator: torch.Generator) -> Tensor:
     "n numbers in [0, 1), one in each n-th, in random order: each alone is uniform."
-    return (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
+    exact = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
+    return exact.clamp(max=1 - 2**-24)                   # for fp32 may round the last n-th up to 1
 
 
 def draw_times(n: int, generator: torch.Generator, shift: float = 1.0, lo: float = 0.0, hi: float = 1.0) -> Tensor:

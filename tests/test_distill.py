@@ -149,11 +149,40 @@ def test_mixed_batches_do_not_tie_streams_to_exit_steps(world):
     import numpy as np
     firsts, counts = set(), {i: 0 for i in range(len(pool))}
     for k in range(60):
-        rows, ts = loop.mixed_rows(pool, 6, .5, .5, np.random.default_rng(k))
+        rows, ts = loop.mixed_rows(pool, 6, .5, {'one': 1., 'two': 1.}, .5, np.random.default_rng(k))
         assert len(rows) == 6 and all(r < 6 for r in rows[6 - ts:])       # targets exist only for effect rows
         firsts.add(rows[0] < 6)
         for r in rows: counts[r] += 1
     assert firsts == {True, False} and min(counts.values()) > 0
+
+
+def test_every_stream_gets_its_due_however_its_rows_are_spread_over_shapes():
+    "Effects in one shape, a large general stream over two: drawn by row counts, effects would be 6 of 100."
+    import numpy as np
+    pools = [loop.Pool([0] * 46, None, None, None, {'a': tuple(range(4)), 'b': tuple(range(4, 6)), None: tuple(range(6, 46))}),
+             loop.Pool([0] * 54, None, None, None, {'b': (0, 1), None: tuple(range(2, 54))})]
+    r, drawn = np.random.default_rng(0), {'a': 0, 'b': 0, None: 0}
+    for _ in range(3000):
+        pool, p, weights = loop.mixed_pool(pools, .6, r)
+        owner = {row: id for id, rows in pool.rows.items() for row in rows}
+        for row in loop.mixed_rows(pool, 4, p, weights, 0., r)[0]: drawn[owner[row]] += 1
+    share = {id: n / sum(drawn.values()) for id, n in drawn.items()}
+    assert abs(share[None] - .4) < .02 and abs(share['a'] - .3) < .02 and abs(share['b'] - .3) < .02
+
+
+def test_the_fake_score_sees_no_targets_where_no_term_asks_it_there(world, roles):
+    assert engine_of(world, SMALL).fake_targets == SMALL.fake_targets > 0
+    without = replace(SMALL, weight_ts=0.)
+    assert engine_of(world, without).fake_targets == 0 and len(engine_of(world, without).fake_rows(None, 3)[1]) == 0
+    assert loop.passes(without)['forward'] > loop.passes(replace(without, fake_targets=0.))['forward'] - 1e-9
+
+
+def test_effects_are_dealt_in_balance_in_both_stages(world):
+    s = replace(SMALL, steps=40, anchor_first=23, p_switch=.5)
+    table = loop.Training(None, engine_of(world, s), None, ['one', 'two'], None, None, None, None, 1, None, 0, 0).table()
+    coarse, fine = table[:23], [id for id in table[23:] if id]
+    assert None not in coarse and None in table[23:] and len(table) == 40
+    for part in (coarse, fine): assert abs(part.count('one') - part.count('two')) <= 1
 
 
 # --- starting weights
@@ -234,7 +263,15 @@ def test_quirk_critic_bound_is_shifted():
 def test_quirk_guidance_is_five(): assert AUTHORS.guidance == 5. and not AUTHORS.rescale
 
 
-def test_quirk_route_is_kept_for_twenty_steps(): assert AUTHORS.route_every == 20 and not AUTHORS.balanced
+def test_quirk_route_is_kept_for_twenty_passes_of_their_loop_which_are_four_generator_steps():
+    from collectionlora.pdsr import timetable
+    assert AUTHORS.route_every * AUTHORS.fake_per_generator == 20 and not AUTHORS.balanced
+    streams = [id is None for id in timetable(['a', 'b'], 200, 0, AUTHORS.p_switch, AUTHORS.route_every, AUTHORS.balanced)]
+    assert all(len(set(streams[k:k + 4])) == 1 for k in range(0, 200, 4)) and len(set(streams)) == 2
+
+
+def test_quirk_adam_decays_and_rates_are_constant():
+    assert AUTHORS.weight_decay == .01 and {loop.rate_at(AUTHORS, k, k) for k in (0, 7, 4999)} == {1.}
 
 
 def test_quirk_fake_score_never_sees_targets_and_is_not_warmed(): assert AUTHORS.fake_targets == 0 == AUTHORS.fake_warmup and AUTHORS.fake_batch == 'same'
@@ -408,6 +445,18 @@ def test_a_damaged_checkpoint_is_passed_over(world, straight, tmp_path, capsys):
     last = sorted((tmp_path/'checkpoints').glob('*.pt'))[-1]
     last.write_bytes(last.read_bytes()[:1000])
     assert same_history(run(world, SMALL, tmp_path), straight[0]) and 'damaged' in capsys.readouterr().err
+
+
+def test_one_flipped_bit_in_a_checkpoint_is_noticed_and_so_is_the_loss_of_all(world, straight, tmp_path, capsys):
+    run(world, replace(SMALL, steps=3), tmp_path, save_every=1)
+    for path in (tmp_path/'checkpoints').glob('*.pt'):
+        raw, weights = bytearray(path.read_bytes()), loop.load_checkpoint(path)['fake'].numpy().tobytes()
+        raw[raw.index(weights) + len(weights) // 2] ^= 1
+        path.write_bytes(raw)
+        torch.load(path, weights_only=True)                               # torch itself does not mind
+        with pytest.raises(Exception, match='checksum|CRC'): loop.load_checkpoint(path)
+    assert same_history(run(world, SMALL, tmp_path), straight[0])
+    assert 'starts again from step 0' in capsys.readouterr().err
 
 
 def test_full_disk(world, straight, tmp_path, monkeypatch):

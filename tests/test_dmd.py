@@ -128,3 +128,10 @@ def test_target_simulation_denoises_with_gradient():
     out = c2fdo.simulate_target(lambda x, t: w * x, y, t, eps)
     assert torch.allclose(out, flow.add_noise(y, eps, t) * (1 - .5 * t[:, None, None]))
     assert math.isfinite(torch.autograd.grad(out.sum(), w)[0].item())
+
+
+@pytest.mark.parametrize('n', [1, 8, 16, 100, 128])
+def test_no_exit_lies_beyond_the_last_step_when_rounding_is_against_us(n, monkeypatch):
+    monkeypatch.setattr(torch, 'rand', lambda n, generator: torch.full((n,), 1 - 2.**-24))
+    assert max(dmd.draw_exits(n, 8, torch.Generator().manual_seed(0))) == 7
+    assert dmd.draw_times(n, torch.Generator().manual_seed(0), hi=.5).max() <= .5

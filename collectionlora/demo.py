@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'base_folder', 'budgets', 'differences', 'Job', 'checked_effects', 'teach', 'describe', 'paint',
-           'distill_values', 'distill', 'plan', 'extend', 'evaluate', 'ladder', 'rivals', 'write_report',
-           'shipped_acceleration', 'default_folder', 'demo', 'keep', 'rebase']
+           'distill_settings', 'distill', 'plan', 'extend', 'evaluate', 'ladder', 'rivals', 'write_report',
+           'shipped_acceleration', 'default_folder', 'demo', 'compare', 'keep', 'rebase']
 
 # %% ../nbs/17_demo.ipynb #aad6afac
 import shutil
@@ -15,7 +15,7 @@ from pathlib import Path
 from .core import UserError, data_dir, in_checkout, nano_dir, nearest, notebooks_dir, replacing, results_dir
 from .run import short_path, complete, declared, execute, from_file
 
-# %% ../nbs/17_demo.ipynb #606a818f
+# %% ../nbs/17_demo.ipynb #0c31853e
 def base_folder(name='nano') -> Path:
     "The folder of a base: the embedded one for 'nano', else a pipeline folder. Raises `UserError` if there is no pipeline in it."
     folder = nano_dir() if str(name) == 'nano' else Path(name)
@@ -25,8 +25,8 @@ def base_folder(name='nano') -> Path:
 
 
 def budgets() -> list[str]:
-    "Names of the budgets on file."
-    return sorted({p.stem for p in notebooks_dir().glob('*/*.yaml')})
+    "Names of the budgets: those at which a distillation is laid out on file."
+    return sorted(p.stem for p in (notebooks_dir()/'distill').glob('*.yaml'))
 
 
 def differences(experiment: str, budget: str) -> dict:
@@ -54,7 +54,7 @@ class Job:
 
     def record(self, run: str, folder: str = '') -> Path: return self.out/folder/f'{run}.json'
 
-# %% ../nbs/17_demo.ipynb #d90a31f6
+# %% ../nbs/17_demo.ipynb #766e5190
 def checked_effects(paths) -> dict[str, Path]:
     "Effect id -> folder, every effect among `paths` read and checked, ids and triggers unique."
     from collectionlora.data import load_effects
@@ -79,36 +79,43 @@ def paint(job: Job, effects: dict[str, Path], teachers: dict[str, Path], given: 
     return {id: job.out/'targets'/id for id in effects}
 
 
-def distill_values(job: Job, init: Path | None = None, given: dict | None = None):
-    "(parameters, settings) of a distillation at the job's budget; mistakes in `given` are found here, before minutes go into words and targets."
-    from collectionlora.distill import Settings
-    values = complete('distill', {**differences('distill', job.budget), **(given or {})})
-    asked = {**{k: values[k] for k in ('preset', 'steps', 'batch')}, 'seed': job.seed, 'rank_student': values['rank'], 'rank_fake': values['rank'], 'init': str(init or 'zero')}
-    return values, Settings.from_dict({**asked, **values['settings']})
+def distill_settings(job: Job, init: Path | None = None, given: dict | None = None, experiment: str = 'distill'):
+    "(parameters, settings) of a distillation at the job's budget, or of an extension of `init`; mistakes in `given` are found here, before minutes go into words and targets."
+    from collectionlora.backbone import read_info
+    from collectionlora.card import inspect
+    from collectionlora.distill import Settings, resolved
+    values = complete(experiment, {**differences(experiment, job.budget), **(given or {})})
+    held = max(inspect(init)['ranks'], default=0) if init else 0
+    rank = values['rank'] or held
+    asked = {**{k: values[k] for k in ('preset', 'steps', 'batch')}, 'seed': job.seed, 'rank_student': rank, 'rank_fake': rank, 'init': str(init or 'zero')}
+    s = Settings.from_dict({**asked, **values['settings']})
+    if s.rank_student < held: raise UserError(f'{init}: has rank {held}, more than the {s.rank_student} of the run that starts from it; give -p rank={held} or more')
+    return values, resolved(s, float(read_info(job.base)['shift']))
 
 
 def distill(job: Job, effects: dict[str, Path], teachers: dict[str, Path], general: Path, init: Path | None = None, given: dict | None = None) -> Path:
     "The collection (Eq. 9), one LoRA file: words for every effect, targets by its teacher, then the loop."
-    distill_values(job, init, given)
+    distill_settings(job, init, given)
     painted = paint(job, describe(job, effects), teachers)
     job.do('distill', 'collection', {'effects': list(painted.values()), 'teachers': list(teachers.values()), 'general': general, 'init': init}, given)
     return job.out/'collection.safetensors'
 
 
-def plan(job: Job, effects: dict[str, Path], general: Path, init: Path | None = None, given: dict | None = None) -> dict:
-    "What `distill` would do and take on this machine: steps, passes, seconds, memory, disk. Trains nothing, and checks the settings before anything loads."
+def plan(job: Job, effects: dict[str, Path], general: Path, init: Path | None = None, given: dict | None = None, experiment: str = 'distill') -> dict:
+    "What `distill`, or `extend` of the collection `init`, would do and take on this machine: steps, passes, seconds, memory, disk. Trains nothing, and checks the settings before anything loads."
     from dataclasses import replace
     from collectionlora import data, distill as loop
     from collectionlora.backbone import load_base
-    values, s = distill_values(job, init, given)
-    sets = [replace(e, trigger=e.trigger or e.id, description=e.description or e.prompt) for e in map(data.load_effect, effects.values())]
-    stream, base = data.load_general(general), load_base(job.base, device=values['device'], frozen=values['frozen'])
-    base.backbone.checkpointing(values['checkpointing']); base.backbone.offload(values['offload'])
-    return loop.measured_plan(base, sets, stream, data.ConditionCache(base, results_dir()/'.cache'), loop.resolved(s, float(base.info['shift'])))
+    values, s = distill_settings(job, init, given, experiment)
+    sets = [replace(e, trigger=e.trigger or e.id, description=e.description or e.prompt) for e in data.load_effects(*effects.values())]
+    stream, base = data.load_general(general), load_base(job.base, device=values['device'], frozen=values.get('frozen', ''))
+    base.backbone.checkpointing(values.get('checkpointing', False)); base.backbone.offload(values.get('offload', False))
+    return loop.measured_plan(base, sets, stream, data.ConditionCache(base, results_dir()/'.cache'), s)
 
 
 def extend(job: Job, collection: Path, effects: dict[str, Path], teachers: dict[str, Path], general: Path, old=(), given: dict | None = None) -> Path:
     "A collection with `effects` added in a few steps, one LoRA file; `old`: folders of effects that it has, to measure on or to rehearse."
+    distill_settings(job, collection, given, 'extend')
     painted = paint(job, describe(job, effects, collection=collection), {id: teachers[id] for id in effects})
     inputs = {'collection': collection, 'effects': list(painted.values()), 'teachers': list(teachers.values()), 'general': general, 'old': list(old)}
     job.do('extend', 'collection', inputs, given)
@@ -137,10 +144,11 @@ def rivals(job: Job, collection: Path, effects: dict[str, Path], teachers: dict[
 
 def write_report(job: Job, records: list[Path], given: dict | None = None) -> Path:
     "The page that shows it all."
-    job.do('report', 'report', {'evaluations': [job.record('evaluation')], 'records': records}, given)
+    full = {'full_steps': differences('distill', 'full')['steps']}
+    job.do('report', 'report', {'evaluations': [job.record('evaluation')], 'records': records}, {**full, **(given or {})})
     return job.out/'report.html'
 
-# %% ../nbs/17_demo.ipynb #7eb546dd
+# %% ../nbs/17_demo.ipynb #c00c77f8
 def shipped_acceleration(base: Path) -> Path | None:
     "The acceleration LoRA that ships with the nano base; `None` for another base, or where none ships."
     found = sorted((data_dir()/'acceleration').glob('*.safetensors'))
@@ -158,12 +166,19 @@ def demo(budget: str = 'demo', seed: int = 0, base='nano', out=None) -> Path:
     folder = base_folder(base)
     job = Job(Path(out or default_folder(budget, seed)), folder, budget, seed)
     job.do('effects', 'effects', {})
-    effects, general, acceleration = checked_effects([job.out/'effects']), job.out/'general', shipped_acceleration(folder)
-    teachers = teach(job, effects)
-    collection = distill(job, effects, teachers, general)
-    job.do('baseline_fm', 'all_in_one', {'effects': [job.out/'described'/id for id in effects]})
-    evaluate(job, collection, effects, teachers, acceleration, job.out/'all_in_one.safetensors', {'training': f'seed {seed}'})
-    return write_report(job, [*(job.record(id, 'teachers') for id in effects), *map(job.record, ('prompts', 'targets', 'collection', 'all_in_one'))])
+    effects = checked_effects([job.out/'effects'])
+    distill(job, effects, teach(job, effects), job.out/'general')
+    return compare(job)
+
+
+def compare(job: Job) -> Path:
+    "The second half of a demonstration: what its folder holds (effects, teachers, collection) against the baselines, which are trained here; returns the report's path."
+    from collectionlora.teachers import teacher_files
+    effects = checked_effects([job.out/'effects'])
+    teachers, described = teacher_files([job.out/'teachers'], effects), [job.out/'described'/id for id in effects]
+    job.do('baseline_fm', 'all_in_one', {'effects': described})
+    evaluate(job, job.out/'collection.safetensors', effects, teachers, shipped_acceleration(job.base), job.out/'all_in_one.safetensors', {'training': f'seed {job.seed}'})
+    return write_report(job, [*(job.record(id, 'teachers') for id in effects), *map(job.record, ('effects', 'prompts', 'targets', 'collection', 'all_in_one'))])
 
 # %% ../nbs/17_demo.ipynb #a44bc856
 KEPT = ('evaluation.json', 'evaluation.rows.jsonl', 'collection.json', 'collection.curves.png', 'collection.png', 'all_in_one.json', 'targets.json', 'prompts.json')

@@ -184,13 +184,13 @@ def verdict(c: Contrast, p: float, level: float = .05) -> str:
     if p < level: return f'{a} has {"fewer" if c.difference < 0 else "more"} bad cases than {c.b}, by {size} ({basis}).'
     return f'No difference in bad cases was found between {c.a} and {c.b}: {100 * c.difference:+.0f} points [{100 * c.low:+.0f}, {100 * c.high:+.0f}] ({basis}).' + (f' A true difference of about {100 * c.mde:.0f} points would have been found with 80 % power.' if finite(c.mde) else '')
 
-# %% ../nbs/14b_report.ipynb #7ffabb1e
+# %% ../nbs/14b_report.ipynb #6fee6300
 def confusion_table(rows: Sequence[Row], effects: Sequence[str]) -> str:
     "HTML of one method's confusion matrix: asked effect by recognised effect, last column none."
     m = confusion(rows, effects)
     s, esc = bleed(m), html.escape
     head = ''.join(f'<th class="v"><span>{esc(e)}</span></th>' for e in [*effects, NONE])
-    out = [f'<table class="heat"><caption>{esc(rows[0].method)}: {s["right"]:.0%} right, {s["bleed"]:.0%} another effect, {s["none"]:.0%} none</caption><tr><th></th>{head}</tr>']
+    out = [f'<table class="heat"><caption>{esc(rows[0].method)}: {s["right"]:.0%} recognised as asked (well done or not), {s["bleed"]:.0%} another effect, {s["none"]:.0%} none</caption><tr><th></th>{head}</tr>']
     for e, line in zip(effects, m):
         total = max(line.sum(), 1)
         cells = ''.join(f'<td style="--s:{v / total:.2f}" class="{"d" if name == e else ""}" title="asked {esc(e)}, seen {esc(name)}: {v} of {total}">{v or ""}</td>' for name, v in zip([*effects, NONE], line))
@@ -235,7 +235,7 @@ PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name=
 <section><h2>Where it comes from</h2>{% for r in provenance %}<details><summary>{{ r.name }}</summary><dl>{% for k, v in r.lines %}<dt>{{ k }}</dt><dd><code>{{ v }}</code></dd>{% endfor %}</dl></details>{% endfor %}</section>
 <footer>{% for n in notes %}<p>{{ n }}</p>{% endfor %}</footer></main></body></html>'''
 
-# %% ../nbs/14b_report.ipynb #3f18a5d8
+# %% ../nbs/14b_report.ipynb #ae214373
 def provenance(name: str, record: Mapping) -> dict:
     "Display lines of one run record (see core.run_info)."
     run, meta = record['run'], record['meta']
@@ -256,14 +256,14 @@ def gallery(effects: Mapping[str, dict], pictures: Mapping[tuple[str, str, str],
             line = []
             for c in columns:
                 p, r = pictures.get((e, image, c)), marks.get((e, image, c))
-                mark = '' if r is None else 'not finite' if not r.valid else '✓' if r.applied else f'✗ {r.predicted}'
+                mark = '' if r is None else 'not finite' if not r.valid else '✓' if r.applied else '~ there, but too far from true targets' if r.predicted == e else f'✗ {r.predicted}'
                 smooth = p is not None and max(p.size if isinstance(p, Image.Image) else np.shape(p)) > 128
                 line.append(dict(method=c, uri=None if p is None else image_uri(p), smooth=smooth, mark=mark, good='ok' if r is not None and r.applied else 'no'))
             lines.append(line)
         out.append(dict(effect=e, category=about['category'], description=about['description'], lines=lines))
     return out
 
-# %% ../nbs/14b_report.ipynb #808ddee2
+# %% ../nbs/14b_report.ipynb #fd137f95
 def charts_of(records: Mapping[str, Mapping]) -> list[dict]:
     "One block of charts per experiment; record names are 'experiment/run', and runs of one experiment share the charts of their plain lists."
     blocks: dict[str, dict[str, dict]] = {}
@@ -303,7 +303,7 @@ def render(path: str | Path, title: str, lead: str, budget: str, own: str, rows:
     parts = nothing if no_oracle and not rows else measured(rows, own, list(effects), sizes, seed)
     shown = sorted({(e, i) for e, i, _ in pictures})
     costs, total = costs_of(records)
-    note = f'{len(shown)} edits, the first of each effect and not picked by eye.' + (' Under each output stands what the judge saw: ✓ the asked effect, ✗ what else.' if rows else '')
+    note = f'{len(shown)} edits, the first of each effect and not picked by eye.' + (' Under each output stands what the judge saw: ✓ the asked effect, well done; ~ the asked effect, but too far from true targets, a bad case; ✗ what else.' if rows else '')
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE).render(
         **parts, title=title, lead=lead, budget=budget, style=STYLE, own=own, distances=distances, no_oracle=no_oracle if not rows else '',
         gallery=gallery(effects, pictures, rows, columns, shown) if pictures else [], gallery_note=note, columns=columns, charts=charts_of(records), costs=costs, total=total,

@@ -1,0 +1,82 @@
+"The chain's order and the commands around it: what is asked wrongly is said before anything is made."
+import shutil
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from collectionlora import cli, core, demo
+from collectionlora.core import UserError
+from collectionlora.lora_files import Lora, read_lora, write_lora
+
+
+def call(*args): return CliRunner().invoke(cli.app, [str(a) for a in args])
+
+
+@pytest.fixture(scope='module', autouse=True)
+def named(world, folder):
+    "The small world's teachers with the effect in their header, as `teach` writes them."
+    (folder/'named').mkdir()
+    for id in ('one', 'two'): write_lora(folder/'named'/f'{id}.safetensors', read_lora(folder/'teachers'/f'{id}.safetensors'), {'collectionlora.base': {'hash': world[0].hash}, 'collectionlora.effects': [dict(id=id, category='animal', trigger='')]})
+
+
+def distil(folder, out, *more):
+    return call('distill', folder/'effects', '-t', folder/'named', '-g', folder/'general', '--out', out, '--base', folder/'base', *more)
+
+
+@pytest.fixture
+def collection(world, folder, tmp_path):
+    "A collection file of one effect for the small world's base."
+    base = world[0]
+    factors = {n: (torch.full((2, i), .01), torch.full((o, 2), .01)) for n, (i, o) in base.backbone.modules().items()}
+    header = {'collectionlora.effects': [dict(id='three', category='animal', trigger='zorvik', prompt='zorvik, do it', description='do it')],
+              'collectionlora.base': {'hash': base.hash}, 'collectionlora.sampling': {'steps': 2, 'shift': 1.0, 'times': [1.0, .5], 'cfg': 1.0, 'stochastic': True}}
+    write_lora(tmp_path/'collection.safetensors', Lora(factors), header)
+    return tmp_path/'collection.safetensors'
+
+
+def test_a_plan_is_printed_and_nothing_made(world, folder, tmp_path, collection, monkeypatch):
+    monkeypatch.setattr(demo, 'results_dir', lambda: tmp_path)
+    said = distil(folder, tmp_path/'out', '--dry-run', '-p', 'steps=7', '-p', 'batch=2', '-p', 'rank=2', '-p', 'settings={fake_warmup: 3}')
+    assert said.exit_code == 0 and 'nothing was trained' in said.stdout and 'frozen base' in said.stdout and not (tmp_path/'out').exists(), said.output
+    values, s = demo.distill_settings(demo.Job(tmp_path/'out', folder/'base', 'demo'), collection, {'settings': {}}, 'extend')
+    assert s.rank_student == 2 and s.steps == values['steps'] == demo.differences('extend', 'demo')['steps']            # an extension's own budget, its parent's rank
+    assert distil(folder, tmp_path/'out', '--dry-run', '--extend', collection, '-p', 'steps=3', '-p', 'batch=2', '-p', 'settings={fake_warmup: 3}').exit_code == 0
+
+
+@pytest.mark.parametrize('more, words', [(['-p', 'settings={tau_max: 750}'], 'write 0.75'), (['-p', 'settings={anchor_first: 5000}'], 'anchor_first'), (['-p', 'stesp=3'], "did you mean 'steps'"),
+                                         (['--budget', 'more'], "'more'"), (['--old', 'x'], '--extend')])
+def test_wrong_settings_are_refused_before_words_and_targets_are_made(world, folder, tmp_path, collection, more, words):
+    for kind in ([], ['--extend', collection]):
+        if '--old' in more and kind: continue
+        said = distil(folder, tmp_path/'out', *kind, *more)
+        assert said.exit_code == 2 and words in said.output and not (tmp_path/'out').exists(), said.output
+
+
+def test_a_start_of_larger_rank_is_refused_before_anything_loads(folder, tmp_path, collection):
+    with pytest.raises(UserError, match='has rank 2, more than the 1'): demo.distill_settings(demo.Job(tmp_path, folder/'base', 'demo'), collection, {'rank': 1})
+
+
+def test_budgets_are_those_of_the_distillation():
+    assert {'demo', 'full'} <= set(demo.budgets()) and all((core.notebooks_dir()/'distill'/f'{b}.yaml').is_file() for b in demo.budgets())
+    with pytest.raises(UserError, match="'more'"): demo.differences('distill', 'more')
+
+
+def test_editing_says_what_is_absent_and_writes_nothing(world, folder, tmp_path, collection):
+    picture = next((folder/'general'/'images').glob('*.png'))
+    for args, words in ((('three', '--base', tmp_path/'nowhere'), 'no base here'), (('thre', '--base', folder/'base'), "did you mean 'three'")):
+        said = call('edit', picture, *args, '--collection', collection, '--out', tmp_path/'edits')
+        assert said.exit_code == 2 and words in said.output and not (tmp_path/'edits').exists(), said.output
+    assert call('edit', picture, 'three', '--base', folder/'base', '--collection', collection, '--out', tmp_path/'edits').exit_code == 0
+    assert len(list((tmp_path/'edits').glob('*-three-0.png'))) == 1
+
+
+@pytest.mark.parametrize('spoil, words', [(lambda e: (e/'target'/'0.png').unlink(), '0.png'), (lambda e: (e/'effect.yaml').write_text("id: one\ncategory: a\nprompt: ''\n"), 'prompt'),
+                                          (lambda e: (e/'effect.yaml').write_text('id: one\ncategory: a\nprompt: p\nprompts: q\n'), "did you mean 'prompt'"), (lambda e: (e/'source'/'0.png').write_bytes(b'x'), '0.png')])
+def test_a_spoilt_effect_folder_stops_the_command_with_its_name(folder, tmp_path, world, spoil, words):
+    effect = shutil.copytree(folder/'effects'/'one', tmp_path/'one')
+    names = sorted(p.name for p in (effect/'source').iterdir())
+    for part in ('source', 'target'): (effect/part/names[0]).rename(effect/part/'0.png')
+    spoil(effect)
+    said = call('teach', effect, '--out', tmp_path/'out', '--base', folder/'base')
+    assert said.exit_code == 2 and words in said.output and not (tmp_path/'out').exists(), said.output

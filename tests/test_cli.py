@@ -159,7 +159,8 @@ assert not {'nbdev', 'fastcore'} & {n.split('.')[0] for n in sys.modules}
     assert done.returncode == 0, done.stderr
     notebooks, data = map(eval, done.stdout.splitlines())
     assert notebooks == sorted(p.stem for p in (ROOT/'nbs'/'experiments').glob('*.ipynb'))
-    assert 'README.md' in data and set(data) >= {p.relative_to(ROOT/'data').as_posix() for p in (ROOT/'data'/'nano').rglob('*') if p.is_file()}
+    listed = subprocess.run(['git', 'ls-files', '-z', 'data'], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    assert set(data) == {name.removeprefix('data/') for name in listed.split('\0')[:-1]}
 
 
 def test_a_wheels_command_works_far_from_the_checkout(wheel_site, tmp_path):

@@ -71,3 +71,13 @@ def test_the_front_page_names_effects_that_the_demonstration_makes():
     page = (ROOT/'README.md').read_text()
     named = {word for word in re.findall(r"[a-z]+_[a-z]+(?:_[a-z]+)*", ' '.join(re.findall(r'collection\.edit\(.*|collectionlora edit .*', page))) if word in world.EFFECTS}
     assert len(named) >= 3 and named <= made
+
+
+def test_the_front_page_is_what_its_notebook_shows():
+    import runpy
+    readme = runpy.run_path(str(ROOT/'tools'/'readme.py'))
+    text, pictures = readme['render'](readme['shown'](nbformat.read(ROOT/'nbs'/'index.ipynb', 4)))
+    assert text == (ROOT/'README.md').read_text(), 'run `make readme`'
+    assert pictures and all((ROOT/name).read_bytes() == data for name, data in pictures.items())
+    links = [l.split('#')[0] for l in re.findall(r'\]\(([^)\s]+)\)', text) if not l.startswith('http')]
+    assert len(links) > 10 and not [l for l in links if l and not (ROOT/l).exists()]

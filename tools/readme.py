@@ -31,17 +31,31 @@ def render(nb) -> tuple[str, dict]:
     for i, (name, data) in enumerate(resources.get('outputs', {}).items()):
         new = f'assets/readme_{i}{Path(name).suffix}'
         text, pictures[new] = text.replace(f']({name})', f']({new})'), data
+    text = text.replace('](../', '](')
     text = re.sub(r'```python\s+```\n', '', text)
-    text = re.sub(r'\]\((\d\w+\.ipynb)\)', r'](nbs/\1)', text)        # links of the notebook are relative to nbs/
-    text = re.sub(r'\n\s+!\[png\]\((\S+)\)\s*\n', r'\n\n![what the cell above shows](\1)\n\n', text)
+    text = re.sub(r'\]\(((?:analysis/|experiments/)?\w+\.ipynb)\)', r'](nbs/\1)', text)        # links of the notebook are relative to nbs/
+    text = re.sub(r'\n\s+!\[(?:png|jpeg)\]\((\S+)\)\s*\n', r'\n\n![what the cell above shows](\1)\n\n', text)
     note = '<!-- rendered from nbs/index.ipynb by `make readme`; edit the notebook -->\n\n'
     return note + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', pictures
+
+
+def keep(nb):
+    "Writes the run notebook back with its outputs, without what only this run knows."
+    for c in nb.cells:
+        c.metadata = {}
+        if c.cell_type != 'code': continue
+        c.execution_count, c.outputs = None, [o for o in c.outputs if o.get('name') != 'stderr']
+        for o in c.outputs:
+            if 'execution_count' in o: o['execution_count'] = None
+    nbformat.write(nb, ROOT/'nbs'/'index.ipynb')
 
 
 def main():
     os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline'     # pictures into the notebook, whatever the caller has set
     nb = nbformat.read(ROOT/'nbs'/'index.ipynb', 4)
-    if '--run' in sys.argv: NotebookClient(nb, timeout=600, resources={'metadata': {'path': str(ROOT/'nbs')}}).execute()
+    if '--run' in sys.argv:
+        NotebookClient(nb, timeout=600, resources={'metadata': {'path': str(ROOT/'nbs')}}).execute()
+        keep(nb)
     text, pictures = render(shown(nb))
     (ROOT/'assets').mkdir(exist_ok=True)
     for old in (ROOT/'assets').glob('readme_*'): old.unlink()

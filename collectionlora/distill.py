@@ -334,7 +334,7 @@ def few_step_sample(backbone: Backbone, role, cond: Cond, times: Sequence[float]
             done.append(sample_few(lambda x, t: backbone.velocity(role, x, t, c), noise(0), times, noise).cpu())
     return torch.cat(done)
 
-# %% ../nbs/12_distill.ipynb #10a56b33
+# %% ../nbs/12_distill.ipynb #dc994ec2
 @dataclass(frozen=True)
 class Batch:
     "What one generator update reads: conditions of student and teacher, the empty prompt, the teacher's role, targets or None."
@@ -405,6 +405,10 @@ class Engine:
     def still(self, role):
         "Context for forwards of `role` without gradient: its adapter folded into the weights where that rounds nothing away."
         return self.backbone.merged(role) if self.s.fold_adapters and self.backbone.dtype == torch.float32 and not self.sharded else nullcontext()
+
+    def alone_or_told(self):
+        "Context for an update: on a base spread over processes every forward waits for the others, and says so if one is gone."
+        return self.ranks.exchange() if self.sharded else nullcontext()
 
     # --- the student's states
     def exits(self, n: int, g) -> list[int]:
@@ -935,7 +939,7 @@ def measured_plan(base: Base, effects, general, cache: ConditionCache, s: Settin
         with telling_what_helps(s): return plan(s, pass_seconds(b, cond, 'measured'), len(effects), len(general)) | {'memory': memory(base, s, cond, len(samples), 'measured'), 'disk': disk(s, b.flat('measured').nbytes)}
     finally: b.remove('measured')
 
-# %% ../nbs/12_distill.ipynb #ac273dda
+# %% ../nbs/12_distill.ipynb #3697ce31
 def check_inputs(effects, general, bank, s: Settings) -> None:
     "Raises UserError where settings, effects, general stream and teachers do not fit one another; needs a resolved `s` and loads nothing."
     if s.p_switch > 0 and not effects: raise UserError('distill: p_switch is above 0 but there are no effects; give some or set p_switch to 0')
@@ -1083,8 +1087,8 @@ def _step(t: Training, stop: Interruption, table: Sequence[str | None]) -> dict:
     if engine.bank: engine.bank.expect(coming)
     while state.fakes < fakes_by(s, state.step):
         if engine.bank and coming: engine.bank.move(coming[0])
-        with stop.unit(), telling_what_helps(s): fake_update(engine, state, now[0], guard)
-    with stop.unit(), telling_what_helps(s):
+        with stop.unit(), engine.alone_or_told(), telling_what_helps(s): fake_update(engine, state, now[0], guard)
+    with stop.unit(), engine.alone_or_told(), telling_what_helps(s):
         watch = _watch(t, now[0])
         info = dict(step=state.step + 1, effect=now if s.routes > 1 else now[0]) | generator_update(engine, state, now, guard)
         if watch: info |= watch.after()

@@ -46,7 +46,7 @@ def fork(g):
     child = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=source)))
     return Draws(child, g.n, g.rows) if isinstance(g, Draws) else child
 
-# %% ../nbs/12a_parallel.ipynb #b0c47d8c
+# %% ../nbs/12a_parallel.ipynb #7e06f134
 class PeerGone(UserError):
     "Another process of the run has died or hangs."
 
@@ -82,8 +82,8 @@ class Ranks:
         return own
 
     @contextmanager
-    def _exchange(self):
-        "Around everything that waits for the others."
+    def exchange(self):
+        "Around everything that waits for the others: where one is gone, the error says so."
         try: yield
         except RuntimeError as e:
             raise PeerGone(f'process {self.rank} of {self.world}: another process of this run has died or hangs (see its log); '
@@ -92,7 +92,7 @@ class Ranks:
     def sum_(self, x: Tensor) -> Tensor:
         "The sum of x over all processes, in place."
         if self.world > 1:
-            with self._exchange(): dist.all_reduce(x, group=self.talk if x.device.type == 'cpu' else None)
+            with self.exchange(): dist.all_reduce(x, group=self.talk if x.device.type == 'cpu' else None)
         return x
 
     def total(self, value: float) -> float:
@@ -107,7 +107,7 @@ class Ranks:
         "What all processes give here, by rank."
         if self.world == 1: return [thing]
         found = [None] * self.world
-        with self._exchange(): dist.all_gather_object(found, thing, group=self.talk)
+        with self.exchange(): dist.all_gather_object(found, thing, group=self.talk)
         return found
 
     def same(self, thing, what: str) -> None:
@@ -122,7 +122,7 @@ class Ranks:
         if self.rank == 0:
             try: said = [(f(), None)]
             except UserError as e: said = [(None, str(e))]
-        with self._exchange(): dist.broadcast_object_list(said, src=0, group=self.talk)
+        with self.exchange(): dist.broadcast_object_list(said, src=0, group=self.talk)
         if said[0][1] is not None: raise UserError(said[0][1])
         return said[0][0]
 
@@ -181,7 +181,7 @@ def together(f: Callable, world: int = 2, slices: bool = False) -> list[tuple]:
         found = [Path(folder, str(rank)) for rank in range(world)]
         return [pickle.loads(p.read_bytes()) if p.is_file() else (None, f'died ({job.exitcode})') for p, job in zip(found, jobs)]
 
-# %% ../nbs/12a_parallel.ipynb #da72c818
+# %% ../nbs/12a_parallel.ipynb #a1279539
 class SlicedAdamW(torch.optim.AdamW):
     "AdamW on one flat parameter, its moments spread over the processes; `step`, `collect` and loading are called by all of them together."
 
@@ -199,7 +199,7 @@ class SlicedAdamW(torch.optim.AdamW):
         self.mine.grad = self.whole.grad[self.bounds[self.ranks.rank]]
         super().step(closure)
         self.mine.grad = None
-        with self.ranks._exchange():
+        with self.ranks.exchange():
             for r, part in enumerate(self.bounds): dist.broadcast(self.whole.detach()[part], src=r)
 
     def collect(self) -> None:
@@ -209,7 +209,7 @@ class SlicedAdamW(torch.optim.AdamW):
 
     def _collected(self, part: Tensor) -> Tensor | None:
         r, part = self.ranks, part.detach().cpu()
-        with r._exchange():
+        with r.exchange():
             if r.rank: return dist.send(part, 0, group=r.talk)
             whole = torch.empty(self.whole.shape)
             whole[self.bounds[0]] = part

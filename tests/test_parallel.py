@@ -256,6 +256,15 @@ def test_a_whole_run_on_a_spread_base(folder, world, tmp_path):
     assert len(refused) == 1 and 'one_exit is False' in refused.pop()
 
 
+def test_who_is_left_behind_on_a_spread_base_says_so_too(folder, tmp_path):
+    def go(ranks):
+        base = parallel.shard_base(load_base(folder/'base'), ranks)
+        for info in distill(*open_world(folder, base), replace(TINY, steps=50, routes=1, one_exit=True), tmp_path, ranks=ranks):
+            if ranks.rank and info['step'] == 2: os.kill(os.getpid(), signal.SIGKILL)
+    left, dead = [e for _, e in together(go)]
+    assert left.startswith('PeerGone: process 0 of 2: another process') and dead == 'died (-9)'
+
+
 # --- the runner: papermill under torchrun
 HEAD = "out: str = ''\nrun: str = 'run'\nseed: int = 0\nmode: str = 'sum'"
 BODY = """import os, signal, time

@@ -486,7 +486,7 @@ assert 'torchvision' not in sys.modules and type(base.pipe.processor).__name__ =
 '''
 
 
-@pytest.mark.parametrize('which', ['tiny', 'nano'])
+@pytest.mark.parametrize('which', ['tiny', pytest.param('nano', marks=pytest.mark.slow)])
 def test_loads_and_encodes_without_torchvision(base, which, tmp_path):
     base = base if which == 'tiny' else load_base(nano_dir())
     image = photo(1, (56, 56))

@@ -185,6 +185,7 @@ def launch(folder, out, processes):
     return subprocess.Popen([*launcher, sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_kill_nine_of_one_process_stops_the_others_and_resumes_to_the_same_bits(folder, world, tmp_path):
     answers(together(train(world, replace(TINY, steps=6), tmp_path/'whole', save_every=1)))
     job = launch(folder, tmp_path/'killed', 2)
@@ -308,6 +309,7 @@ def test_a_notebook_runs_on_two_processes_each_with_its_own_output(tmp_path):
     with pytest.raises(UserError, match='processes is 0'): run.execute(path, tmp_path/'no', processes=0)
 
 
+@pytest.mark.slow
 def test_the_first_error_is_reported_and_a_death_too(tmp_path):
     path = notebook(tmp_path/'a.ipynb')
     with pytest.raises(UserError, match='prompt is empty'): run.execute(path, tmp_path/'bad', parameters={'mode': 'bad'}, processes=2)
@@ -363,6 +365,7 @@ def four(path, out, **slurm):
     return run.sweep(path, grid, out, slurm={'timeout_min': 10, 'cpus_per_task': 1, **slurm})
 
 
+@pytest.mark.slow
 def test_a_sweep_as_an_array_of_local_jobs(tmp_path):
     pytest.importorskip('submitit')
     path = notebook(tmp_path/'a.ipynb', SLEEP)

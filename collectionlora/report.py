@@ -256,7 +256,7 @@ def gallery(effects: Mapping[str, dict], pictures: Mapping[tuple[str, str, str],
             line = []
             for c in columns:
                 p, r = pictures.get((e, image, c)), marks.get((e, image, c))
-                mark = '' if r is None else 'not finite' if not r.valid else '✓' if r.applied else '~ there, but too far from true targets' if r.predicted == e else f'✗ {r.predicted}'
+                mark = '' if r is None else 'not finite' if not r.valid else '✓' if r.applied else '~ too far' if r.predicted == e else f'✗ {r.predicted}'
                 smooth = p is not None and max(p.size if isinstance(p, Image.Image) else np.shape(p)) > 128
                 line.append(dict(method=c, uri=None if p is None else image_uri(p), smooth=smooth, mark=mark, good='ok' if r is not None and r.applied else 'no'))
             lines.append(line)

@@ -86,7 +86,8 @@ def decode(raw):
                 scale = scale_c
             if not math.isfinite(scale) or scale == 0:
                 return None
-            out[m] = a.float(), b.float() * scale
+            a_scale, b_scale = (scale, 1.) if i < o else (1., scale)               # the smaller factor takes it
+            out[m] = a.float() * a_scale, b.float() * b_scale
         return out
     return None
 

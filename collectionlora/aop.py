@@ -308,6 +308,6 @@ def with_prompts(effects: Sequence[EffectSet], path) -> list[EffectSet]:
     return [replace(e, trigger=entries[e.id]['trigger'], description=entries[e.id]['description']) for e in effects]
 
 
-def with_words(effect: EffectSet, seed: int, taken: Iterable[str] = ()) -> EffectSet:
+def with_words(effect: EffectSet, seed: int) -> EffectSet:
     "An effect of the miniature world with the world's own description and a trigger drawn by seed: the short way, without a prompts.yaml."
-    return replace(effect, trigger=make_triggers([effect.id], seed, taken)[effect.id], description=world.describe(effect.id))
+    return replace(effect, trigger=make_triggers([effect.id], seed)[effect.id], description=world.describe(effect.id))

@@ -10,8 +10,8 @@ __all__ = ['PRESETS', 'POSITIVE', 'SHARES', 'NOT_NEGATIVE', 'LARGER_THAN_0', 'WH
            'latest_checkpoint', 'Interruption', 'Diverged', 'Guard', 'rate_at', 'in_stage', 'student_rate',
            'apply_gradient', 'fake_update', 'generator_update', 'start_from', 'weights_of', 'Look', 'look_at',
            'draw_looks', 'contact_sheet', 'validate', 'passes', 'pass_seconds', 'plan', 'kept_bytes', 'memory', 'disk',
-           'measured_plan', 'check_inputs', 'fingerprint_of', 'collection_header', 'prepare', 'add_roles', 'distill',
-           'Training', 'fakes_by', 'go_back', 'out_of_memory', 'telling_what_helps', 'show_history']
+           'measured_plan', 'fingerprint_of', 'collection_header', 'prepare', 'add_roles', 'distill', 'Training',
+           'fakes_by', 'go_back', 'out_of_memory', 'telling_what_helps', 'show_history']
 
 # %% ../nbs/12_distill.ipynb #b90f0a21
 import json
@@ -940,8 +940,7 @@ def measured_plan(base: Base, effects, general, cache: ConditionCache, s: Settin
     finally: b.remove('measured')
 
 # %% ../nbs/12_distill.ipynb #3697ce31
-def check_inputs(effects, general, bank, s: Settings) -> None:
-    "Raises UserError where settings, effects, general stream and teachers do not fit one another; needs a resolved `s` and loads nothing."
+def _check_inputs(effects, general, bank, s: Settings) -> None:
     if s.p_switch > 0 and not effects: raise UserError('distill: p_switch is above 0 but there are no effects; give some or set p_switch to 0')
     if s.p_switch < 1 and not general: raise UserError('distill: p_switch is below 1 but there is no general data; give some or set p_switch to 1')
     if effects and s.p_switch == 0: raise UserError('distill: effects are given but p_switch is 0, so none would be learnt; raise p_switch or leave them out')
@@ -1004,7 +1003,7 @@ def distill(base: Base, bank: TeacherBank | None, effects: Sequence[EffectSet], 
     ranks = ranks or join(base.backbone.device.type)
     out, s = Path(out_folder), resolved(settings, float(base.info['shift']))
     file, backbone = Path(file or out/'collection.safetensors'), base.backbone
-    check_inputs(effects, general, bank, s)
+    _check_inputs(effects, general, bank, s)
     times = schedule_of(s)
     if s.p_switch > 0 and s.weight_ts > 0: generator_times(times, s.tau_max)
     check_scale(ranks, backbone, s)

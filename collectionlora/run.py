@@ -121,6 +121,7 @@ def _code(path: Path) -> list[str]:
     return [re.sub(r'^\s*[%!].*$', 'pass', c, flags=re.M) for c in cells]
 
 
+@functools.lru_cache(maxsize=256)
 def _statements(source: str) -> str:
     "Source code without what cannot change a result: comments, blank lines, docstrings."
     tree = ast.parse(source)

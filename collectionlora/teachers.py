@@ -272,13 +272,13 @@ def teacher_files(paths, effects) -> dict[str, Path]:
     return {id: found[id] for id in effects}
 
 
-def sample_teacher(base, cache: ConditionCache, folder, id: str, seed: int, pairs: int = 3, taken=()) -> tuple[EffectSet, Path]:
+def sample_teacher(base, cache: ConditionCache, folder, id: str, seed: int, pairs: int = 3) -> tuple[EffectSet, Path]:
     "A small effect of the miniature world with description and trigger, and a teacher LoRA of two steps for it, below `folder`."
     folder = Path(folder)
     effect, file = write_world_effect(folder/'effects'/id, id, pairs, seed), folder/'teachers'/f'{id}.safetensors'
     lora, _ = finish(train_teacher(base, effect, cache, FlowSettings(steps=2, batch=2, rank=4)), 2, id)
     write_lora(file, lora, lora.meta['header'])
-    return with_words(effect, seed, taken), file
+    return with_words(effect, seed), file
 
 # %% ../nbs/07_teachers.ipynb #b2eb65ad
 class _Ahead:

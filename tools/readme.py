@@ -1,6 +1,7 @@
 "README.md from nbs/index.ipynb: runs the notebook, keeps what a reader sees, puts its pictures into assets/. Needs no Quarto."
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -40,14 +41,12 @@ def render(nb) -> tuple[str, dict]:
 
 
 def keep(nb):
-    "Writes the run notebook back with its outputs, without what only this run knows."
+    "Writes the run notebook back with its outputs, cleaned as every notebook here is."
+    path = ROOT/'nbs'/'index.ipynb'
     for c in nb.cells:
-        c.metadata = {}
-        if c.cell_type != 'code': continue
-        c.execution_count, c.outputs = None, [o for o in c.outputs if o.get('name') != 'stderr']
-        for o in c.outputs:
-            if 'execution_count' in o: o['execution_count'] = None
-    nbformat.write(nb, ROOT/'nbs'/'index.ipynb')
+        if c.cell_type == 'code': c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
+    nbformat.write(nb, path)
+    subprocess.run([str(Path(sys.executable).parent/'nbdev_clean'), '--fname', str(path)], cwd=ROOT, check=True)
 
 
 def main():

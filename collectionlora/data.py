@@ -6,7 +6,7 @@
 __all__ = ['log', 'IMAGE_SUFFIXES', 'REFUSED', 'MANIFEST_KEYS', 'GENERAL_KEYS', 'ENCODING', 'to_rgb', 'load_image', 'EffectSet',
            'load_effect', 'check_unique', 'effect_folders', 'load_effects', 'write_effect', 'load_general',
            'general_specs', 'write_general', 'pick_effects', 'write_world_effect', 'write_world_general',
-           'ConditionCache']
+           'ConditionCache', 'Conditions']
 
 # %% ../nbs/05_data.ipynb #772e2cb9
 import hashlib, json, logging, os, re, shutil
@@ -298,7 +298,11 @@ class _Memory:
         self.kept[key], self.bytes = entry, self.bytes + size(entry)
         while self.bytes > self.limit and len(self.kept) > 1: self.bytes -= size(self.kept.popitem(last=False)[1])
 
-# %% ../nbs/05_data.ipynb #b10baaa1
+# %% ../nbs/05_data.ipynb #fbd87f0d
+def _batch(images: Sequence[dict], prompts: Sequence[dict]) -> Cond:
+    return Cond.cat([Cond(source=i['value'][None], emb=e['value'][None], mask=None, grids=(i['grid'], i['grid'])) for i, e in zip(images, prompts)])
+
+
 class ConditionCache:
     """Latents and embeddings of images and prompts under one base, on disk and (up to `memory` bytes) in memory.
 
@@ -306,7 +310,7 @@ class ConditionCache:
     `flip=True` means the mirrored image (an augmentation), which is another image and another entry."""
 
     def __init__(self, base: Base, folder, memory: int = 2 << 30, batch: int = 32):
-        self.base, self.folder, self.batch, self.encoded = base, Path(folder), batch, 0
+        self.base, self.folder, self.memory, self.batch, self.encoded = base, Path(folder), memory, batch, 0
         self._memory, self._shas = _Memory(memory), {}
 
     def _sha(self, path: Path) -> str:
@@ -332,6 +336,13 @@ class ConditionCache:
         except (OSError, SafetensorError, ValueError): return None
         self._memory.put(key, entry)
         return entry
+
+    def _whole(self, key: str) -> bool:
+        "Whether an entry can be read, as far as its header tells: reading 20,000 of them whole takes minutes."
+        if self._memory.get(key) is not None: return True
+        try:
+            with safe_open(self._file(key), 'pt'): return True
+        except (OSError, SafetensorError): return False
 
     def _write(self, key: str, value: Tensor, grid: tuple = ()) -> None:
         file, value = self._file(key), value.detach().cpu().contiguous()
@@ -361,8 +372,8 @@ class ConditionCache:
     def _fill(self, asked: Sequence[tuple[Path, str | None]], flip: bool = False, desc: str = 'encoding') -> None:
         "Makes sure that every request has an entry on disk."
         missing = {}
-        for p, c in {self._key(p, c, flip): (Path(p), c) for p, c in asked}.values():
-            if self._read(self._key(p, c, flip)) is None: missing.setdefault(self._shape(p, c), []).append((p, c))
+        for key, (p, c) in {self._key(p, c, flip): (Path(p), c) for p, c in asked}.items():
+            if not self._whole(key): missing.setdefault(self._shape(p, c), []).append((p, c))
         with bar(total=sum(map(len, missing.values())), desc=desc) as progress:
             for group in missing.values():
                 for i in range(0, len(group), self.batch):
@@ -391,10 +402,8 @@ class ConditionCache:
 
     def cond(self, pairs: Sequence[tuple], flip: bool = False) -> Cond:
         "The condition of (source image path, prompt) pairs; target and source share the source's grid."
-        source = self.latents([p for p, _ in pairs], flip)
-        grid = self._get([(pairs[0][0], None)], flip)[0]['grid']
-        rows = [e['value'] for e in self._get(pairs, flip)]
-        return Cond.cat([Cond(source=source[i:i + 1], emb=row[None], mask=None, grids=(grid, grid)) for i, row in enumerate(rows)])
+        self.latents([p for p, _ in pairs], flip)                        # refuses images of several grids
+        return _batch(self._get([(p, None) for p, _ in pairs], flip), self._get(pairs, flip))
 
     def uncond(self, paths: Sequence, flip: bool = False) -> Cond:
         "The condition without instruction, prompt `' '`, for guidance and instruction dropout."
@@ -408,3 +417,28 @@ class ConditionCache:
         self._fill([(p, None) for p, _ in pairs] + [(p, None) for p in images], desc=f'{desc} images')
         self._fill(list(pairs), desc=f'{desc} prompts')
         return self.encoded - before
+
+# %% ../nbs/05_data.ipynb #11b3122c
+class Conditions:
+    """The conditions of (source image path, prompt) pairs on one grid, read from a `ConditionCache` when rows are asked for. Indexed like a `Cond`.
+
+    Raises `UserError` for an entry that has gone since and cannot be made again from the same picture."""
+
+    def __init__(self, cache: ConditionCache, pairs: Sequence[tuple]):
+        self.cache, self.pairs = cache, [(Path(p), c) for p, c in pairs]
+        self.keys = [(cache._key(p, None, False), cache._key(p, c, False)) for p, c in self.pairs]
+
+    def __len__(self) -> int: return len(self.pairs)
+
+    def _entry(self, i: int, prompt: bool) -> dict:
+        key, (path, c) = self.keys[i][prompt], self.pairs[i]
+        if (found := self.cache._read(key)) is None:
+            self.cache._fill([(path, c if prompt else None)])
+            found = self.cache._read(key)
+        if found is None: raise UserError(f"{path}: has been replaced, and its entry in {self.cache.folder} is gone; put the picture back, or start again with the new one")
+        return found
+
+    def index(self, i) -> Cond:
+        "Rows `i` (int, or a sequence of them) as one batch."
+        rows = [i] if isinstance(i, int) else list(i)
+        return _batch([self._entry(k, False) for k in rows], [self._entry(k, True) for k in rows])

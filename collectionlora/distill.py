@@ -9,11 +9,11 @@ __all__ = ['PRESETS', 'POSITIVE', 'SHARES', 'NOT_NEGATIVE', 'LARGER_THAN_0', 'WH
            'monitors', 'Engine', 'State', 'writing', 'save_checkpoint', 'compare_fingerprints', 'load_checkpoint',
            'latest_checkpoint', 'Interruption', 'Diverged', 'Guard', 'rate_at', 'in_stage', 'student_rate',
            'apply_gradient', 'fake_update', 'generator_update', 'start_from', 'weights_of', 'Look', 'look_at',
-           'draw_looks', 'contact_sheet', 'validate', 'passes', 'pass_seconds', 'plan', 'kept_bytes', 'memory', 'disk',
-           'measured_plan', 'fingerprint_of', 'collection_header', 'prepare', 'add_roles', 'distill', 'Training',
-           'fakes_by', 'go_back', 'out_of_memory', 'telling_what_helps', 'show_history']
+           'draw_looks', 'contact_sheet', 'validate', 'passes', 'pass_seconds', 'plan', 'kept_bytes', 'condition_bytes',
+           'memory', 'disk', 'measured_plan', 'fingerprint_of', 'collection_header', 'prepare', 'add_roles', 'distill',
+           'Training', 'fakes_by', 'go_back', 'out_of_memory', 'telling_what_helps', 'show_history']
 
-# %% ../nbs/12_distill.ipynb #b90f0a21
+# %% ../nbs/12_distill.ipynb #abaa8172
 import json
 import math
 import signal
@@ -37,7 +37,7 @@ from .aop import student_prompt
 from .backbone import Backbone, Base, Cond
 from .c2fdo import anchor_loss, doubly_shifted, generator_times
 from .core import UserError, check_keys, nearest, replacing, rng, seed_of, sha256_file, sha256_json
-from .data import ConditionCache, EffectSet, load_image
+from .data import ConditionCache, Conditions, EffectSet, load_image
 from .dmd import draw_exits, draw_times, fake_loss, pull, rollout_each, velocity_gradient
 from .flow import add_noise, few_step_times, noise_like, sample_few, to_x0, velocity
 from .lora_files import Lora, read_header, read_lora, write_lora
@@ -202,16 +202,16 @@ def describe(s: Settings) -> dict[str, str]:
     "Every field's value and meaning."
     return {f.name: f'{getattr(s, f.name)!r}: {f.metadata["help"]}' for f in fields(s)}
 
-# %% ../nbs/12_distill.ipynb #5c45fe8b
+# %% ../nbs/12_distill.ipynb #809b38eb
 @dataclass(frozen=True)
 class Pool:
     """All samples on one latent grid: R = M effect rows, then the general stream's.
 
-    student, uncond: Cond of R rows; teacher: Cond of the M effect rows or None; y: targets [M, N, C] or None;
+    student, uncond: conditions of R rows; teacher: of the M effect rows or None; y: targets [M, N, C] or None;
     rows: effect id -> its rows, None -> those of the general stream."""
-    student: Cond
-    uncond: Cond
-    teacher: Cond | None
+    student: Conditions
+    uncond: Conditions
+    teacher: Conditions | None
     y: Tensor | None
     rows: Mapping[str | None, tuple[int, ...]]
 
@@ -239,7 +239,7 @@ def samples_of(effects: Sequence[EffectSet], general: Sequence[tuple]) -> list[S
 
 
 def load_pools(cache: ConditionCache, samples: Sequence[Sample]) -> list[Pool]:
-    "Encodes (through the cache) and stacks all samples, one `Pool` per latent grid. Raises UserError if a target's shape is not its source's."
+    "Encodes all samples into the cache; one `Pool` per latent grid. Raises UserError if a target's shape is not its source's."
     cache.warm([(s.source, c) for s in samples for c in dict.fromkeys((s.student, s.teacher, ' '))],
                images=[s.target for s in samples if isinstance(s.target, Path)])
     by_grid = {}
@@ -250,14 +250,15 @@ def load_pools(cache: ConditionCache, samples: Sequence[Sample]) -> list[Pool]:
 def _pool(cache: ConditionCache, group: Sequence[Sample]) -> Pool:
     group = [s for s in group if s.id is not None] + [s for s in group if s.id is None]
     of_effects = [s for s in group if s.id is not None]
-    student = cache.cond([(s.source, s.student) for s in group])
+    student = Conditions(cache, [(s.source, s.student) for s in group])
+    first = student.index(0)
     y = [s.target if isinstance(s.target, Tensor) else cache.latents([s.target])[0] for s in of_effects]
     for s, latent in zip(of_effects, y):
-        if latent.shape != student.source.shape[1:] and student.grids[0] == student.grids[-1]:
-            raise UserError(f'{s.target}: a target of {tuple(latent.shape)} for a source of {tuple(student.source.shape[1:])}; make their sizes equal')
+        if latent.shape != first.source.shape[1:]:
+            raise UserError(f'{s.target}: a target of {tuple(latent.shape)} for a source of {tuple(first.source.shape[1:])}; make their sizes equal')
     rows = {}
     for i, s in enumerate(group): rows.setdefault(s.id, []).append(i)
-    return Pool(student, cache.uncond([s.source for s in group]), cache.cond([(s.source, s.teacher) for s in of_effects]) if y else None,
+    return Pool(student, Conditions(cache, [(s.source, ' ') for s in group]), Conditions(cache, [(s.source, s.teacher) for s in of_effects]) if y else None,
                 torch.stack(y).float() if y else None, {k: tuple(v) for k, v in rows.items()})
 
 # %% ../nbs/12_distill.ipynb #72a4db69
@@ -859,7 +860,7 @@ def validate(base: Base, look: Look, times: Sequence[float], seed: int, path: Pa
     return {'val': {id: {k: mean(f, k) for k in f[0]} for id, f in each.items()},
             **{f'val_{k}': mean([d for f in each.values() for d in f], k) for k in ('colour', 'contrast', 'detail')}}
 
-# %% ../nbs/12_distill.ipynb #cdd0d5a8
+# %% ../nbs/12_distill.ipynb #4e55025f
 def passes(s: Settings) -> dict[str, float]:
     "Expected samples through the transformer per cycle (one generator update and its fake updates): forward, gradient."
     rolled, scored, e = (s.few_steps - 1) / 2, 1 + (1 if s.guidance == 1 else 2), s.p_switch
@@ -911,21 +912,27 @@ def kept_bytes(backbone: Backbone, cond: Cond, role: str) -> int:
     return total
 
 
-def memory(base: Base, s: Settings, cond: Cond, samples: int, role: str) -> dict[str, int]:
-    "Bytes by what they are for: `role` is an adapter of rank s.rank_student, `cond` one batch, `samples` the rows that are held in memory."
+def condition_bytes(cond: Cond, of_effects: int, general: int) -> tuple[int, int]:
+    "Bytes of (all entries in the condition cache, all targets), judged by one batch: an effect's row has three prompts and a target, the general stream's two prompts."
+    source, emb = cond.source.nbytes // len(cond), cond.emb.nbytes // len(cond)
+    return of_effects * (2 * source + 3 * emb) + general * (source + 2 * emb), of_effects * source
+
+
+def memory(base: Base, s: Settings, cond: Cond, conditions: int, role: str) -> dict[str, int]:
+    "Bytes by what they are for: `role` is an adapter of rank s.rank_student, `cond` one batch, `conditions` the bytes of conditions and targets that are held."
     frozen = sum(p.nbytes for p in base.backbone.transformer.parameters() if not p.requires_grad)
     weights = base.backbone.flat(role).nbytes
     fake = weights * s.rank_fake // s.rank_student
     terms = sum(map(bool, (s.weight_bs, s.weight_ts, s.weight_fm))) if s.p_switch else 1
     return {'frozen base': frozen, 'student: weights, mean, two moments, gradients': weights * (4 + terms), 'fake score: weights, two moments, gradient': 4 * fake,
-            'activations of a gradient pass': kept_bytes(base.backbone, cond, role), 'conditions and targets': 4 * samples * (cond.source.nbytes + cond.emb.nbytes) // len(cond),
+            'activations of a gradient pass': kept_bytes(base.backbone, cond, role), 'conditions and targets, on the host': conditions,
             'encoders, while they encode': base.encoder_bytes}
 
 
-def disk(s: Settings, adapter: int, keep: int = 3) -> dict[str, int]:
-    "Bytes of what a run leaves on disk, for an adapter of rank s.rank_student that holds `adapter` bytes."
+def disk(s: Settings, adapter: int, conditions: int, keep: int = 3) -> dict[str, int]:
+    "Bytes of what a run leaves on disk, for an adapter of rank s.rank_student that holds `adapter` bytes and a condition cache of `conditions` bytes."
     state = adapter * 4 + 3 * adapter * s.rank_fake // s.rank_student
-    return {'collection': adapter, 'checkpoints, at most': (keep + 3) * state}
+    return {'collection': adapter, 'best look': adapter, 'checkpoints, at most': (keep + 3) * state, 'condition cache, shared between runs': conditions}
 
 
 def measured_plan(base: Base, effects, general, cache: ConditionCache, s: Settings, processes: int = 1) -> dict:
@@ -934,12 +941,15 @@ def measured_plan(base: Base, effects, general, cache: ConditionCache, s: Settin
     samples = samples_of(effects, general)
     first, b = samples[0], base.backbone
     cond = cache.cond([(first.source, first.student)]).repeat(-(-s.batch // processes)).to(b.device)
+    entries, targets = condition_bytes(cond, sum(map(len, effects)), len(general))
+    held = min(cache.memory, entries) + targets
     b.add_role('measured', s.rank_student)
     try:
-        with telling_what_helps(s): return plan(s, pass_seconds(b, cond, 'measured'), len(effects), len(general)) | {'memory': memory(base, s, cond, len(samples), 'measured'), 'disk': disk(s, b.flat('measured').nbytes)}
+        with telling_what_helps(s): found = plan(s, pass_seconds(b, cond, 'measured'), len(effects), len(general)) | {'memory': memory(base, s, cond, held, 'measured')}
+        return found | {'disk': disk(s, b.flat('measured').nbytes, entries)}
     finally: b.remove('measured')
 
-# %% ../nbs/12_distill.ipynb #3697ce31
+# %% ../nbs/12_distill.ipynb #6b62ba70
 def _check_inputs(effects, general, bank, s: Settings) -> None:
     if s.p_switch > 0 and not effects: raise UserError('distill: p_switch is above 0 but there are no effects; give some or set p_switch to 0')
     if s.p_switch < 1 and not general: raise UserError('distill: p_switch is below 1 but there is no general data; give some or set p_switch to 1')

@@ -271,3 +271,28 @@ def test_what_encodes_is_part_of_the_key(base, effect, tmp_path, monkeypatch):
     cache.warm([(effect.sources[0], 'do it')])
     monkeypatch.setattr(type(base), 'encoding', property(lambda self: 'another resizer'))
     assert cache.warm([(effect.sources[0], 'do it')]) == 2
+
+
+def test_rows_are_read_when_they_are_drawn_and_are_the_same_to_the_bit(base, effect, tmp_path):
+    pairs = [(p, c) for p in effect.sources for c in ('do it', 'make the cat red please')]
+    cache = ConditionCache(base, tmp_path/'c', memory=5000)
+    cache.warm(pairs)
+    rows, whole = data.Conditions(cache, pairs), cache.cond(pairs)
+    for at in ([2, 0], [1, 3, 1], [0]):
+        a, b = rows.index(at), whole.index(at)
+        assert torch.equal(a.emb, b.emb) and torch.equal(a.source, b.source) and a.grids == b.grids and (a.mask is None) == (b.mask is None) and (a.mask is None or torch.equal(a.mask, b.mask))
+    assert len(rows) == len(pairs) and torch.equal(rows.index(3).emb, whole.index(3).emb) and (cache._memory.bytes <= 5000 or len(cache._memory.kept) == 1)
+
+
+def test_a_drawn_row_outlives_its_picture_and_never_becomes_another(base, effect, tmp_path):
+    picture_of = tmp_path/'p.png'; shutil.copy(effect.sources[0], picture_of)
+    first = ConditionCache(base, tmp_path/'c'); first.warm([(picture_of, 'do it')])
+    def fresh(): return data.Conditions(ConditionCache(base, tmp_path/'c', memory=0), [(picture_of, 'do it')])
+    expected, damaged = fresh().index(0), fresh()
+    for f in (tmp_path/'c').rglob('*.safetensors'): f.write_bytes(f.read_bytes()[:-1])
+    assert torch.equal(damaged.index(0).emb, expected.emb)                                    # a truncated entry is made again from the picture
+    rows = fresh(); picture(50).save(picture_of)
+    assert torch.equal(rows.index(0).emb, expected.emb) and torch.equal(rows.index(0).source, expected.source)
+    for f in (tmp_path/'c').rglob('*.safetensors'): f.unlink()
+    rows.cache._memory.kept.clear()                                                           # the last entry stays in memory, however little there is
+    with pytest.raises(UserError, match='p.png.*replaced.*put the picture back'): rows.index(0)

@@ -225,6 +225,8 @@ def test_the_plan_counts_memory_and_disk(world):
     double = loop.measured_plan(base, effects, general, cache, loop.resolved(replace(S, batch=6), 1.))
     kept = lambda p: p['memory']['activations of a gradient pass']
     assert 1.7 < kept(double) / kept(plan) < 2.1 and plan['disk']['collection'] == plan['memory']['student: weights, mean, two moments, gradients'] / 7
+    loop.load_pools(cache, loop.samples_of(effects, general))
+    assert .6 < plan['disk']['condition cache, shared between runs'] / sum(f.stat().st_size for f in cache.folder.rglob('*.safetensors')) < 1.7
 
 
 # --- the real thing: kill -9 of kernel and runner

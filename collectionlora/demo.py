@@ -84,10 +84,13 @@ def distill_settings(job: Job, init: Path | None = None, given: dict | None = No
     from collectionlora.backbone import read_info
     from collectionlora.card import inspect
     from collectionlora.distill import Settings, resolved
+    from collectionlora.edit import Recipe
+    from collectionlora.lora_files import read_header
     values = complete(experiment, {**differences(experiment, job.budget), **(given or {})})
     held = max(inspect(init)['ranks'], default=0) if init else 0
     rank = values['rank'] or held
     asked = {**{k: values[k] for k in ('preset', 'steps', 'batch')}, 'seed': job.seed, 'rank_student': rank, 'rank_fake': rank, 'init': str(init or 'zero')}
+    if experiment == 'extend': asked['few_steps'] = Recipe.read(read_header(init), str(init)).steps
     s = Settings.from_dict({**asked, **values['settings']})
     if s.rank_student < held: raise UserError(f'{init}: has rank {held}, more than the {s.rank_student} of the run that starts from it; give -p rank={held} or more')
     return values, resolved(s, float(read_info(job.base)['shift']))

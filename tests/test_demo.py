@@ -40,7 +40,7 @@ def test_a_plan_is_printed_and_nothing_made(world, folder, tmp_path, collection,
     said = distil(folder, tmp_path/'out', '--dry-run', '-p', 'steps=7', '-p', 'batch=2', '-p', 'rank=2', '-p', 'settings={fake_warmup: 3}')
     assert said.exit_code == 0 and 'nothing was trained' in said.stdout and 'frozen base' in said.stdout and not (tmp_path/'out').exists(), said.output
     values, s = demo.distill_settings(demo.Job(tmp_path/'out', folder/'base', 'demo'), collection, {'settings': {}}, 'extend')
-    assert s.rank_student == 2 and s.steps == values['steps'] == demo.differences('extend', 'demo')['steps']            # an extension's own budget, its parent's rank
+    assert s.few_steps == 2 and s.rank_student == 2 and s.steps == values['steps'] == demo.differences('extend', 'demo')['steps']            # an extension's own budget, its parent's rank and few steps
     assert distil(folder, tmp_path/'out', '--dry-run', '--extend', collection, '-p', 'steps=3', '-p', 'batch=2', '-p', 'settings={fake_warmup: 3}').exit_code == 0
 
 

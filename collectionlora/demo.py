@@ -79,18 +79,25 @@ def paint(job: Job, effects: dict[str, Path], teachers: dict[str, Path], given: 
     return {id: job.out/'targets'/id for id in effects}
 
 
+def _noise_levels(collection: Path) -> dict:
+    "The few-step schedule of a collection, as settings."
+    from collectionlora.edit import Recipe
+    from collectionlora.extend import shift_of
+    from collectionlora.lora_files import read_header
+    recipe = Recipe.read(read_header(collection), str(collection))
+    return dict(few_steps=recipe.steps, few_shift=shift_of(recipe.times) if recipe.times else recipe.shift)
+
+
 def distill_settings(job: Job, init: Path | None = None, given: dict | None = None, experiment: str = 'distill'):
     "(parameters, settings) of a distillation at the job's budget, or of an extension of `init`; mistakes in `given` are found here, before minutes go into words and targets."
     from collectionlora.backbone import read_info
     from collectionlora.card import inspect
     from collectionlora.distill import Settings, resolved
-    from collectionlora.edit import Recipe
-    from collectionlora.lora_files import read_header
     values = complete(experiment, {**differences(experiment, job.budget), **(given or {})})
     held = max(inspect(init)['ranks'], default=0) if init else 0
     rank = values['rank'] or held
     asked = {**{k: values[k] for k in ('preset', 'steps', 'batch')}, 'seed': job.seed, 'rank_student': rank, 'rank_fake': rank, 'init': str(init or 'zero')}
-    if experiment == 'extend': asked['few_steps'] = Recipe.read(read_header(init), str(init)).steps
+    if experiment == 'extend': asked |= _noise_levels(init)
     s = Settings.from_dict({**asked, **values['settings']})
     if s.rank_student < held: raise UserError(f'{init}: has rank {held}, more than the {s.rank_student} of the run that starts from it; give -p rank={held} or more')
     return values, resolved(s, float(read_info(job.base)['shift']))

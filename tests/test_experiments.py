@@ -99,3 +99,16 @@ def test_rivals_share_subjects_and_sampler_with_ours(files, tmp_path):
 def test_rivals_refuse_what_does_not_belong_together(files, tmp_path):
     with pytest.raises(UserError, match='give both or none'): run.execute('rivals', tmp_path, 'r', {}, {k: files[k] for k in ('base', 'collection')})
     with pytest.raises(UserError, match="did you mean 'ties_svd'"): run.execute('rivals', tmp_path, 'r', dict(merges=['tise_svd']), files)
+
+
+@pytest.mark.slow
+def test_single_effects_go_on_where_they_were(base, tmp_path):
+    asked = dict(effects=1, steps=1, changes=[{}, {'lr': .01}])
+    first = run.execute('single', tmp_path, 's', asked, {'base': base.folder})['metrics']['table']
+    files = {f: f.stat().st_mtime_ns for f in (tmp_path/'.loras').rglob('*.safetensors')}
+    more = run.execute('single', tmp_path, 's', {**asked, 'effects': 2}, {'base': base.folder})['metrics']['table']
+    assert len(files) == 2 and list(first) == list(more) and len({f for f in (tmp_path/'.loras').rglob('*.safetensors')}) == 4
+    assert all(f.stat().st_mtime_ns == t for f, t in files.items())                       # what was trained and judged stands
+    assert all(set(first[n]['good'].items()) <= set(more[n]['good'].items()) for n in first)
+    run.execute('single', tmp_path, 's', {**asked, 'steps': 2}, {'base': base.folder})
+    assert all(f.stat().st_mtime_ns == t for f, t in files.items()) and len(list((tmp_path/'.loras').rglob('*.safetensors'))) == 6      # other training is another result

@@ -730,11 +730,12 @@ class Base:
 
 # %% ../nbs/02_backbone.ipynb #0a821ff0
 def scheduler_times(scheduler, n: int, tokens: int) -> list[float]:
-    "n + 1 times of a diffusers flow scheduler as the stock pipeline sets it for `tokens` target tokens."
+    "n + 1 times of a diffusers flow scheduler as the stock pipeline sets it for `tokens` target tokens. Raises `UserError` for fewer steps than its terminal shift can stretch."
     from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_shift
     own, c = type(scheduler).from_config(scheduler.config), scheduler.config
     mu = calculate_shift(tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
     own.set_timesteps(sigmas=np.linspace(1.0, 1 / n, n), mu=mu)
+    if not own.sigmas.isfinite().all(): raise UserError(f"{n} step{'s'*(n > 1)} of the ODE: the base's scheduler has no such schedule; take at least 2, or the few-step sampler")
     return own.sigmas.tolist()
 
 

@@ -581,3 +581,8 @@ def test_compiled_blocks_play_every_role(fresh):
         with torch.no_grad(): assert torch.allclose(fresh.velocity('base', *inputs()), fresh.velocity({'student': 0.}, *inputs()), atol=1e-5)
     finally: fresh.compile(False)
     assert torch.equal(gradients(fresh)[1], plain['student'][1]) and not fresh.numerics['compiled']
+
+
+def test_a_single_step_of_the_ode_is_refused_where_the_scheduler_has_none(base):
+    assert base.times(2, (8, 8))[-1] == 0
+    with pytest.raises(UserError, match='1 step of the ODE.*at least 2'): base.times(1, (8, 8))

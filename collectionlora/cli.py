@@ -68,7 +68,7 @@ def assignments(pairs) -> dict:
 Out = Annotated[Path, typer.Option('--out', '-o', help='Folder to write to; the same command goes on where it stopped.')]
 BaseOption = Annotated[str, typer.Option('--base', '-b', help="'nano', or the folder of a Qwen-Image-Edit pipeline.")]
 Seed = Annotated[int, typer.Option('--seed', '-s', min=0, help='Seed of every draw.')]
-Budget = Annotated[str, typer.Option('--budget', help='Which parameter files to use, e.g. demo or full.')]
+Budget = Annotated[str, typer.Option('--budget', help='Which parameter files to use: demo and full are made for the nano base, paper has the published settings.')]
 Processes = Annotated[int, typer.Option('--processes', min=1, help='How many processes share the work of a run, under torchrun.')]
 Given = Annotated[Optional[list[str]], typer.Option('--parameter', '-p', metavar='NAME=VALUE', help='A parameter of the experiment; may be repeated.')]
 

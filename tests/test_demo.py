@@ -62,6 +62,14 @@ def test_budgets_are_those_of_the_distillation():
     with pytest.raises(UserError, match="'more'"): demo.differences('distill', 'more')
 
 
+def test_the_papers_budget_is_the_papers_preset(folder, tmp_path):
+    from collectionlora.distill import Settings
+    values, s = demo.distill_settings(demo.Job(tmp_path, folder/'base', 'paper'))
+    assert s == Settings.preset('paper') and values['steps'] == s.steps == 5000 and (s.rank_student, s.rank_fake, s.batch) == (128, 128, 8)
+    teacher, fm = demo.differences('teacher', 'paper'), demo.differences('baseline_fm', 'paper')
+    assert (teacher['steps'], teacher['lr'], fm['lr'], fm['steps']) == (2000, 1e-4, 1e-4, 30000)
+
+
 def test_editing_says_what_is_absent_and_writes_nothing(world, folder, tmp_path, collection):
     picture = next((folder/'general'/'images').glob('*.png'))
     for args, words in ((('three', '--base', tmp_path/'nowhere'), 'no base here'), (('thre', '--base', folder/'base'), "did you mean 'three'")):

@@ -73,7 +73,7 @@ def contrast_loss(E, tok, x, said, keep=.5, r=None):
     others = torch.cat([d[:, 1], d[:, 2], d[:, 3]]); near = scale*d[:, 0] @ others.T
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))/2 + F.cross_entropy(near, own)
 
-# %% ../nbs/14c_second.ipynb #c8be5e01
+# %% ../nbs/14c_second.ipynb #e71d064d
 def save_encoders(E, folder, record):
     "Writes `encoders.safetensors` (fp16) and `encoders.json`."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ class Opinion:
     "The shipped encoders as a judge. Raises `UserError` where the files are absent or of another tokenizer."
     def __init__(self, folder=None):
         folder = Path(folder or data_dir()/'second')
-        if not (folder/'encoders.safetensors').is_file(): raise UserError(f"{folder}: encoders.safetensors is absent; train it with `collectionlora run second`")
+        if not (folder/'encoders.safetensors').is_file(): raise UserError(f"{folder}: encoders.safetensors is absent; train it with `collectionlora run nbs/experiments/second/encoders.yaml -o results/second`, and copy results/second/encoders here")
         vocab = read_json(folder/'encoders.json')['vocab']
         if vocab != len(tokenizer()): raise UserError(f"{folder}/encoders.json: vocab is {vocab}, the base's tokenizer has {len(tokenizer())}; train the encoders again")
         self.E = Encoders(vocab); self.E.load_state_dict({k: v.float() for k, v in load_file(folder/'encoders.safetensors').items()}); self.E.eval()

@@ -112,3 +112,17 @@ def test_the_cards_quote_their_records():
         record, card = json.loads((folder/'base.json').read_text())['metrics'], (folder/'base.md').read_text()
         if name == 'oracle': assert all(f"{v['applied']['share']:.3f} [{v['applied']['low']:.3f}, {v['applied']['high']:.3f}]" in card for v in record['table'].values())
         else: assert all(h[:16] in card for h in record['fingerprints'].values()) and all((folder/f'base-{f}.jpg').is_file() for f in record['families'])
+
+
+def test_the_second_opinion_that_ships_tells_true_targets_from_others():
+    from collectionlora.second import Opinion, description
+    opinion, ids, near, far, named = Opinion(), list(world.EFFECTS), [], [], []
+    for k in range(12):
+        r = rng('opinion test', k)
+        id, other = (ids[int(i)] for i in r.choice(len(ids), 2, replace=False))
+        s = world.draw_scene(r, world.CATEGORIES[k % 2], 'heldout')
+        a, b, c = world.apply_effect(s, id, r), world.apply_effect(s, id, r), world.apply_effect(s, other, r)
+        near.append(opinion.distance([a], [b])[0]); far.append(opinion.distance([a], [c])[0])
+        said = opinion.says([a], [description(i, s) for i in (id, other, None)])[0]
+        named.append(bool(said[0] > said[1:].max()))
+    assert sum(n < f for n, f in zip(near, far)) >= 11 and sum(named) >= 10

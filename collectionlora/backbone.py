@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 import gc
 import hashlib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -556,6 +557,7 @@ def _widen(text: str, counts: Iterator[int], pad: str = '<|image_pad|>') -> str:
     return head + ''.join(pad * next(counts) + part for part in rest)
 
 
+@functools.cache
 def has_torchvision() -> bool: return importlib.util.find_spec('torchvision') is not None
 
 

@@ -340,9 +340,13 @@ class ConditionCache:
     def _whole(self, key: str) -> bool:
         "Whether an entry can be read, as far as its header tells: reading 20,000 of them whole takes minutes."
         if self._memory.get(key) is not None: return True
+        return self._head(key) is not None
+
+    def _head(self, key: str) -> tuple | None:
+        "The grid in an entry's header (empty: none), or None if the entry is absent or damaged."
         try:
-            with safe_open(self._file(key), 'pt'): return True
-        except (OSError, SafetensorError): return False
+            with safe_open(self._file(key), 'pt') as f: return tuple(json.loads((f.metadata() or {}).get('grid', '[]'))) if 'value' in f.keys() else None
+        except (OSError, SafetensorError, ValueError): return None
 
     def _write(self, key: str, value: Tensor, grid: tuple = ()) -> None:
         file, value = self._file(key), value.detach().cpu().contiguous()
@@ -390,7 +394,9 @@ class ConditionCache:
 
     def grid(self, path) -> tuple[int, int]:
         "Height and width of the latent grid, in tokens, on which the image of this file lands."
-        return self._get([(path, None)], False)[0]['grid']
+        key = self._key(path, None, False)
+        if (kept := self._memory.get(key)) is not None: return kept['grid']
+        return self._head(key) or self._get([(path, None)], False)[0]['grid']
 
     def latents(self, paths: Sequence, flip: bool = False) -> Tensor:
         "Packed latent tokens [B, N, C] of image files. Raises `UserError` if the images do not share one grid."
@@ -426,16 +432,18 @@ class Conditions:
 
     def __init__(self, cache: ConditionCache, pairs: Sequence[tuple]):
         self.cache, self.pairs = cache, [(Path(p), c) for p, c in pairs]
-        self.keys = [(cache._key(p, None, False), cache._key(p, c, False)) for p, c in self.pairs]
+        images = {p: cache._key(p, None, False) for p, _ in self.pairs}
+        self.keys = [(images[p], cache._key(p, c, False)) for p, c in self.pairs]
 
     def __len__(self) -> int: return len(self.pairs)
 
     def _entry(self, i: int, prompt: bool) -> dict:
         key, (path, c) = self.keys[i][prompt], self.pairs[i]
-        if (found := self.cache._read(key)) is None:
+        if (found := self.cache._read(key)) is None and self.cache.base.encoder_bytes:
             self.cache._fill([(path, c if prompt else None)])
             found = self.cache._read(key)
-        if found is None: raise UserError(f"{path}: has been replaced, and its entry in {self.cache.folder} is gone; put the picture back, or start again with the new one")
+        if found is None: raise UserError(f"{path}: its entry in {self.cache.folder} is gone or damaged, and the encoders are unloaded or the picture was replaced; "
+                                          'put the picture back where it was and run the same again: it is encoded anew, and the run goes on from its last checkpoint')
         return found
 
     def index(self, i) -> Cond:

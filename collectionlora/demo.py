@@ -33,7 +33,10 @@ def differences(experiment: str, budget: str) -> dict:
     "What a budget changes in an experiment's defaults; nothing where it has no file for it."
     if budget not in budgets(): raise UserError(f"budget {budget!r} is unknown; {nearest(budget, budgets())}")
     path = notebooks_dir()/experiment/f'{budget}.yaml'
-    return from_file(path)[2] if path.is_file() else {}
+    if path.is_file(): return from_file(path)[2]
+    laid = sorted(p.stem for p in path.parent.glob('*.yaml') if p.stem in budgets())
+    if laid: raise UserError(f"{experiment}: has no budget {budget!r}, its defaults are those of a smoke test; take {' or '.join(laid)}, or write {short_path(path)}")
+    return {}
 
 # %% ../nbs/17_demo.ipynb #995dc5aa
 @dataclass(frozen=True)
@@ -79,13 +82,17 @@ def paint(job: Job, effects: dict[str, Path], teachers: dict[str, Path], given: 
     return {id: job.out/'targets'/id for id in effects}
 
 
-def _noise_levels(collection: Path) -> dict:
-    "The few-step schedule of a collection, as settings."
+def _noise_levels(collection: Path, given: dict) -> dict:
+    "The few-step schedule of a collection, as settings, which those `given` must not change."
     from collectionlora.edit import Recipe
     from collectionlora.extend import shift_of
     from collectionlora.lora_files import read_header
     recipe = Recipe.read(read_header(collection), str(collection))
-    return dict(few_steps=recipe.steps, few_shift=shift_of(recipe.times) if recipe.times else recipe.shift)
+    if not recipe.stochastic: raise UserError(f'{collection}: is sampled by an ODE, not by the few-step sampler that distillation trains; give it as --init instead')
+    own = dict(few_steps=recipe.steps, few_shift=shift_of(recipe.times) if recipe.times else recipe.shift)
+    for name, v in own.items():
+        if v is not None and abs(given.get(name, v) - v) > 1e-3: raise UserError(f'{collection}: is sampled with {name} {v:g}, the settings ask for {given[name]}; leave it out')
+    return own
 
 
 def distill_settings(job: Job, init: Path | None = None, given: dict | None = None, experiment: str = 'distill'):
@@ -97,7 +104,7 @@ def distill_settings(job: Job, init: Path | None = None, given: dict | None = No
     held = max(inspect(init)['ranks'], default=0) if init else 0
     rank = values['rank'] or held
     asked = {**{k: values[k] for k in ('preset', 'steps', 'batch')}, 'seed': job.seed, 'rank_student': rank, 'rank_fake': rank, 'init': str(init or 'zero')}
-    if experiment == 'extend': asked |= _noise_levels(init)
+    if experiment == 'extend': asked |= _noise_levels(init, values['settings'])
     s = Settings.from_dict({**asked, **values['settings']})
     if s.rank_student < held: raise UserError(f'{init}: has rank {held}, more than the {s.rank_student} of the run that starts from it; give -p rank={held} or more')
     return values, resolved(s, float(read_info(job.base)['shift']))

@@ -284,6 +284,16 @@ def test_rows_are_read_when_they_are_drawn_and_are_the_same_to_the_bit(base, eff
     assert len(rows) == len(pairs) and torch.equal(rows.index(3).emb, whole.index(3).emb) and (cache._memory.bytes <= 5000 or len(cache._memory.kept) == 1)
 
 
+def test_a_grid_is_read_from_the_header_and_a_file_without_the_tensor_is_made_again(base, effect, tmp_path):
+    from safetensors.torch import save_file
+    pairs = [(p, 'do it') for p in effect.sources]
+    whole = ConditionCache(base, tmp_path/'c').cond(pairs)
+    cache = ConditionCache(base, tmp_path/'c')
+    assert cache.grid(effect.sources[0]) == whole.grids[0] and not cache._memory.kept
+    save_file({'other': torch.zeros(1)}, next((tmp_path/'c').rglob('*.safetensors')))
+    assert ConditionCache(base, tmp_path/'c').warm(pairs) == 1 and torch.equal(cache.cond(pairs).emb, whole.emb)
+
+
 def test_a_drawn_row_outlives_its_picture_and_never_becomes_another(base, effect, tmp_path):
     picture_of = tmp_path/'p.png'; shutil.copy(effect.sources[0], picture_of)
     first = ConditionCache(base, tmp_path/'c'); first.warm([(picture_of, 'do it')])
@@ -295,4 +305,4 @@ def test_a_drawn_row_outlives_its_picture_and_never_becomes_another(base, effect
     assert torch.equal(rows.index(0).emb, expected.emb) and torch.equal(rows.index(0).source, expected.source)
     for f in (tmp_path/'c').rglob('*.safetensors'): f.unlink()
     rows.cache._memory.kept.clear()                                                           # the last entry stays in memory, however little there is
-    with pytest.raises(UserError, match='p.png.*replaced.*put the picture back'): rows.index(0)
+    with pytest.raises(UserError, match='p.png.*gone or damaged.*put the picture back.*last checkpoint'): rows.index(0)

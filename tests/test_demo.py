@@ -88,3 +88,10 @@ def test_a_spoilt_effect_folder_stops_the_command_with_its_name(folder, tmp_path
     spoil(effect)
     said = call('teach', effect, '--out', tmp_path/'out', '--base', folder/'base')
     assert said.exit_code == 2 and words in said.output and not (tmp_path/'out').exists(), said.output
+
+
+def test_an_extension_keeps_its_parents_schedule_and_a_budget_without_a_file_is_refused(folder, tmp_path, collection):
+    job = demo.Job(tmp_path, folder/'base', 'demo')
+    with pytest.raises(UserError, match='few_steps 2, the settings ask for 4'): demo.distill_settings(job, collection, {'settings': {'few_steps': 4}}, 'extend')
+    assert demo.differences('extend', 'paper')['steps'] > 100 and demo.differences('prompts', 'paper') == {}
+    with pytest.raises(UserError, match="acceleration: has no budget 'paper'.*take full"): demo.differences('acceleration', 'paper')

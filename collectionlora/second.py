@@ -56,7 +56,7 @@ def degraded(x, r):
     return x.clip(0, 255).astype(np.uint8)
 
 def example(i, seed=0, stratum='train'):
-    "Pictures number i: two draws of one effect on one scene, the same effect on another scene, another effect on the scene or the first draw degraded; their descriptions. `[4, 64, 64, 3]`, 4 strings, effect index."
+    "Pictures number i: two draws of one effect on one scene, the same effect on another scene, another effect on the scene or the first draw degraded (said is what the fourth would show undegraded); descriptions. `[4, 64, 64, 3]`, 4 strings, effect index."
     r = rng('second', seed, stratum, i); ids = [None, *world.EFFECTS]; c = world.CATEGORIES[i % 2]
     a, b = (int(k) for k in r.choice(len(ids), 2, replace=False)); s, o = world.draw_scene(r, c, stratum), world.draw_scene(r, c, stratum)
     draw = lambda s, k: world.render(s) if ids[k] is None else world.apply_effect(s, ids[k], r)

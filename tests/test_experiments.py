@@ -112,3 +112,5 @@ def test_single_effects_go_on_where_they_were(base, tmp_path):
     assert all(set(first[n]['good'].items()) <= set(more[n]['good'].items()) for n in first)
     run.execute('single', tmp_path, 's', {**asked, 'steps': 2}, {'base': base.folder})
     assert all(f.stat().st_mtime_ns == t for f, t in files.items()) and len(list((tmp_path/'.loras').rglob('*.safetensors'))) == 6      # other training is another result
+    cost = run.execute('single', tmp_path, 's', {**asked, 'images': 2}, {'base': base.folder})['cost']
+    assert cost['reused'] == 2 and len(list((tmp_path/'.loras').rglob('*.safetensors'))) == 6                      # more pictures need no more training

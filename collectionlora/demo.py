@@ -217,6 +217,7 @@ def keep(folder, to=None) -> Path:
 def rebase(seed: int = 0, budget: str = 'full') -> Path:
     "Trains the acceleration LoRA of the nano base, puts it into data/acceleration, and runs the demonstration. Raises `UserError` outside a checkout."
     if not in_checkout(): raise UserError('rebase: changes the data that ship with the package; run it in a checkout')
+    differences('acceleration', budget)                  # before anything is drawn
     job = Job(results_dir()/'acceleration', base_folder(), budget, seed)
     job.do('effects', 'stream', {})
     job.do('acceleration', 'acceleration', {'general': job.out/'general'})

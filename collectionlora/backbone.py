@@ -13,11 +13,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 import gc
 import hashlib
-import functools
 import importlib
 import importlib.util
 import inspect
@@ -557,7 +556,7 @@ def _widen(text: str, counts: Iterator[int], pad: str = '<|image_pad|>') -> str:
     return head + ''.join(pad * next(counts) + part for part in rest)
 
 
-@functools.cache
+@cache
 def has_torchvision() -> bool: return importlib.util.find_spec('torchvision') is not None
 
 

@@ -400,16 +400,19 @@ class ConditionCache:
 
     def latents(self, paths: Sequence, flip: bool = False) -> Tensor:
         "Packed latent tokens [B, N, C] of image files. Raises `UserError` if the images do not share one grid."
+        return torch.stack([e['value'] for e in self._images(paths, flip)])
+
+    def _images(self, paths: Sequence, flip: bool) -> list[dict]:
+        "The entries of image files, which share one grid."
         found = self._get([(p, None) for p in paths], flip)
         for p, e in zip(paths, found):
             if e['grid'] != found[0]['grid']:
                 raise UserError(f"{p}: its latent grid is {e['grid']}, but that of {paths[0]} is {found[0]['grid']}; put them in different batches")
-        return torch.stack([e['value'] for e in found])
+        return found
 
     def cond(self, pairs: Sequence[tuple], flip: bool = False) -> Cond:
         "The condition of (source image path, prompt) pairs; target and source share the source's grid."
-        self.latents([p for p, _ in pairs], flip)                        # refuses images of several grids
-        return _batch(self._get([(p, None) for p, _ in pairs], flip), self._get(pairs, flip))
+        return _batch(self._images([p for p, _ in pairs], flip), self._get(pairs, flip))
 
     def uncond(self, paths: Sequence, flip: bool = False) -> Cond:
         "The condition without instruction, prompt `' '`, for guidance and instruction dropout."

@@ -84,11 +84,8 @@ def paint(job: Job, effects: dict[str, Path], teachers: dict[str, Path], given: 
 
 def _noise_levels(collection: Path, given: dict) -> dict:
     "The few-step schedule of a collection, as settings, which those `given` must not change."
-    from collectionlora.edit import Recipe
-    from collectionlora.extend import shift_of
-    from collectionlora.lora_files import read_header
-    recipe = Recipe.read(read_header(collection), str(collection))
-    if not recipe.stochastic: raise UserError(f'{collection}: is sampled by an ODE, not by the few-step sampler that distillation trains; give it as --init instead')
+    from collectionlora.extend import recipe_of, shift_of
+    recipe = recipe_of(collection)
     own = dict(few_steps=recipe.steps, few_shift=shift_of(recipe.times) if recipe.times else recipe.shift)
     for name, v in own.items():
         if v is not None and abs(given.get(name, v) - v) > 1e-3: raise UserError(f'{collection}: is sampled with {name} {v:g}, the settings ask for {given[name]}; leave it out')

@@ -134,10 +134,14 @@ class Roles:
         self._merged: dict[str, float] | None = None
 
     @property
-    def dtype(self) -> torch.dtype: return self.transformer.proj_out.weight.dtype
+    def dtype(self) -> torch.dtype:
+        "What the transformer computes in."
+        return self.transformer.proj_out.weight.dtype
 
     @property
-    def device(self) -> torch.device: return self.transformer.proj_out.weight.device
+    def device(self) -> torch.device:
+        "Where the transformer is."
+        return self.transformer.proj_out.weight.device
 
     def modules(self, targets: Sequence[str] = TARGETS) -> dict[str, tuple[int, int]]:
         "Dotted name -> (in, out) of every Linear that a LoRA may sit on, in the model's order."
@@ -316,7 +320,9 @@ def quantised(W: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return (q.round() if kind == 'int8' else q).to(dtype), scale
 
 
-def widened(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor: return q.to(dtype) * scale.to(dtype)
+def widened(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    "The weight [out, in] in `dtype` from its eight-bit form and its scale [out, 1]."
+    return q.to(dtype) * scale.to(dtype)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -557,7 +563,9 @@ def _widen(text: str, counts: Iterator[int], pad: str = '<|image_pad|>') -> str:
 
 
 @cache
-def has_torchvision() -> bool: return importlib.util.find_spec('torchvision') is not None
+def has_torchvision() -> bool:
+    "Whether transformers will resize pictures with torchvision, which rounds differently from Pillow."
+    return importlib.util.find_spec('torchvision') is not None
 
 
 def _load_pipe(folder: Path, dtype: torch.dtype, **without):
@@ -621,7 +629,9 @@ class Base:
         return 'v1-torchvision' if has_torchvision() else 'v1-pil'
 
     @property
-    def device(self) -> torch.device: return self.backbone.device
+    def device(self) -> torch.device:
+        "Where transformer and latents are."
+        return self.backbone.device
 
     @property
     def encoder_bytes(self) -> int:

@@ -90,7 +90,9 @@ class EffectSet:
         return sha256_json([{k: vars(self)[k] for k in MANIFEST_KEYS}, self.files_hash])
 
     @property
-    def stems(self) -> tuple[str, ...]: return tuple(p.stem for p in self.sources)
+    def stems(self) -> tuple[str, ...]:
+        "File names of the sources without their endings, in order."
+        return tuple(p.stem for p in self.sources)
 
     @property
     def specs(self) -> tuple[Path | None, ...]:

@@ -55,7 +55,9 @@ class Job:
         values = {**differences(experiment, self.budget), **shared, **(given or {})}
         return execute(experiment, self.out/folder, run, values, {**base, **{n: v for n, v in inputs.items() if v}}, self.seed)
 
-    def record(self, run: str, folder: str = '') -> Path: return self.out/folder/f'{run}.json'
+    def record(self, run: str, folder: str = '') -> Path:
+        "Where the record of a run is."
+        return self.out/folder/f'{run}.json'
 
 # %% ../nbs/17_demo.ipynb #766e5190
 def checked_effects(paths) -> dict[str, Path]:

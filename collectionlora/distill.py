@@ -38,7 +38,7 @@ from .backbone import Backbone, Base, Cond
 from .c2fdo import anchor_loss, doubly_shifted, generator_times
 from .core import UserError, check_keys, nearest, replacing, rng, seed_of, sha256_file, sha256_json
 from .data import ConditionCache, Conditions, EffectSet, load_image
-from .dmd import draw_exits, draw_times, fake_loss, pull, rollout_each, velocity_gradient
+from .dmd import draw_exits, draw_times, fake_loss, pseudo_target_loss, rollout_each, velocity_gradient
 from .flow import add_noise, few_step_times, noise_like, sample_few, to_x0, velocity
 from .lora_files import Lora, read_header, read_lora, write_lora
 from .monitors import Watch, diagnose, due, is_best
@@ -360,6 +360,7 @@ class Part:
 
     @classmethod
     def of(cls, term: str, route: int, b: Batch, loss: Tensor, seen: dict, away: bool) -> 'Part':
+        "A part from a term's loss on a batch and what the term saw on its way; `away`: keep the pictures [n, L, C] off the device."
         x, y = (seen['x'], b.y) if 'x' in seen and b.y is not None else (None, None)
         if away and x is not None: x, y = x.cpu(), y.cpu()
         return cls(term, route, len(b.student), loss.item(), {k: seen[k] for k in ('fake_error', 'teacher_error') if k in seen}, x, y, b.student.grids[0])
@@ -388,20 +389,27 @@ class Engine:
 
     # --- forwards, counted in samples
     def velocity(self, role, x, t, cond):
+        "Velocity [n, L, C] of `role` at states x [n, L, C] and times t [n], counted."
         self.passes['gradient' if torch.is_grad_enabled() else 'forward'] += len(x)
         return self.backbone.velocity(role, x, t, cond)
 
     def guided(self, b: Batch, x, t):
+        "The guided velocity [n, L, C] of the batch's teacher, both branches in one pass, counted."
         self.passes['forward'] += len(x) * (1 if self.s.guidance == 1 else 2)
         return self.backbone.guided(b.role, x, t, b.teacher, b.uncond, self.s.guidance, self.s.rescale)
 
     def noise(self, cond: Cond, g) -> Tensor:
+        "Noise [n, L, C] for a batch."
         h, w = cond.grids[0]
         return drawn(g, len(cond), lambda n, g: torch.randn(n, h * w, cond.source.shape[-1], generator=g)).to(self.backbone.device)
 
-    def times_like(self, n, g, shift, lo, hi): return drawn(g, n, lambda n, g: draw_times(n, g, shift, lo, hi)).to(self.backbone.device)
+    def times_like(self, n, g, shift, lo, hi):
+        "n noise levels in [lo, hi] by the law of `draw_times`."
+        return drawn(g, n, lambda n, g: draw_times(n, g, shift, lo, hi)).to(self.backbone.device)
 
-    def to(self, cond: Cond) -> Cond: return cond.to(self.backbone.device)
+    def to(self, cond: Cond) -> Cond:
+        "The condition on the transformer's device."
+        return cond.to(self.backbone.device)
 
     def still(self, role):
         "Context for forwards of `role` without gradient: its adapter folded into the weights where that rounds nothing away."
@@ -450,7 +458,7 @@ class Engine:
         x_t, v = add_noise(x, eps, t), velocity(x, eps)
         with torch.no_grad(), self.still('fake'): v_fake = self.velocity('fake', x_t, t, b.student)
         with torch.no_grad(), self.still(b.role): v_real = self.guided(b, x_t, t)
-        loss = pull(x0 * t_in[:, None, None]**-s.detail_power, velocity_gradient(v, v_fake, v_real, s.normaliser_eps))
+        loss = pseudo_target_loss(x0 * t_in[:, None, None]**-s.detail_power, velocity_gradient(v, v_fake, v_real, s.normaliser_eps))
         return loss, dict(t=t, x=x, fake_error=F.mse_loss(v_fake, v).item(), teacher_error=F.mse_loss(v_real, v).item())
 
     def terms(self, b: Batch, g, coarse: bool = False) -> Generator[tuple[str, Tensor, dict], None, None]:
@@ -470,6 +478,7 @@ class Engine:
             yield 'fm', s.weight_fm * anchor_loss(self.velocity('student', add_noise(b.y, eps, t), t, b.student), b.y, eps), {}
 
     def anchor_times(self, n: int, t_critic, g) -> Tensor:
+        "n noise levels of the anchor; drawn on top of the critic's where the authors' order is asked for."
         s = self.s
         if s.anchor_after_critic: return doubly_shifted(t_critic, drawn(g, n, lambda n, g: torch.rand(n, generator=g)).to(t_critic.device), s.anchor_shift)
         return self.times_like(n, g, s.anchor_shift, s.anchor_min, s.anchor_max)
@@ -598,11 +607,13 @@ class State:
 
     @classmethod
     def fresh(cls, backbone: Backbone, s: Settings, ranks: Ranks = Ranks()) -> 'State':
+        "The state before the first update."
         student, fake = (nn.Parameter(backbone.flat(role)) for role in ('student', 'fake'))
         adam = lambda p, lr: optimiser(p, ranks, lr=lr, betas=s.betas, weight_decay=s.weight_decay)
         return cls(0, 0, student, fake, student.detach().clone(), adam(student, s.lr_student), adam(fake, s.lr_fake), [], [], {}, 0)
 
     def pack(self, fingerprint: dict) -> dict:
+        "What a checkpoint holds, on the CPU."
         cpu = lambda x: x.detach().cpu().clone()
         return dict(fingerprint=fingerprint, step=self.step, fakes=self.fakes, student=cpu(self.student), fake=cpu(self.fake), mean=cpu(self.mean),
                     opt_student=self.opt_student.state_dict(), opt_fake=self.opt_fake.state_dict(), history=self.history, recent=self.recent,
@@ -610,6 +621,7 @@ class State:
 
     @torch.no_grad()
     def unpack(self, saved: dict) -> None:
+        "Takes over what `pack` wrote, in place."
         for name in ('student', 'fake', 'mean'): getattr(self, name).copy_(saved[name])
         for name in ('opt_student', 'opt_fake'): getattr(self, name).load_state_dict(saved[name])
         for name in ('step', 'fakes', 'history', 'recent', 'seen', 'slower'): setattr(self, name, saved[name])
@@ -683,6 +695,7 @@ class Interruption:
 
     @contextmanager
     def unit(self):
+        "Context of one update: a Ctrl-C inside it waits for its end."
         main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGINT, self._note) if main else None
         self.whole = False

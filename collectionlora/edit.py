@@ -67,7 +67,9 @@ class Recipe:
         return base.times(self.steps, grid) if self.shift is None else ode_times(self.steps, self.shift)
 
     @property
-    def nfe(self) -> int: return self.steps * (1 if self.guidance == 1 else 2)
+    def nfe(self) -> int:
+        "Evaluations of the transformer per picture."
+        return self.steps * (1 if self.guidance == 1 else 2)
 
     @property
     def words(self) -> str:
@@ -271,7 +273,9 @@ class Method:
     passes: int = 1
 
     @property
-    def nfe(self) -> int: return self.recipe.nfe * self.passes
+    def nfe(self) -> int:
+        "Evaluations of the transformer per picture."
+        return self.recipe.nfe * self.passes
 
 def run_method(base: Base, method: Method, items: Sequence, batch: int = 16) -> tuple[list[Output], float]:
     "(one Output per metrics.Item, seconds per image, everything from reading the picture to decoding included)."

@@ -7,6 +7,7 @@ __all__ = ['VERSION', 'BENCH_SIZES', 'bench_effects', 'bench_scene', 'build', 's
 
 # %% ../nbs/20_effectbench.ipynb #40f94e44
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from .evaluate import DRAWS
 from .metrics import Item, laplacian_energy
 
 # %% ../nbs/20_effectbench.ipynb #198e2c18
-def _drawn(spec): return hashlib.sha256(world.render(spec).tobytes()).hexdigest()
+def _sha(picture): return hashlib.sha256(picture.tobytes()).hexdigest()
 
-VERSION = 1
+VERSION = 2
 BENCH_SIZES = dict(toy=(8, 5), small=(20, 20), paper=(50, 100))      # effects, pictures per category
 
 def bench_effects(n, seed=0):
@@ -34,13 +35,17 @@ def bench_scene(category, i, seed=0):
     "Subject number i of a category: every fifth is out of distribution, the others are held-out."
     return world.draw_scene(rng('effectbench subject', seed, category, i), category, 'ood' if i % 5 == 4 else 'heldout')
 
+def _drawn(category, i, seed): return _sha(world.render(bench_scene(category, i, seed)))
+def _target(id, category, seed): return _sha(world.apply_effect(bench_scene(category, 0, seed), id, rng('effectbench target', seed, id)))
+
 # %% ../nbs/20_effectbench.ipynb #af627265
 def build(size='toy', seed=0):
     "The manifest of a size: JSON-able dict. Raises UserError on an unknown size."
     if size not in BENCH_SIZES: raise UserError(f"effectbench: unknown size {size!r}; {nearest(size, BENCH_SIZES)}")
     n, pictures = BENCH_SIZES[size]
-    effects = [dict(id=e, category=world.CATEGORIES[k % 2], family=world.EFFECTS[e].family, prompt=world.EFFECTS[e].prompt, description=world.EFFECTS[e].description) for k, e in enumerate(bench_effects(n, seed))]
-    images = {c: [dict(id=f'{c}-{i:03d}', stratum=s['stratum'], sha256=_drawn(s)) for i in range(pictures) for s in [bench_scene(c, i, seed)]] for c in world.CATEGORIES}
+    effects = [dict(id=e, category=world.CATEGORIES[k % 2], family=world.EFFECTS[e].family, prompt=world.EFFECTS[e].prompt, description=world.EFFECTS[e].description,
+                    operations=json.loads(json.dumps(world.EFFECTS[e].ops)), sha256=_target(e, world.CATEGORIES[k % 2], seed)) for k, e in enumerate(bench_effects(n, seed))]
+    images = {c: [dict(id=f'{c}-{i:03d}', stratum=bench_scene(c, i, seed)['stratum'], sha256=_drawn(c, i, seed)) for i in range(pictures)] for c in world.CATEGORIES}
     content = dict(name='EffectBench-nano', version=VERSION, size=size, seed=seed, instructions=n*pictures, effects=effects, images=images)
     return content | dict(sha256=sha256_json(content))
 
@@ -60,11 +65,12 @@ def load(path):
     return m
 
 def verify(manifest):
-    "Draws every picture again; UserError names the first that differs. Returns how many were compared."
-    for c, images in manifest['images'].items():
-        for i, m in enumerate(images):
-            if _drawn(bench_scene(c, i, manifest['seed'])) != m['sha256']: raise UserError(f"effectbench: picture {m['id']} is drawn differently now than the manifest says; results on it are not comparable")
-    return sum(map(len, manifest['images'].values()))
+    "Draws every picture and one target per effect again; UserError names the first that differs. Returns how many were compared."
+    seed = manifest['seed']
+    found = [(m, 'picture', _drawn(c, i, seed)) for c, images in manifest['images'].items() for i, m in enumerate(images)] + [(e, 'target of', _target(e['id'], e['category'], seed)) for e in manifest['effects']]
+    for m, what, sha in found:
+        if sha != m['sha256']: raise UserError(f"effectbench: {what} {m['id']} is drawn differently now than the manifest says; results on it are not comparable")
+    return len(found)
 
 # %% ../nbs/20_effectbench.ipynb #431c5355
 def items(manifest, effects: Sequence[str] | None = None, images: int | None = None):

@@ -120,17 +120,25 @@ def user_items(effects: Sequence[EffectSet], pictures: Sequence[str | Path] = ()
     def some(paths): return list(paths)[:images or None]
     return [Item(e.id, e.category, Path(p).stem, k, np.asarray(load_image(p))) for e in effects for p in some(pictures or e.sources) for k in range(seeds)]
 
+def _others(effect: EffectSet, targets: np.ndarray, stem: str) -> np.ndarray:
+    "The descriptors [K, D] of an effect's targets without the one of the source `stem`; all if it is none of its own, or the only one."
+    own = effect.stems.index(stem) if stem in effect.stems else None
+    return targets if own is None or len(targets) == 1 else np.delete(targets, own, 0)
+
 def evaluate_sets(base: Base, methods: Mapping[str, Method], items: Sequence[Item], effects: Sequence[EffectSet], batch: int = 16) -> tuple[list[dict], dict[str, list[Output]]]:
-    "([{method, effect, distance, floor, ceiling, n, seconds, nfe}], outputs by method name)."
+    "([{method, effect, distance, floor, ceiling, n, seconds, nfe}], outputs by method name); where the ceiling is not below the floor the distances say nothing."
     def encoded(image): return descriptor(base.encode_images([image])[0].cpu().numpy())
     targets = {e.id: np.stack([encoded(load_image(p)) for p in e.targets]) for e in effects}
-    floors = {id: [set_distance(encoded(Image.fromarray(i.source)), t) for i in items if i.effect == id] for id, t in targets.items()}
+    sets = {e.id: e for e in effects}
+    def far(item, d): return set_distance(d, _others(sets[item.effect], targets[item.effect], item.image))
+    floors = {id: float(np.mean([far(i, encoded(Image.fromarray(i.source))) for i in items if i.effect == id])) for id in targets}
+    ceilings = {id: leave_one_out(t) for id, t in targets.items()}
     lines, made = [], {}
     for m in methods.values():
         made[m.name], seconds = run_method(base, m, items, batch)
-        for id, t in targets.items():
-            d = [set_distance(descriptor(o.latents.numpy()), t) for i, o in zip(items, made[m.name]) if i.effect == id and o.image is not None]
-            lines.append(dict(method=m.name, effect=id, distance=float(np.mean(d)) if d else None, floor=float(np.mean(floors[id])), ceiling=leave_one_out(t), n=len(d), seconds=seconds, nfe=m.nfe))
+        for id in targets:
+            d = [far(i, descriptor(o.latents.numpy())) for i, o in zip(items, made[m.name]) if i.effect == id and o.image is not None]
+            lines.append(dict(method=m.name, effect=id, distance=float(np.mean(d)) if d else None, floor=floors[id], ceiling=ceilings[id], n=len(d), seconds=seconds, nfe=m.nfe))
     return lines, made
 
 # %% ../nbs/14a_evaluate.ipynb #775bd867

@@ -168,7 +168,7 @@ class Estimate:
     def __str__(self): return f'{self.value:.3f} [{self.low:.3f}, {self.high:.3f}], n = {self.n}'
 
 def estimate(rows: Sequence[Row], value: str, seed: int = 0, level: float = .95) -> Estimate:
-    "Mean of one quantity of one method with a design-respecting interval; UserError when nothing is defined."
+    "Mean of one quantity of one method with a design-respecting interval; NaN with n = 0 when nothing is defined."
     x, means = numbers(rows, value), list(by_effect(rows, value).values())
     if not len(x): return Estimate(float('nan'), float('nan'), float('nan'), 0, 0, 'undefined')
     if len(means) >= MANY:

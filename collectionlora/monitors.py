@@ -213,4 +213,5 @@ class Boards:
         return glance(info)
 
     def close(self) -> None:
+        "Closes every board's writer."
         for close in self.closes: close()

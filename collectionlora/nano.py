@@ -41,12 +41,14 @@ class PatchPCA(ModelMixin, ConfigMixin):
         self.mu = torch.nn.Parameter(torch.zeros(3*patch*patch), requires_grad=False)
 
     def encode(self, x, return_dict=True):
+        "Pictures `[B, 3, 1, H, W]` in [-1, 1] to latents `[B, z_dim, 1, H/patch, W/patch]`, as a distribution without spread."
         p = self.config.patch
         u = torch.nn.functional.pixel_unshuffle(x[:, :, 0], p)
         z = torch.einsum('zc,bchw->bzhw', self.W, u - self.mu[:, None, None])[:, :, None]
         return AutoencoderKLOutput(latent_dist=IdentityDistribution(z)) if return_dict else (IdentityDistribution(z),)
 
     def decode(self, z, return_dict=True):
+        "Latents `[B, z_dim, 1, h, w]` to pictures `[B, 3, 1, h*patch, w*patch]`."
         u = torch.einsum('zc,bzhw->bchw', self.W, z[:, :, 0]) + self.mu[:, None, None]
         x = torch.nn.functional.pixel_shuffle(u, self.config.patch)[:, :, None]
         return DecoderOutput(sample=x) if return_dict else (x,)
@@ -201,16 +203,20 @@ def draw_times(n, g, shift=3.):
 
 # %% ../nbs/04_nano.ipynb #e8bdf3c8
 def labels(spec):
-    "The attributes of a scene as class indices `[25]`; 0 where there is none."
+    "The attributes of a scene as class indices `[len(world.SLOTS)]`; 0 where there is none."
     return [0 if v is None else 1 + list(o).index(v) if v in o else 0 for v, o in ((world.read_scene(spec)[k], world.SLOTS[k]) for k in world.SLOTS)]
 
 class Reading(torch.nn.Linear):
-    "A linear reading of all slots from hidden states `[B, D]`; `loss` and `right` take class indices `[B, 25]`."
+    "A linear reading of all slots from hidden states `[B, D]`; `loss` and `right` take class indices `[B, len(world.SLOTS)]`."
     def __init__(self, width):
         self.sizes = [1 + len(o) for o in world.SLOTS.values()]
         super().__init__(width, sum(self.sizes))
-    def loss(self, h, c): return torch.stack([torch.nn.functional.cross_entropy(z, k) for z, k in zip(self(h).split(self.sizes, -1), c.T)]).sum()
-    def right(self, h, c): return torch.stack([z.argmax(-1) == k for z, k in zip(self(h).split(self.sizes, -1), c.T)], -1)
+    def loss(self, h, c):
+        "Sum over slots of the mean cross-entropy, a scalar."
+        return torch.stack([torch.nn.functional.cross_entropy(z, k) for z, k in zip(self(h).split(self.sizes, -1), c.T)]).sum()
+    def right(self, h, c):
+        "Which slots are read rightly, bool `[B, len(world.SLOTS)]`."
+        return torch.stack([z.argmax(-1) == k for z, k in zip(self(h).split(self.sizes, -1), c.T)], -1)
 
 def last_hidden(te, tok, pictures, prompts):
     "Hidden state of the last token of every prompt, `[B, D]`."
@@ -278,7 +284,7 @@ class BaseTrainer:
         for p, q in zip(self.params, self.ema): p.data.copy_(q)
 
 def reading_loss(te, head, tok, pairs, C, batch=64):
-    "The loss of a reading step over the pairs with classes C `[n, 25]`, as `BaseTrainer` wants it."
+    "The loss of a reading step over the pairs with classes C `[n, len(world.SLOTS)]`, as `BaseTrainer` wants it."
     def loss(r, g, step):
         i = r.integers(0, len(C), batch); x, _, said = zip(*(pairs(k) for k in i))
         return head.loss(last_hidden(te, tok, np.stack(x), list(said)), C[torch.as_tensor(i)])
@@ -301,7 +307,7 @@ def drawing_loss(tr, vae, pairs, E, lengths, batch=32, shift=3., late=None, devi
     return loss
 
 def render_pairs(folder, n, seed=0, shard=2000, workers=2, local=1.):
-    """Pairs 0..n-1 of a seed: a function of an index giving (source, target, instruction), pictures uint8 `[64, 64, 3]`, the classes `[n, 25]`, and the families.
+    """Pairs 0..n-1 of a seed: a function of an index giving (source, target, instruction), pictures uint8 `[64, 64, 3]`, the classes `[n, len(world.SLOTS)]`, and the families.
 
     Drawn once in shards of `shard`, each written whole or not at all; a second call only opens them. local: as in `world.chances`."""
     folder = Path(folder)/f'seed{seed}-local{local:g}-shard{shard}'; folder.mkdir(parents=True, exist_ok=True)

@@ -192,10 +192,13 @@ class SlicedAdamW(torch.optim.AdamW):
         super().__init__([nn.Parameter(whole.detach()[self.bounds[ranks.rank]])], **settings)      # shares the memory of `whole`
 
     @property
-    def mine(self) -> nn.Parameter: return self.param_groups[0]['params'][0]
+    def mine(self) -> nn.Parameter:
+        "The slice of the weights that this process updates."
+        return self.param_groups[0]['params'][0]
 
     @torch.no_grad()
     def step(self, closure=None):
+        "Updates the own slice from the whole gradient, then every process sends its slice to the others."
         self.mine.grad = self.whole.grad[self.bounds[self.ranks.rank]]
         super().step(closure)
         self.mine.grad = None

@@ -171,6 +171,7 @@ class ThisPython(AsyncKernelManager):
 
     @property
     def kernel_spec(self):
+        "The specification that starts this interpreter."
         argv = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}', '--log-level=50']
         return KernelSpec(argv=argv, display_name='python3', language='python')
 
@@ -492,13 +493,18 @@ class Task:
     def __call__(self) -> dict: return execute(self.experiment, self.out, self.name, self.parameters, self.inputs, self.seed, self.processes)
 
     def checkpoint(self, *args, **kwargs):
+        "Called by submitit when the job is about to be stopped: the same task again, which goes on from its own checkpoints."
         from submitit.helpers import DelayedSubmission
         return DelayedSubmission(self)
 
     @property
-    def file(self) -> Path: return Path(self.out)/f'{self.name}.json'
+    def file(self) -> Path:
+        "The task's record."
+        return Path(self.out)/f'{self.name}.json'
 
-    def done(self) -> bool: return finished(self.out, self.name, _planned(self.experiment, self.name, self.parameters, self.inputs, self.seed)[2]) is not None
+    def done(self) -> bool:
+        "Whether a finished record of exactly this task exists."
+        return finished(self.out, self.name, _planned(self.experiment, self.name, self.parameters, self.inputs, self.seed)[2]) is not None
 
 
 def _executor(out: Path, options: dict):

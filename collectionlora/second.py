@@ -29,10 +29,17 @@ class Encoders(nn.Module):
         self.to_image, self.to_place = nn.Linear(4*width, dim), nn.Linear(4*width*16, dim)
         self.words, self.to_text = nn.EmbeddingBag(vocab, 96, mode='mean'), nn.Sequential(nn.Linear(96, 128), nn.GELU(), nn.Linear(128, dim))
         self.scale = nn.Parameter(torch.tensor(2.3))
-    def features(self, x): return self.trunk(torch.as_tensor(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float()/127.5 - 1)
-    def image(self, h): return F.normalize(self.to_image(h.mean((2, 3))), dim=-1)
-    def place(self, h): return F.normalize(self.to_place(h.flatten(1)), dim=-1)
+    def features(self, x):
+        "Feature maps `[B, 4 width, 4, 4]`."
+        return self.trunk(torch.as_tensor(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float()/127.5 - 1)
+    def image(self, h):
+        "Unit vectors `[B, dim]` of feature maps, comparable with `text`."
+        return F.normalize(self.to_image(h.mean((2, 3))), dim=-1)
+    def place(self, h):
+        "Unit vectors `[B, dim]` of feature maps for distances between pictures; they know where things are."
+        return F.normalize(self.to_place(h.flatten(1)), dim=-1)
     def text(self, tok, prompts):
+        "Unit vectors `[T, dim]` of texts."
         ids = tok(list(prompts))['input_ids']
         return F.normalize(self.to_text(self.words(torch.tensor([i for q in ids for i in q]), torch.tensor([0, *np.cumsum([len(q) for q in ids])[:-1]]))), dim=-1)
 
@@ -45,7 +52,9 @@ def tokenizer():
 # %% ../nbs/14c_second.ipynb #7fc5e7ad
 NOTHING = 'an ordinary picture of'
 
-def description(id, spec): return NOTHING + ' ' + world.describe_scene(spec) if id is None else f"{world.get_effect(id).description}, {world.describe_scene(spec)}"
+def description(id, spec):
+    "What a picture of effect `id` (None: nothing) on the scene `spec` shows, as a sentence."
+    return NOTHING + ' ' + world.describe_scene(spec) if id is None else f"{world.get_effect(id).description}, {world.describe_scene(spec)}"
 
 def degraded(x, r):
     "A picture (uint8 `[64, 64, 3]`) blurred, made grainy or drifted in colour, by a random amount."

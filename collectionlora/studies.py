@@ -42,7 +42,9 @@ def logit(share: float) -> float:
     return math.log(share / (1 - share))
 
 
-def spread_at(t): return ((1 - t)**2 * SPREAD**2 + t**2)**.5
+def spread_at(t):
+    "Standard deviation of a place's points at noise level t."
+    return ((1 - t)**2 * SPREAD**2 + t**2)**.5
 
 
 def evidence(x: Tensor, t: float) -> Tensor:
@@ -108,7 +110,9 @@ class Stage:
     conditions: ConditionCache
 
     @property
-    def ids(self) -> list[str]: return [e.id for e in self.sets]
+    def ids(self) -> list[str]:
+        "Ids of the effects, in order."
+        return [e.id for e in self.sets]
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -116,7 +120,9 @@ class Stage:
         return {'base': self.base.hash, **{f'effect {e.id}': e.hash for e in self.sets}, **{f'teacher {i}': h for i, h in self.bank.shas.items()},
                 'general': sha256_json([[sha256_file(p), c] for p, c in self.stream])}
 
-    def pools(self) -> list[Pool]: return load_pools(self.conditions, samples_of(self.sets, self.stream))
+    def pools(self) -> list[Pool]:
+        "The samples of all effects and the general stream, encoded."
+        return load_pools(self.conditions, samples_of(self.sets, self.stream))
 
 
 def read_demo(folder) -> tuple[list[EffectSet], dict[str, Path], list[tuple]]:

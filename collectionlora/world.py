@@ -39,9 +39,11 @@ class Pen:
         R = np.array([[c, -n], [n, c]]) @ np.diag([-s if flip else s, s if sy is None else sy])
         return Pen(self.im, self.M @ R, self.M @ np.array([x, y]) + self.b)
     def poly(self, pts, fill):
+        "A filled polygon of points `[n, 2]` in units of the pen."
         p = np.asarray(pts) @ self.M.T + self.b
         self.d.polygon((p*(N*SS)).ravel().tolist(), fill=(*map(int, fill), 255))
     def oval(self, x, y, rx, ry, fill, rot=0.):
+        "A filled ellipse with half axes rx and ry around (x, y), turned by `rot` radians."
         p = (_DOT if rx < .06 else _CIRCLE) * (rx, ry)
         if rot: p = p @ np.array([[np.cos(rot), np.sin(rot)], [-np.sin(rot), np.cos(rot)]])
         self.poly(p + (x, y), fill)
@@ -52,7 +54,9 @@ class Pen:
             u = q - p; u = u / (np.hypot(*u) + 1e-9) * w/2; v = np.array([-u[1], u[0]])
             self.poly([p+v, q+v, q-v, p-v], fill)
         for p in pts: self.oval(*p, w/2, w/2, fill)
-    def rect(self, x0, y0, x1, y1, fill): self.poly([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], fill)
+    def rect(self, x0, y0, x1, y1, fill):
+        "A filled rectangle between two corners."
+        self.poly([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], fill)
 
 def layer(pen):
     "The pen's canvas averaged down: premultiplied float32 `[N, N, 4]` in [0, 1]."

@@ -29,6 +29,12 @@ def test_a_changed_manifest_is_refused(tmp_path):
     with pytest.raises(UserError, match='version 9'): bench.load(tmp_path/'m.json')
 
 
+def test_a_changed_effect_is_noticed(monkeypatch):
+    real = world.apply_effect
+    monkeypatch.setattr(world, "apply_effect", lambda *a: 255 - real(*a))
+    with pytest.raises(UserError, match="target of .* is drawn differently"): bench.verify(bench.load("toy"))
+
+
 def test_a_changed_renderer_is_noticed(monkeypatch):
     real = world.render
     monkeypatch.setattr(world, 'render', lambda spec: real(spec)//2)

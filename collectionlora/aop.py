@@ -272,11 +272,11 @@ def read_prompts(path) -> dict[str, dict]:
     return entries
 
 
-def write_prompts(effects: Sequence[EffectSet], backend_for: Callable[[EffectSet], Backend], seed: int, path, taken: Iterable[str] = (), base=None) -> dict[str, dict]:
+def write_prompts(effects: Sequence[EffectSet], backend_for: Callable[[EffectSet], Backend | None], seed: int, path, taken: Iterable[str] = (), base=None) -> dict[str, dict]:
     """Completes the prompts.yaml at `path` for all effects, entry by entry, and returns it.
 
     What effect.yaml gives is used as given; missing triggers come from `choose_triggers` on `base` (None: from `make_triggers`), missing descriptions from
-    `backend_for(effect)` and two pairs drawn by seed. A refusal is recorded and the teacher's prompt used instead. `taken`: further words that no trigger may contain."""
+    `backend_for(effect)` and two pairs drawn by seed; where that is None, or refuses (which is recorded), the teacher's prompt is used. `taken`: further words that no trigger may contain."""
     path = Path(path)
     entries = read_prompts(path) if path.is_file() else {}
     taken = words_of([*taken, *(t for e in effects for t in (e.prompt, e.description or '', e.category))])
@@ -294,10 +294,11 @@ def write_prompts(effects: Sequence[EffectSet], backend_for: Callable[[EffectSet
 
 def _describe(effect: EffectSet, backend_for, seed: int) -> dict:
     if effect.description: return {'description': effect.description, 'by': 'effect.yaml'}
+    plain = {'description': effect.prompt, 'by': 'teacher prompt'}
+    if (backend := backend_for(effect)) is None: return plain
     chosen = rng('describe', seed, effect.id).permutation(len(effect))[:2]
-    backend = backend_for(effect)
-    try: return {'description': rewrite([(effect.sources[i], effect.targets[i]) for i in chosen], effect.prompt, backend), 'by': type(backend).__name__}
-    except Refusal as e: return {'description': effect.prompt, 'by': 'teacher prompt', 'refusal': str(e)}
+    try: return {'description': rewrite([(effect.sources[i], effect.wanted()[i]) for i in chosen], effect.prompt, backend), 'by': type(backend).__name__}
+    except Refusal as e: return {**plain, 'refusal': str(e)}
 
 
 def with_prompts(effects: Sequence[EffectSet], path) -> list[EffectSet]:

@@ -6,7 +6,8 @@
 __all__ = ['TARGETS', 'BASE', 'Role', 'EIGHT_BITS', 'INFO_FILE', 'INFO', 'SPECIAL', 'PICTURE', 'Images', 'Cond', 'layer_sizes',
            'Roles', 'Slots', 'hash_weights', 'quantised', 'widened', 'EightBitLinear', 'to_eight_bits', 'Frugal',
            'Backbone', 'read_info', 'use_areas', 'token_types', 'fix_mm_token_type_ids', 'PilProcessor',
-           'has_torchvision', 'Base', 'scheduler_times', 'few_step_scheduler', 'plain_noise', 'load_base', 'tiny_base']
+           'has_torchvision', 'Base', 'scheduler_times', 'few_step_scheduler', 'plain_noise', 'checked_device',
+           'load_base', 'tiny_base']
 
 # %% ../nbs/02_backbone.ipynb #4ef970ba
 from collections import deque
@@ -785,12 +786,20 @@ def _check_offset(pipe, folder: Path) -> None:
                         f"use the tokenizer that belongs to this base.")
 
 
+def checked_device(device: str | torch.device) -> str:
+    "The device's name. Raises `UserError` for one that torch does not know or does not find here."
+    try: kind = torch.device(device).type
+    except RuntimeError: raise UserError(f'device: {device!r} is unknown; write cpu or cuda') from None
+    if kind == 'cuda' and not torch.cuda.is_available(): raise UserError(f'device: {str(device)!r} was asked for, but torch {torch.__version__} finds no GPU here; write cpu, or install a torch with CUDA')
+    return str(device)
+
+
 def load_base(folder, device: str = 'cpu', dtype: torch.dtype | None = None, frozen: str = '') -> Base:
     """A Qwen-Image-Edit-Plus pipeline folder (nano, tiny or full) as a `Base`. dtype None: float32 on CPU, else bfloat16;
     frozen: '', or 'int8' or 'fp8' to hold the transformer's frozen weights in eight bits.
 
     Raises UserError if the folder is no such pipeline, lacks a file or holds a damaged one, or its tokenizer does not fit the prompt template."""
-    folder = Path(folder)
+    folder, device = Path(folder), checked_device(device)
     index = folder / 'model_index.json'
     if not index.is_file(): raise UserError(f'{index}: no such file; give the folder of a Qwen-Image-Edit-Plus pipeline.')
     name = read_json(index).get('_class_name')

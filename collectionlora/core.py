@@ -155,6 +155,7 @@ class _Loader(yaml.SafeLoader): pass
 def _mapping(loader, node):
     keys = [loader.construct_object(k, deep=True) for k, _ in node.value]
     for key in keys:
+        if not isinstance(key, (str, int, float, bool)): raise UserError(f"{node.start_mark.name}: key {key!r} is no word; write name: value")
         if keys.count(key) > 1: raise UserError(f"{node.start_mark.name}: key {key!r} is given twice; keep one")
     return {k: loader.construct_object(v, deep=True) for k, (_, v) in zip(keys, node.value)}
 
@@ -256,7 +257,7 @@ def run_info(parameters: dict, seed: int, inputs: dict) -> dict:
     for name, digest in inputs.items():
         if not isinstance(digest, str): raise UserError(f"run record: input {name!r} must be a hash, got {type(digest).__name__}")
     return {'run': {'parameters': plain(parameters), 'seed': seed, 'inputs': dict(inputs)},
-            'meta': {'commit': _git('rev-parse', 'HEAD') or None, 'dirty': bool(_git('status', '--porcelain')),
+            'meta': {'commit': _git('rev-parse', 'HEAD') or None, 'dirty': bool(_git('status', '--porcelain', '--', 'collectionlora', 'nbs', 'data', 'settings.ini', 'constraints.txt')),
                      'versions': versions(), 'hardware': hardware(), 'command': command()}}
 
 

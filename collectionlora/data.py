@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'IMAGE_SUFFIXES', 'REFUSED', 'MANIFEST_KEYS', 'GENERAL_KEYS', 'ENCODING', 'to_rgb', 'load_image', 'EffectSet',
-           'load_effect', 'check_unique', 'effect_folders', 'load_effects', 'write_effect', 'load_general',
-           'general_specs', 'write_general', 'pick_effects', 'write_world_effect', 'write_world_general',
-           'ConditionCache', 'Conditions']
+           'images_among', 'load_effect', 'check_unique', 'effect_folders', 'load_effects', 'write_effect',
+           'load_general', 'general_specs', 'write_general', 'pick_effects', 'write_world_effect',
+           'write_world_general', 'ConditionCache', 'Conditions']
 
 # %% ../nbs/05_data.ipynb #772e2cb9
 import hashlib, json, logging, os, re, shutil
@@ -100,9 +100,14 @@ class EffectSet:
         paths = [self.folder/'spec'/f'{s}.json' for s in self.stems]
         return tuple(p if p.is_file() else None for p in paths)
 
+    def wanted(self) -> tuple[Path, ...]:
+        "The targets. Raises `UserError` if the effect came without a folder target/."
+        if not self.targets: raise UserError(f"{self.folder}: has no target/; give every source its target, or for comparing the targets that a teacher painted (`distill` leaves them in targets/{self.id})")
+        return self.targets
+
     def __len__(self): return len(self.sources)
 
-    def __repr__(self): return f'EffectSet({self.id!r}, {self.category}, {len(self)} pairs, {self.prompt!r})'
+    def __repr__(self): return f"EffectSet({self.id!r}, {self.category}, {len(self)} {'pairs' if self.targets else 'sources'}, {self.prompt!r})"
 
 # %% ../nbs/05_data.ipynb #08411f94
 def _read_manifest(path: Path) -> dict:
@@ -134,27 +139,36 @@ def _images_in(folder: Path) -> dict[str, Path]:
     return found
 
 
+def images_among(paths) -> list[Path]:
+    "The pictures among `paths`, files or folders of them, each opened once. Raises `UserError` for what is none."
+    found = [p for path in map(Path, paths) for p in (_images_in(path).values() if path.is_dir() else [path])]
+    for p in found: load_image(p)
+    return found
+
+
 def _check_pair(source: Path, target: Path) -> None:
     a, b = load_image(source).size, load_image(target).size
     if a != b: raise UserError(f"{target}: is {b[0]}x{b[1]} but its source {source.name} is {a[0]}x{a[1]}; crop or resize one of them")
 
 
 def load_effect(folder) -> EffectSet:
-    """The effect in `folder` (effect.yaml, source/, target/), with every image opened once.
+    """The effect in `folder` (effect.yaml, source/, target/), with every image opened once. Without a folder target/ it is sources alone: enough to
+    distil a teacher that exists, not to train one.
 
     Raises `UserError` for a missing manifest, unknown or empty fields, unpaired names, unreadable images and unequal sizes of a pair."""
     folder = Path(folder)
     if not folder.is_dir(): raise UserError(f"{folder}: no such folder; an effect is a folder with effect.yaml, source/ and target/")
     fields = _read_manifest(folder/'effect.yaml')
-    sources, targets = _images_in(folder/'source'), _images_in(folder/'target')
-    for have, lack, side in ((sources, targets, 'target'), (targets, sources, 'source')):
+    sources, bare = _images_in(folder/'source'), not (folder/'target').exists()
+    targets = {} if bare else _images_in(folder/'target')
+    for have, lack, side in () if bare else ((sources, targets, 'target'), (targets, sources, 'source')):
         if alone := sorted(set(have) - set(lack)):
             raise UserError(f"{have[alone[0]]}: has no partner {side}/{alone[0]}.png" +
                             (f" (and {len(alone) - 1} more)" if len(alone) > 1 else '') + "; add it or remove this one")
     if not sources: raise UserError(f"{folder/'source'}: holds no images; an effect needs pairs, about twenty of them")
-    for stem in sources: _check_pair(sources[stem], targets[stem])
-    files = [[s, sha256_file(sources[s]), sha256_file(targets[s])] for s in sources]
-    return EffectSet(**fields, sources=tuple(sources.values()), targets=tuple(targets[s] for s in sources),
+    for stem, p in sources.items(): load_image(p) if bare else _check_pair(p, targets[stem])
+    files = [[s, sha256_file(p), *([] if bare else [sha256_file(targets[s])])] for s, p in sources.items()]
+    return EffectSet(**fields, sources=tuple(sources.values()), targets=tuple(targets[s] for s in sources if not bare),
                      folder=folder, files_hash=sha256_json(files))
 
 # %% ../nbs/05_data.ipynb #f8212cd5

@@ -146,12 +146,12 @@ def generate(base: Base, role: Role | Blend, images: Sequence[Image.Image], prom
     return out
 
 # %% ../nbs/13_edit.ipynb #478bd890
-def load_role(base: Base, file: str | Path, role: str, allow_other_base: bool = False) -> str:
-    "Puts a LoRA file on the base as `role`, checked completely (the base's hash first); returns the role."
+def load_role(base: Base, file: str | Path, role: str, allow_other_base: bool = False, allow_missing: bool = False) -> str:
+    "Puts a LoRA file on the base as `role`, checked completely (the base's hash first); returns the role. `allow_missing`: some of the base's layers may be absent."
     said = read_header(file).get('collectionlora.base') or {}
     if not allow_other_base and said.get('hash') not in (None, base.hash):
         raise UserError(f"{file}: made for the base {' '.join(filter(None, (said.get('id'), said['hash'][:12])))}, the base in use is {base.folder.name} {base.hash[:12]}; load that one, or pass allow_other_base=True if you know better")
-    lora = read_lora(file, base.backbone.modules())
+    lora = read_lora(file, base.backbone.modules(), allow_missing=allow_missing)
     base.backbone.add_role(role, max(lora.rank, 1))
     base.backbone.load(role, lora)
     return role

@@ -8,7 +8,7 @@ __all__ = ['DRAWS', 'ALL', 'NO_ORACLE', 'held_out', 'in_world', 'references', 'r
            'read_pictures']
 
 # %% ../nbs/14a_evaluate.ipynb #8ba9d98b
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +40,9 @@ def held_out(effects: Mapping[str, str], images: int, seed: int = 0, seeds: int 
             items += [Item(effect, category, f'{category}-{i:03d}', k, world.render(spec), spec, targets[0], energy) for k in range(seeds)]
     return items
 
-def in_world(effects: Sequence[str]) -> bool:
-    "Whether all effects are the world's own, so that its oracle can judge them."
-    return all(e in world.EFFECTS for e in effects)
+def in_world(effects: Iterable[str], sets: Sequence[EffectSet] = ()) -> bool:
+    "Whether all effects are the world's own, so that its oracle can judge them. An own effect may share a name with one of them, so folders must hold the world's pictures."
+    return all(e in world.EFFECTS for e in effects) and all(any(e.specs) for e in sets)
 
 # %% ../nbs/14a_evaluate.ipynb #9263640e
 def references(items: Sequence[Item]) -> dict[str, list[np.ndarray]]:
@@ -71,15 +71,17 @@ def oracle_for(base: Base, effects: Sequence[str], **kw) -> world.Oracle:
 ALL = ('base', 'teacher', 'teacher_few', 'teacher_acc', 'fm_few', 'fm_acc', 'ours')
 
 def assemble(base: Base, collection: Collection, teachers: Mapping[str, str | Path] = {}, acceleration: str | Path = '', fm: str | Path = '', slow: Recipe = Recipe.ode(),
-             teacher_prompts: Mapping[str, str] = {}, wanted: Sequence[str] = ()) -> dict[str, Method]:
-    "short name -> Method for everything the files allow, or for `wanted`; teachers: effect id -> file. UserError for a wanted method without its files."
+             teacher_prompts: Mapping[str, str] = {}, wanted: Sequence[str] = (), fast: Recipe = Recipe.few()) -> dict[str, Method]:
+    """short name -> Method for everything the files allow, or for `wanted`; teachers: effect id -> file; fast: the recipe of an acceleration LoRA whose header
+    gives none. UserError for a wanted method without its files."""
     for name in wanted:
         if name not in ALL: raise UserError(f'methods: unknown method {name!r}; {nearest(name, ALL)}')
     prompts = {id: teacher_prompts.get(id) or e.get('teacher_prompt') for id, e in collection.catalogue.items()}
     known = all(prompts.values())
     bank = TeacherBank(base.backbone, teachers) if teachers and known else None
-    acc = load_role(base, acceleration, 'acceleration') if acceleration else None
-    fast = Recipe.read(read_header(acceleration), str(acceleration)) if acceleration else Recipe.few()
+    acc = load_role(base, acceleration, 'acceleration', allow_missing=True) if acceleration else None      # Lightning leaves the modulation out
+    said = read_header(acceleration) if acceleration else {}
+    if 'collectionlora.sampling' in said: fast = Recipe.read(said, str(acceleration))
     found = contestants(bank, acc, load_role(base, fm, 'fm') if fm else None, collection, prompts.get if known else None, collection.prompt, slow, fast)
     for name in wanted:
         if name not in found: raise UserError(f'methods: {name!r} needs files that were not given (teachers, acceleration, fm) or teacher prompts; give them or leave it out')
@@ -113,7 +115,7 @@ def _judged(name, items, pictures, oracle, seconds, nfe, run) -> list[Row]:
     return out
 
 # %% ../nbs/14a_evaluate.ipynb #86ca2b36
-NO_ORACLE = 'These effects have no known ground truth, so bad-case rate and subject score cannot be computed. Shown instead is the distance of each output to the effect\'s target pictures in latent space (a style distance): smaller is nearer, the unedited source is the floor, and the targets among themselves are the ceiling.'
+NO_ORACLE = 'These effects have no known ground truth, so bad-case rate and subject score cannot be computed. Shown instead is the distance of each output to the effect\'s target pictures in latent space (a style distance; a picture\'s own target is left out): smaller is nearer, the unedited source is the floor, and the targets among themselves are the ceiling.'
 
 def user_items(effects: Sequence[EffectSet], pictures: Sequence[str | Path] = (), images: int = 0, seeds: int = 1) -> list[Item]:
     "Items on a user's new pictures, or, where there are none, on the effects' own sources (the first `images`; 0 = all)."
@@ -128,7 +130,7 @@ def _others(effect: EffectSet, targets: np.ndarray, stem: str) -> np.ndarray:
 def evaluate_sets(base: Base, methods: Mapping[str, Method], items: Sequence[Item], effects: Sequence[EffectSet], batch: int = 16) -> tuple[list[dict], dict[str, list[Output]]]:
     "([{method, effect, distance, floor, ceiling, n, seconds, nfe}], outputs by method name); where the ceiling is not below the floor the distances say nothing."
     def encoded(image): return descriptor(base.encode_images([image])[0].cpu().numpy())
-    targets = {e.id: np.stack([encoded(load_image(p)) for p in e.targets]) for e in effects}
+    targets = {e.id: np.stack([encoded(load_image(p)) for p in e.wanted()]) for e in effects}
     sets = {e.id: e for e in effects}
     def far(item, d): return set_distance(d, _others(sets[item.effect], targets[item.effect], item.image))
     floors = {id: float(np.mean([far(i, encoded(Image.fromarray(i.source))) for i in items if i.effect == id])) for id in targets}
@@ -155,7 +157,7 @@ def measure(base: Base, methods: Mapping[str, Method], effects: Mapping[str, str
             images: int = 2, seeds: int = 1, seed: int = 0, batch: int = 16) -> Measured:
     """Methods on unseen subjects. effects: id -> category. Judged by the oracle if all effects, and folders where given, are the world's and no own pictures are;
     else by the distance to the folders' targets. UserError if there is neither an oracle nor a folder."""
-    judged = in_world(effects) and not pictures and all(any(e.specs) for e in sets)      # an own effect may share a name with one of the world's
+    judged = in_world(effects, sets) and not pictures
     if not judged and not sets: raise UserError('effects: some are not the miniature world\'s, so no oracle knows them; give their effect folders, whose targets the outputs are compared with')
     items = held_out(effects, images, seed, seeds) if judged else user_items(sets, pictures, images, seeds)
     rows, made = evaluate(base, methods, items, oracle_for(base, list(effects)), batch) if judged else ([], {})

@@ -118,7 +118,7 @@ def _one_shape(cache: ConditionCache, paths: Sequence[Path]) -> list[Path]: retu
 def _targets(cache: ConditionCache, e: EffectSet | None) -> Tensor | None:
     "The latents of an effect's targets that share the first one's shape, painted or encoded."
     if e is None: return None
-    y = target_latents(e) if (e.folder/'latents').is_dir() else [cache.latents([p])[0] for p in e.targets]
+    y = target_latents(e) if (e.folder/'latents').is_dir() else [cache.latents([p])[0] for p in e.wanted()]
     return torch.stack([v for v in y if v.shape == y[0].shape]).float()
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TYPES', 'OURS', 'UNCOUNTED', 'Parameter', 'notebook_path', 'declared', 'complete', 'modules_of', 'code_hash',
            'short_path', 'hash_of', 'run_key', 'ThisPython', 'tidy', 'forget_finished', 'finished', 'work', 'RunFailed',
-           'execute', 'from_file', 'grid_points', 'sweep', 'table', 'write_table', 'Task']
+           'execute', 'files_among', 'merged', 'from_file', 'grid_points', 'sweep', 'table', 'write_table', 'Task']
 
 # %% ../nbs/15_run.ipynb #a174d47f
 import ast, contextlib, csv, functools, io, itertools, json, logging, os, re, shutil, signal, subprocess, sys, threading, time, tokenize
@@ -409,6 +409,17 @@ def _tell(path, run, record):
     return record
 
 # %% ../nbs/15_run.ipynb #1cde92bd
+def files_among(values: dict) -> dict:
+    "The parameters that name existing files or folders (or lists of them): inputs, which a run knows by content and not by name."
+    paths = lambda v: v if isinstance(v, list) else [v]
+    return {n: v for n, v in values.items() if paths(v) and all(isinstance(p, str) and p and Path(p).exists() for p in paths(v))}
+
+
+def merged(values: dict, given: dict) -> dict:
+    "Parameters with those `given` in their place; of a mapping such as `settings` only the keys that are given."
+    return {**values, **{n: {**values[n], **v} if isinstance(v, dict) and isinstance(values.get(n), dict) else v for n, v in given.items()}}
+
+
 def from_file(path) -> tuple[str, str, dict, int]:
     "Experiment, run name, parameters and seed of a run's YAML file, `.../<experiment>/<run>.yaml`; unknown keys raise `UserError`."
     path, values = Path(path), read_yaml(path)
@@ -448,7 +459,7 @@ def sweep(experiment, grid, out_dir, inputs: dict | None = None, processes: int 
     if slurm is not None: return _array(experiment, points, out, inputs or {}, processes, slurm)
     failed = []
     for name, (point, seed) in points.items():
-        try: execute(experiment, out, name, point, inputs, seed, processes)
+        try: execute(experiment, out, name, point, {**files_among(point), **(inputs or {})}, seed, processes)
         except RunFailed as e: failed.append(str(e))
     return _collected({name: out/f'{name}.json' for name in points}, out, failed)
 
@@ -552,7 +563,7 @@ def _submit(executor, tasks: dict[str, Task], out: Path) -> dict:
 def _array(experiment, points, out: Path, inputs: dict, processes: int, options: dict) -> dict[str, dict]:
     "The sweep as a job array: submits, waits, collects."
     executor, out = _executor(out, options), out.resolve()
-    tasks = {n: Task(str(experiment), short_path(out/n), n, point, {k: _as_parameter(v) for k, v in inputs.items()}, seed, processes) for n, (point, seed) in points.items()}
+    tasks = {n: Task(str(experiment), short_path(out/n), n, point, {k: _as_parameter(v) for k, v in {**files_among(point), **inputs}.items()}, seed, processes) for n, (point, seed) in points.items()}
     jobs = _submit(executor, tasks, out)
     try:
         with bar(total=len(jobs), desc='job array') as progress:

@@ -27,7 +27,7 @@ from .backbone import Backbone, Cond
 from .core import UserError, bar, nearest, read_json, replacing, rng, seed_of, sha256_file, sha256_json, write_json, write_yaml
 from .data import ConditionCache, EffectSet, load_effect, write_world_effect
 from .flow import add_noise, noise_like, ode_times, sample_ode, shift_time, velocity
-from .lora_files import Lora, catalogue, read_lora, write_lora
+from .lora_files import Lora, read_header, read_lora, write_lora
 
 # %% ../nbs/07_teachers.ipynb #9bd48c65
 def flow_loss(v_pred: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Example:
 
 def examples(effect: EffectSet, prompt: str | None = None) -> list[Example]:
     "The effect's pairs under its teacher prompt, or under another one (the student's)."
-    return [Example(s, t, prompt or effect.prompt, effect.id) for s, t in zip(effect.sources, effect.targets)]
+    return [Example(s, t, prompt or effect.prompt, effect.id) for s, t in zip(effect.sources, effect.wanted())]
 
 
 @dataclass(frozen=True)
@@ -260,15 +260,19 @@ def teacher_header(base, effect: EffectSet, settings: FlowSettings, data_hash: s
 
 # %% ../nbs/07_teachers.ipynb #7ea820c2
 def teacher_files(paths, effects) -> dict[str, Path]:
-    "Effect id -> teacher LoRA, for each of `effects`, from files and folders of files; the id stands in a teacher's header. Raises `UserError` if one is missing or there are two."
-    found = {}
+    """Effect id -> teacher LoRA, for each of `effects`, from files and folders of files. The id stands in the header of a teacher of ours; any other
+    LoRA is named after its effect, `<id>.safetensors`. Raises `UserError` if one is missing or there are two."""
+    found, unnamed = {}, []
     for file in [f for p in map(Path, paths) for f in (sorted(p.glob('*.safetensors')) if p.is_dir() else [p])]:
-        ids = [e['id'] for e in catalogue(file)]
-        if len(ids) != 1: raise UserError(f"{file}: is no single-effect teacher, its header lists {len(ids)} effects; give files made by `teach`")
+        ids = [e['id'] for e in read_header(file).get('collectionlora.effects', [{'id': file.stem}])]
+        if len(ids) != 1: raise UserError(f"{file}: is no single-effect teacher, its header lists {len(ids)} effects; give files with one each")
+        if ids[0] not in effects: unnamed.append(file.name)
         if ids[0] in found: raise UserError(f"{file}: a second teacher for effect {ids[0]!r} beside {found[ids[0]]}; name one of them")
         found[ids[0]] = file
     for id in effects:
-        if id not in found: raise UserError(f"effect {id!r} has no teacher among the given files; {nearest(id, found)} Train it with `collectionlora teach`")
+        if id not in found:
+            others = f" (here are {', '.join(unnamed[:5])})" if unnamed else ''
+            raise UserError(f"effect {id!r} has no teacher among the given files{others}; call a LoRA of your own {id}.safetensors, or train one with `collectionlora teach`")
     return {id: found[id] for id in effects}
 
 

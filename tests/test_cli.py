@@ -31,6 +31,9 @@ def call(*args):
     (['demo', '--budget', 'lavish'], ["'lavish'"]),
     (['convert', 'absent.safetensors', 'to.safetensors'], ['absent.safetensors']),
     (['inspect', 'absent.safetensors', '--html', 'page.html'], ['absent.safetensors']),
+    (['run', core.notebooks_dir()/'distill'/'demo.yaml'], ['says nothing about effects']),
+    (['run', 'nano_base', '-p', 'steps={[1]: 2}'], ['is no word']),
+    (['edit', core.repo_root()/'assets'/'readme_1.jpg', 'clay', '--collection', 'x', '--device', 'gpu'], ["'gpu' is unknown"]),
 ])
 def test_a_mistake_is_one_sentence_and_code_2(tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)
@@ -105,8 +108,29 @@ def test_alpha_may_be_told_where_the_file_is_silent(tmp_path):
 def test_files_given_to_a_run_are_known_by_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path/'a.txt').write_text('a')
-    assert cli.files_among({'collection': 'a.txt', 'steps': 3, 'fm': '', 'effects': [], 'teachers': ['a.txt', '.'], 'preset': 'default', 'ranks': [1, 2], 'other': ['a.txt', 'b.txt']}) \
+    from collectionlora.run import files_among
+    assert files_among({'collection': 'a.txt', 'steps': 3, 'fm': '', 'effects': [], 'teachers': ['a.txt', '.'], 'preset': 'default', 'ranks': [1, 2], 'other': ['a.txt', 'b.txt']}) \
         == {'collection': 'a.txt', 'teachers': ['a.txt', '.']}
+
+
+def test_given_name_seed_and_single_settings_win_over_a_run_file(tmp_path, monkeypatch):
+    from collectionlora import run
+    asked, folder = {}, tmp_path/'rates'
+    folder.mkdir()
+    (folder/'mine.yaml').write_text('seed: 2\nsteps: 3\nsettings: {fake_warmup: 1, fake_per_generator: 2}\n')
+    monkeypatch.setattr(run, 'execute', lambda experiment, out, name, values, inputs, seed, processes: asked.update(name=name, seed=seed, values=values) or {'metrics': {}})
+    assert call('run', folder/'mine.yaml', '-o', tmp_path).exit_code == 0 and (asked['name'], asked['seed']) == ('mine', 2)
+    assert call('run', folder/'mine.yaml', '-o', tmp_path, '--seed', 0, '--name', 'yours', '-p', 'settings={fake_warmup: 4}').exit_code == 0
+    assert asked == {'name': 'yours', 'seed': 0, 'values': {'steps': 3, 'settings': {'fake_warmup': 4, 'fake_per_generator': 2}}}
+
+
+def test_a_sweep_knows_its_files_by_content(tmp_path, monkeypatch):
+    from collectionlora import run
+    asked = []
+    monkeypatch.chdir(tmp_path); (tmp_path/'a.txt').write_text('a')
+    monkeypatch.setattr(run, 'execute', lambda experiment, out, name, point, inputs, *more: asked.append(inputs))
+    run.sweep('evaluate', {'collection': ['a.txt'], 'images': [1, 2]}, tmp_path/'out')
+    assert asked == [{'collection': 'a.txt'}]*2
 
 
 def test_help_and_mistakes_do_not_load_torch():

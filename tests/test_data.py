@@ -71,6 +71,15 @@ def test_truncated_image(tmp_path, keep):
 
 
 # --- effect folders
+def test_sources_alone_can_be_distilled_and_not_taught(effect):
+    from collectionlora.teachers import examples
+    with_targets = effect.hash
+    shutil.rmtree(effect.folder/'target')
+    alone = load_effect(effect.folder)
+    assert len(alone) == len(effect) and not alone.targets and 'sources' in repr(alone) and alone.hash != with_targets
+    with pytest.raises(UserError, match='has no target/'): examples(alone)
+
+
 MISTAKES = {
     'no manifest': (lambda f: (f/'effect.yaml').unlink(), r'has no effect\.yaml'),
     'unknown key': (lambda f: write_yaml(f/'effect.yaml', {'id': 'one', 'category': 'a', 'prompt': 'x', 'triger': 'y'}), "'triger'.*'trigger'"),
@@ -83,7 +92,7 @@ MISTAKES = {
     'no target': (lambda f: (f/'target'/'0001.png').unlink(), r'source/0001\.png: has no partner target/0001'),
     'no source': (lambda f: (f/'source'/'0002.png').unlink(), r'target/0002\.png: has no partner source/0002'),
     'no pairs': (lambda f: [p.unlink() for p in f.glob('*/*.png')], 'holds no images'),
-    'no folder': (lambda f: shutil.rmtree(f/'target'), 'no such folder'),
+    'no folder': (lambda f: shutil.rmtree(f/'source'), 'no such folder'),
     'strange file': (lambda f: (f/'source'/'notes.txt').write_text('hm'), r'notes\.txt: is not one of'),
     'same stem': (lambda f: picture(1).save(f/'source'/'0001.jpg'), 'same stem'),
     'other size': (lambda f: picture(1, (64, 32)).save(f/'target'/'0001.png'), r'target/0001\.png: is 64x32'),

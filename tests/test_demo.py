@@ -53,6 +53,36 @@ def test_wrong_settings_are_refused_before_words_and_targets_are_made(world, fol
         assert said.exit_code == 2 and words in said.output and not (tmp_path/'out').exists(), said.output
 
 
+def test_a_job_puts_every_stage_on_its_device_and_keeps_the_budgets_other_settings(folder, tmp_path, monkeypatch):
+    asked, found = {}, {e: {'by': 'effect.yaml'} for e in ('one', 'two')}
+    monkeypatch.setattr(demo, 'execute', lambda experiment, out, run, values, inputs, seed: asked.update({experiment: values}) or {'metrics': {'prompts': found}})
+    job = demo.Job(tmp_path, folder/'base', 'full', device='cuda')
+    demo.distill(job, demo.checked_effects([folder/'effects']), {}, None, None, {'settings': {'p_switch': 1.0}})
+    assert {e: v['device'] for e, v in asked.items()} == dict(prompts='cuda', targets='cuda', distill='cuda')
+    assert asked['distill']['settings'] == {**demo.differences('distill', 'full')['settings'], 'p_switch': 1.0}
+    with pytest.raises(UserError, match='--general: 20% of the steps'): demo.distill(job, demo.checked_effects([folder/'effects']), {})
+
+
+def test_the_budget_follows_the_base(folder, tmp_path):
+    assert cli.job_of(tmp_path, 'nano', None, 0).budget == 'full' and cli.job_of(tmp_path, str(folder/'base'), None, 0).budget == 'paper'
+    with pytest.raises(UserError, match='gpu'): cli.job_of(tmp_path, 'nano', None, 0, given={'device': 'gpu'})
+
+
+@pytest.mark.slow
+def test_ones_own_loras_without_targets_or_general_pictures_become_a_collection(folder, tmp_path, monkeypatch):
+    from collectionlora.lora_header import catalogue
+    monkeypatch.setattr(demo, 'results_dir', lambda: tmp_path)
+    for id, name in (('one', 'my_one'), ('two', 'blueprint')):                       # the second shares its name with an effect of the world
+        shutil.copytree(folder/'effects'/id/'source', tmp_path/'effects'/name/'source')
+        (tmp_path/'effects'/name/'effect.yaml').write_text(f'id: {name}\ncategory: animal\nprompt: do {id}\n')
+        (tmp_path/'loras').mkdir(exist_ok=True)
+        assert call('convert', folder/'teachers'/f'{id}.safetensors', tmp_path/'loras'/f'{name}.safetensors', '--dialect', 'kohya').exit_code == 0
+    said = call('distill', tmp_path/'effects', '-t', tmp_path/'loras', '--out', tmp_path/'out', '--base', folder/'base', '--budget', 'demo', '-p', 'steps=2', '-p', 'batch=2', '-p', 'rank=2',
+                '-p', 'settings={p_switch: 1, anchor_first: 1, fake_warmup: 1}', '-p', 'val_every=0')
+    assert said.exit_code == 0, said.output
+    assert {e['id']: e['description'] for e in catalogue(tmp_path/'out'/'collection.safetensors')} == {'my_one': 'do one', 'blueprint': 'do two'}
+
+
 def test_a_start_of_larger_rank_is_refused_before_anything_loads(folder, tmp_path, collection):
     with pytest.raises(UserError, match='has rank 2, more than the 1'): demo.distill_settings(demo.Job(tmp_path, folder/'base', 'demo'), collection, {'rank': 1})
 
@@ -65,6 +95,7 @@ def test_budgets_are_those_of_the_distillation():
 def test_the_papers_budget_is_the_papers_preset(folder, tmp_path):
     from collectionlora.distill import Settings
     values, s = demo.distill_settings(demo.Job(tmp_path, folder/'base', 'paper'))
+    assert values['checkpointing'] and demo.differences('teacher', 'paper')['checkpointing']
     assert s == Settings.preset('paper') and values['steps'] == s.steps == 5000 and (s.rank_student, s.rank_fake, s.batch) == (128, 128, 8)
     teacher, fm = demo.differences('teacher', 'paper'), demo.differences('baseline_fm', 'paper')
     assert (teacher['steps'], teacher['lr'], fm['lr'], fm['steps']) == (2000, 1e-4, 1e-4, 30000)

@@ -267,6 +267,13 @@ def test_replaced_and_lost_files(base, bank, files):
     with pytest.raises(UserError, match='wide.safetensors: no such file'): bank.use('wide')
 
 
+def test_a_lora_of_ones_own_is_found_by_its_name(files, tmp_path):
+    found = teachers.teacher_files([tmp_path], ['wide', 'third'])
+    assert found == {'wide': files['wide'], 'third': files['third']}
+    files['wide'].rename(tmp_path/'My Style v2.safetensors')
+    with pytest.raises(UserError, match=r"'wide' has no teacher.*My Style v2.safetensors.*call a LoRA of your own wide.safetensors"): teachers.teacher_files([tmp_path], ['wide'])
+
+
 def test_bad_teachers_are_found_before_anything_runs(base, files, tmp_path):
     def refused(file, said, **kw):
         with pytest.raises(UserError, match=said): TeacherBank(base.backbone, {**files, 'bad': file}, **kw)

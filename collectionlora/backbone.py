@@ -621,8 +621,8 @@ class Base:
 
     @cached_property
     def hash(self) -> str:
-        "Hex sha256 of the folder: the id that every artefact made on this base carries."
-        return sha256_folder(self.folder)
+        "Hex sha256 of the folder, its read-me texts apart: the id that every artefact made on this base carries."
+        return sha256_folder(self.folder, ignore=('.md',))
 
     @property
     def encoding(self) -> str:

@@ -133,7 +133,9 @@ def distill(effects: Annotated[list[Path], typer.Argument(help='Effect folders, 
 def _plan(plan: dict) -> None:
     "Prints a plan: sizes and durations in units that one reads."
     size = lambda n: next(f'{n/1024**k:.3g} {u}' for k, u in ((3, 'GiB'), (2, 'MiB'), (1, 'KiB'), (0, 'B')) if n >= 1024**k or not k)
-    rows = [(k, f'{v:.3g}' if isinstance(v, float) else v) for k, v in plan.items() if k not in ('memory', 'disk')]
+    time = lambda s: f'{s/3600:.1f} hours' if s >= 5400 else f'{s/60:.0f} minutes' if s >= 90 else f'{s:.3g} s'
+    told = lambda k, v: ', '.join(f'{n} {x:,}' for n, x in v.items()) if isinstance(v, dict) else time(v) if k.startswith('seconds') else f'{v:,}'
+    rows = [(k.replace('seconds', 'time'), told(k, v)) for k, v in plan.items() if k not in ('memory', 'disk')]
     rows += [(f'{part}: {k}', size(n)) for part in ('memory', 'disk') for k, n in plan[part].items()]
     Console().print(grid('plan (nothing was trained)', ('', ''), rows))
 

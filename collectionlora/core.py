@@ -102,11 +102,11 @@ def sha256_file(path) -> str:
     return digest.hexdigest()
 
 
-def sha256_folder(path) -> str:
-    "Hex sha256 of a folder's file names and contents; hidden files, lock and unfinished files do not count."
+def sha256_folder(path, ignore: tuple[str, ...] = ()) -> str:
+    "Hex sha256 of a folder's file names and contents; hidden, lock and unfinished files do not count, nor those with a suffix in `ignore`."
     path = Path(path)
     if not path.is_dir(): raise UserError(f"{path}: no such folder; give a folder that exists")
-    skip = lambda p: any(s.startswith('.') or s == '__pycache__' for s in p.relative_to(path).parts) or p.suffix in ('.lock', '.part')
+    skip = lambda p: any(s.startswith('.') or s == '__pycache__' for s in p.relative_to(path).parts) or p.suffix in ('.lock', '.part', *ignore)
     files = sorted(p for p in path.rglob('*') if p.is_file() and not skip(p))
     return sha256_json([[p.relative_to(path).as_posix(), sha256_file(p)] for p in files])
 

@@ -248,6 +248,7 @@ def paired(a: Sequence[Row], b: Sequence[Row], value: str = 'bcr', seed: int = 0
     mid, low, high = t_interval(means, level)
     sd = means.std(ddof=1) if len(means) > 1 else float('nan')
     p = float('nan') if len(means) < 2 else _t_test(mid, sd, len(means))
+    if value == 'bcr': low, high = max(low, -1.), min(high, 1.)          # a share differs by no more
     if sd < 1e-12 and value == 'bcr': low, high = newcombe([r for r in a if r.valid], [r for r in b if r.valid], level)
     two_way = None
     if len(means) < MANY:

@@ -79,7 +79,7 @@ class Finding:
     def __str__(self): return f'{self.name}: {self.seen}. {self.advice}'
 
 
-LIMITS = {'shift': 1e-3, 'gain': -.1, 'move': .2, 'lead': .005, 'cosine': -.4, 'growth': 1.5, 'looks': 3, 'young': 20}
+LIMITS = {'shift': 1e-3, 'gain': -.1, 'move': .2, 'lead': .005, 'cosine': -.4, 'growth': 1.5, 'looks': 3, 'young': 20, 'anchor': 1.3, 'window': 20}
 
 
 def late(history: Sequence[Mapping], key: str) -> list[float]:
@@ -110,6 +110,11 @@ def _rate_too_high(history) -> Finding | None:
     moves = late(history, 'probe_move')
     if moves and statistics.median(moves) > LIMITS['move']:
         return Finding('rate too high', f'one update moves the answers of the student by {statistics.median(moves):.0%} of their size', 'Lower lr_student, or raise lr_warmup')
+    alone = [(h['step'], h['loss_fm']) for h in history if h.get('loss_fm') is not None and h.get('loss_bs') is None]      # anchored, not yet matched
+    n = LIMITS['window']
+    first, last = (statistics.median(v for _, v in part) if len(alone) >= 2 * n else 0. for part in (alone[:n], alone[-n:]))
+    if last > LIMITS['anchor'] * first:
+        return Finding('rate too high', f"the anchor's loss was {first:.2g} at first and is {last:.2g} after {alone[-1][0]} steps of anchoring", 'Lower lr_anchor (lr_student where it is not set), or raise lr_warmup')
 
 
 def _starved(history) -> Finding | None:

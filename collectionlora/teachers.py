@@ -261,11 +261,12 @@ def teacher_header(base, effect: EffectSet, settings: FlowSettings, data_hash: s
 # %% ../nbs/07_teachers.ipynb #7ea820c2
 def teacher_files(paths, effects) -> dict[str, Path]:
     """Effect id -> teacher LoRA, for each of `effects`, from files and folders of files. The id stands in the header of a teacher of ours; any other
-    LoRA is named after its effect, `<id>.safetensors`. Raises `UserError` if one is missing or there are two."""
+    LoRA, and one whose header says another id, is named after its effect, `<id>.safetensors`. Raises `UserError` if one is missing or there are two."""
     found, unnamed = {}, []
     for file in [f for p in map(Path, paths) for f in (sorted(p.glob('*.safetensors')) if p.is_dir() else [p])]:
         ids = [e['id'] for e in read_header(file).get('collectionlora.effects', [{'id': file.stem}])]
         if len(ids) != 1: raise UserError(f"{file}: is no single-effect teacher, its header lists {len(ids)} effects; give files with one each")
+        if ids[0] not in effects and file.stem in effects: ids = [file.stem]
         if ids[0] not in effects: unnamed.append(file.name)
         if ids[0] in found: raise UserError(f"{file}: a second teacher for effect {ids[0]!r} beside {found[ids[0]]}; name one of them")
         found[ids[0]] = file

@@ -80,6 +80,8 @@ def test_ones_own_loras_without_targets_or_general_pictures_become_a_collection(
     said = call('distill', tmp_path/'effects', '-t', tmp_path/'loras', '--out', tmp_path/'out', '--base', folder/'base', '--budget', 'demo', '-p', 'steps=2', '-p', 'batch=2', '-p', 'rank=2',
                 '-p', 'settings={p_switch: 1, anchor_first: 1, fake_warmup: 1}', '-p', 'val_every=0')
     assert said.exit_code == 0, said.output
+    planned = call('distill', tmp_path/'effects', '-t', tmp_path/'loras', '--out', tmp_path/'out', '--base', folder/'base', '--budget', 'demo', '--dry-run', '-p', 'steps=2', '-p', 'batch=2', '-p', 'settings={p_switch: 1, anchor_first: 1}')
+    assert planned.exit_code == 0 and 'nothing was trained' in planned.stdout, planned.output
     assert {e['id']: e['description'] for e in catalogue(tmp_path/'out'/'collection.safetensors')} == {'my_one': 'do one', 'blueprint': 'do two'}
 
 

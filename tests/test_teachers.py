@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings as hyp, strategies as st
 from PIL import Image
 
-from collectionlora import teachers
+from collectionlora import lora_files, teachers
 from collectionlora.backbone import TARGETS, load_base, tiny_base
 from collectionlora.core import UserError, rng
 from collectionlora.data import ConditionCache, write_effect
@@ -267,9 +267,11 @@ def test_replaced_and_lost_files(base, bank, files):
     with pytest.raises(UserError, match='wide.safetensors: no such file'): bank.use('wide')
 
 
-def test_a_lora_of_ones_own_is_found_by_its_name(files, tmp_path):
+def test_a_lora_of_ones_own_is_found_by_its_name(base, files, tmp_path):
     found = teachers.teacher_files([tmp_path], ['wide', 'third'])
     assert found == {'wide': files['wide'], 'third': files['third']}
+    write_lora(tmp_path/'third.safetensors', lora_files.read_lora(files['narrow']), {'collectionlora.base': {'hash': base.hash}, 'collectionlora.effects': [dict(id='somebody_elses', category='x', trigger='')]})
+    assert teachers.teacher_files([tmp_path], ['wide', 'third']) == found                 # the name wins over an id that nobody asked for
     files['wide'].rename(tmp_path/'My Style v2.safetensors')
     with pytest.raises(UserError, match=r"'wide' has no teacher.*My Style v2.safetensors.*call a LoRA of your own wide.safetensors"): teachers.teacher_files([tmp_path], ['wide'])
 

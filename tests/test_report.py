@@ -79,7 +79,7 @@ def test_verdict_follows_the_contrast():
     many = lambda m, good: [M.Row(m, f'e{e}', 'animal', f'i{i}', 0, f'e{e}' if i < good[e] else M.NONE, i < good[e], 1., 0., 1., 1., 8) for e in range(12) for i in range(10)]
     a, b = many('a', [9, 10] * 6), many('b', [5, 7] * 6)
     [(c, p)] = M.contrasts(a + b, 'a', ['b'])
-    assert 'fewer bad cases than b' in R.verdict(c, p) and 'by 35 points' in R.verdict(c, p)
+    assert 'fewer bad cases than b' in R.verdict(c, p) and '-35 points [-38, -32]' in R.verdict(c, p)
     [(c, p)] = M.contrasts(a + b, 'b', ['a'])
     assert 'more bad cases than a' in R.verdict(c, p)
     [(c, p)] = M.contrasts(a + many('c', [10, 9] * 6), 'a', ['c'])

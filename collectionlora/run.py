@@ -442,12 +442,12 @@ def grid_points(grid: dict) -> dict[str, dict]:
     return dict(zip(names, points))
 
 
-def _points(experiment, grid, inputs) -> dict[str, tuple[dict, int]]:
-    "Run name -> (parameters, seed) of every combination, all of them checked."
+def _points(experiment, grid, inputs) -> dict[str, tuple[dict, dict, int]]:
+    "Run name -> (parameters, inputs, seed) of every combination, all of them checked; the files that a combination names are inputs too."
     points = grid_points(read_yaml(grid) if isinstance(grid, (str, Path)) else grid)
     passed = {n: _as_parameter(v) for n, v in inputs.items() if n in declared(experiment)}
-    found = {name: ({k: v for k, v in point.items() if k != 'seed'}, point.get('seed', 0)) for name, point in points.items()}
-    for point, _ in found.values(): complete(experiment, {**point, **passed})
+    found = {name: ({k: v for k, v in point.items() if k != 'seed'}, {**files_among(point), **inputs}, point.get('seed', 0)) for name, point in points.items()}
+    for point, *_ in found.values(): complete(experiment, {**point, **passed})
     return found
 
 
@@ -456,10 +456,10 @@ def sweep(experiment, grid, out_dir, inputs: dict | None = None, processes: int 
 
     `processes`: of each run. `slurm`: submit them as one Slurm job array with these options, each run in a folder of its own; see below."""
     points, out = _points(experiment, grid, inputs or {}), Path(out_dir)
-    if slurm is not None: return _array(experiment, points, out, inputs or {}, processes, slurm)
+    if slurm is not None: return _array(experiment, points, out, processes, slurm)
     failed = []
-    for name, (point, seed) in points.items():
-        try: execute(experiment, out, name, point, {**files_among(point), **(inputs or {})}, seed, processes)
+    for name, (point, named, seed) in points.items():
+        try: execute(experiment, out, name, point, named, seed, processes)
         except RunFailed as e: failed.append(str(e))
     return _collected({name: out/f'{name}.json' for name in points}, out, failed)
 
@@ -560,10 +560,10 @@ def _submit(executor, tasks: dict[str, Task], out: Path) -> dict:
     return {**{n: executor._executor.job_class(folder=out/'.slurm', job_id=i) for n, i in queued.items()}, **dict(zip(todo, fresh))}
 
 
-def _array(experiment, points, out: Path, inputs: dict, processes: int, options: dict) -> dict[str, dict]:
+def _array(experiment, points, out: Path, processes: int, options: dict) -> dict[str, dict]:
     "The sweep as a job array: submits, waits, collects."
     executor, out = _executor(out, options), out.resolve()
-    tasks = {n: Task(str(experiment), short_path(out/n), n, point, {k: _as_parameter(v) for k, v in {**files_among(point), **inputs}.items()}, seed, processes) for n, (point, seed) in points.items()}
+    tasks = {n: Task(str(experiment), short_path(out/n), n, point, {k: _as_parameter(v) for k, v in named.items()}, seed, processes) for n, (point, named, seed) in points.items()}
     jobs = _submit(executor, tasks, out)
     try:
         with bar(total=len(jobs), desc='job array') as progress:

@@ -6,7 +6,7 @@
 __all__ = ['log', 'IMAGE_SUFFIXES', 'REFUSED', 'MANIFEST_KEYS', 'GENERAL_KEYS', 'ENCODING', 'to_rgb', 'load_image', 'EffectSet',
            'images_among', 'load_effect', 'check_unique', 'effect_folders', 'load_effects', 'write_effect',
            'load_general', 'general_specs', 'write_general', 'pick_effects', 'write_world_effect',
-           'write_world_general', 'ConditionCache', 'Conditions']
+           'write_world_general', 'borrow', 'ConditionCache', 'Conditions']
 
 # %% ../nbs/05_data.ipynb #772e2cb9
 import hashlib, json, logging, os, re, shutil
@@ -295,6 +295,28 @@ def write_world_general(folder, n: int, seed: int) -> list[tuple[Path, str]]:
     "Draws n sources of the world with an instruction each (no targets) and writes them as a general folder."
     drawn = (world.edit_pair(i, seed) for i in bar(range(n), desc='general stream'))
     return write_general(folder, ((source, said, spec) for source, _, said, _, spec in drawn))
+
+# %% ../nbs/05_data.ipynb #ca4212cf
+def borrow(effect: EffectSet, general, n: int, seed: int, folder) -> EffectSet:
+    """The effect without targets, as effect folder `folder`: its own sources and up to `n` pictures of a general folder, drawn by seed.
+
+    Pictures whose ground truth is of another category do not fit; where fewer than `n` fit, all of them are lent."""
+    known = {p: s for (p, _), s in zip(load_general(general), general_specs(general))}
+    fits = [p for p, s in known.items() if not s or s['category'] in effect.category.split(' or ')]
+    folder = Path(folder); part = folder.with_name(f'.{folder.name}.part')
+    shutil.rmtree(part, ignore_errors=True)
+    for sub in ('source', *(['spec'] if any(effect.specs) else [])): (part/sub).mkdir(parents=True)
+    for source, spec in zip(effect.sources, effect.specs):
+        shutil.copyfile(source, part/'source'/source.name)
+        if spec: shutil.copyfile(spec, part/'spec'/spec.name)
+    for k in sorted(rng('borrow', seed, effect.id).permutation(len(fits))[:n]):
+        shutil.copyfile(fits[k], part/'source'/f'general-{k:05d}{fits[k].suffix}')
+        if any(effect.specs) and known[fits[k]]: (part/'spec'/f'general-{k:05d}.json').write_text(json.dumps(known[fits[k]]))
+    write_yaml(part/'effect.yaml', {k: v for k in MANIFEST_KEYS if (v := vars(effect)[k])})
+    load_effect(part)
+    if folder.exists(): shutil.rmtree(folder)
+    os.replace(part, folder)
+    return load_effect(folder)
 
 # %% ../nbs/05_data.ipynb #7533827b
 ENCODING = 'edit-plus-1+mm_token_type_ids'

@@ -86,9 +86,10 @@ def describe(job: Job, effects: dict[str, Path], words: Path | None = None, coll
     return {id: job.out/'described'/id for id in effects}
 
 
-def paint(job: Job, effects: dict[str, Path], teachers: dict[str, Path], given: dict | None = None) -> dict[str, Path]:
-    "Targets painted by the teachers: effect id -> effect folder."
-    job.do('targets', 'targets', {'effects': list(effects.values()), 'teachers': list(teachers.values())}, given)
+def paint(job: Job, effects: dict[str, Path], teachers: dict[str, Path], general: Path | None = None, given: dict | None = None) -> dict[str, Path]:
+    "Targets painted by the teachers, of the effects' own sources and of as many pictures of `general` as the budget borrows: effect id -> effect folder."
+    lent = {'general': general} if differences('targets', job.budget).get('borrow') else {}
+    job.do('targets', 'targets', {'effects': list(effects.values()), 'teachers': list(teachers.values()), **lent}, {**({} if general else {'borrow': 0}), **(given or {})})
     return {id: job.out/'targets'/id for id in effects}
 
 
@@ -129,7 +130,7 @@ def distill_settings(job: Job, init: Path | None = None, given: dict | None = No
 def distill(job: Job, effects: dict[str, Path], teachers: dict[str, Path], general: Path | None = None, init: Path | None = None, given: dict | None = None, words: Path | None = None) -> Path:
     "The collection (Eq. 9), one LoRA file: words for every effect, targets by its teacher, then the loop."
     _stream(general, distill_settings(job, init, given)[1])
-    painted = paint(job, describe(job, effects, words), teachers)
+    painted = paint(job, describe(job, effects, words), teachers, general)
     job.do('distill', 'collection', {'effects': list(painted.values()), 'teachers': list(teachers.values()), 'general': general, 'init': init}, given)
     return job.out/'collection.safetensors'
 
@@ -149,7 +150,7 @@ def plan(job: Job, effects: dict[str, Path], general: Path | None = None, init: 
 def extend(job: Job, collection: Path, effects: dict[str, Path], teachers: dict[str, Path], general: Path | None = None, old=(), given: dict | None = None, words: Path | None = None) -> Path:
     "A collection with `effects` added in a few steps, one LoRA file; `old`: folders of effects that it has, to measure on or to rehearse."
     _stream(general, distill_settings(job, collection, given, 'extend')[1])
-    painted = paint(job, describe(job, effects, words, collection), {id: teachers[id] for id in effects})
+    painted = paint(job, describe(job, effects, words, collection), {id: teachers[id] for id in effects}, general)
     inputs = {'collection': collection, 'effects': list(painted.values()), 'teachers': list(teachers.values()), 'general': general, 'old': list(old)}
     job.do('extend', 'collection', inputs, given)
     return job.out/'collection.safetensors'

@@ -141,8 +141,11 @@ def plan(job: Job, effects: dict[str, Path], general: Path | None = None, init: 
     from collectionlora import data, distill as loop
     from collectionlora.backbone import load_base
     values, s = distill_settings(job, init, given, experiment)
-    sets = [replace(e, trigger=e.trigger or e.id, description=e.description or e.prompt, targets=e.targets or e.sources) for e in data.load_effects(*effects.values())]
-    stream, base = _stream(general, s) if s.p_switch < 1 else [], load_base(job.base, device=values['device'], frozen=values.get('frozen', ''))
+    stream = _stream(general, s) if s.p_switch < 1 else []
+    lent = [p for p, _ in (data.load_general(general) if general else [])][:differences('targets', job.budget).get('borrow', 0)]
+    painted = lambda e: dict(sources=(*e.sources, *lent), targets=(*(e.targets or e.sources), *lent))
+    sets = [replace(e, trigger=e.trigger or e.id, description=e.description or e.prompt, **painted(e)) for e in data.load_effects(*effects.values())]
+    base = load_base(job.base, device=values['device'], frozen=values.get('frozen', ''))
     base.backbone.checkpointing(values.get('checkpointing', False)); base.backbone.offload(values.get('offload', False))
     return loop.measured_plan(base, sets, stream, data.ConditionCache(base, results_dir()/'.cache'), s)
 

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from collectionlora import cli, core, demo
 from collectionlora.core import UserError
+from collectionlora.data import load_effect
 from collectionlora.lora_files import Lora, read_lora, write_lora
 
 
@@ -61,6 +62,22 @@ def test_a_job_puts_every_stage_on_its_device_and_keeps_the_budgets_other_settin
     assert {e: v['device'] for e, v in asked.items()} == dict(prompts='cuda', targets='cuda', distill='cuda')
     assert asked['distill']['settings'] == {**demo.differences('distill', 'full')['settings'], 'p_switch': 1.0}
     with pytest.raises(UserError, match='--general: 20% of the steps'): demo.distill(job, demo.checked_effects([folder/'effects']), {})
+
+
+def test_teachers_paint_as_many_general_pictures_as_the_budget_borrows(world, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, 'results_dir', lambda: tmp_path)
+    budget = demo.differences
+    monkeypatch.setattr(demo, 'differences', lambda experiment, name: {'steps': 2, 'guidance': 1.0, 'borrow': 2} if experiment == 'targets' else budget(experiment, name))
+    job, effects = demo.Job(tmp_path/'out', folder/'base', 'demo'), demo.checked_effects([folder/'effects'])
+    teachers = {id: folder/'named'/f'{id}.safetensors' for id in effects}
+    own = {id: len(load_effect(p)) for id, p in effects.items()}
+    painted = {id: load_effect(p) for id, p in demo.paint(job, effects, teachers, folder/'general').items()}
+    assert {id: len(e) for id, e in painted.items()} == {id: n + 2 for id, n in own.items()} and all(sum(s.startswith('general-') for s in e.stems) == 2 for e in painted.values())
+    assert {id: r['targets'] for id, r in core.read_json(job.record('targets'))['metrics'].items()} == {id: n + 2 for id, n in own.items()}
+    asked = {}
+    monkeypatch.setattr(demo, 'execute', lambda experiment, out, run, values, inputs, seed: asked.update(values=values, inputs=inputs))
+    demo.paint(job, effects, teachers)
+    assert asked['values']['borrow'] == 0 and 'general' not in asked['inputs']
 
 
 def test_the_budget_follows_the_base(folder, tmp_path):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'IMAGE_SUFFIXES', 'REFUSED', 'MANIFEST_KEYS', 'GENERAL_KEYS', 'ENCODING', 'to_rgb', 'load_image', 'EffectSet',
            'images_among', 'load_effect', 'check_unique', 'effect_folders', 'load_effects', 'write_effect',
-           'load_general', 'general_specs', 'write_general', 'pick_effects', 'write_world_effect',
-           'write_world_general', 'borrow', 'ConditionCache', 'Conditions']
+           'copy_source', 'copy_manifest', 'put_in_place', 'load_general', 'general_specs', 'write_general',
+           'pick_effects', 'write_world_effect', 'write_world_general', 'borrow', 'ConditionCache', 'Conditions']
 
 # %% ../nbs/05_data.ipynb #772e2cb9
 import hashlib, json, logging, os, re, shutil
@@ -221,6 +221,22 @@ def write_effect(folder, *, id: str, category: str, prompt: str, pairs: Sequence
         if specs: (part/'spec'/f'{stem}.json').write_text(json.dumps(specs[i]))
     fields = dict(id=id, category=category, prompt=prompt, description=description, trigger=trigger)
     write_yaml(part/'effect.yaml', {k: v for k, v in fields.items() if v is not None})
+    return put_in_place(part, folder)
+
+
+def copy_source(part: Path, stem: str, source: Path, spec: Path | None) -> None:
+    "A source and its ground truth, if there is one, into an effect folder being laid out, as `stem`."
+    shutil.copyfile(source, part/'source'/f'{stem}{source.suffix}')
+    if spec: shutil.copyfile(spec, part/'spec'/f'{stem}.json')
+
+
+def copy_manifest(part: Path, effect: EffectSet) -> None:
+    "The effect's manifest into an effect folder being laid out."
+    write_yaml(part/'effect.yaml', {k: v for k in MANIFEST_KEYS if (v := vars(effect)[k])})
+
+
+def put_in_place(part: Path, folder: Path) -> EffectSet:
+    "A finished effect folder, checked, in the place of whatever lies at `folder`."
     load_effect(part)
     if folder.exists(): shutil.rmtree(folder)
     os.replace(part, folder)
@@ -301,22 +317,17 @@ def borrow(effect: EffectSet, general, n: int, seed: int, folder) -> EffectSet:
     """The effect without targets, as effect folder `folder`: its own sources and up to `n` pictures of a general folder, drawn by seed.
 
     Pictures whose ground truth is of another category do not fit; where fewer than `n` fit, all of them are lent."""
-    known = {p: s for (p, _), s in zip(load_general(general), general_specs(general))}
+    known = {Path(general)/e['image']: e.get('spec') for e in _general_lines(general)}
     fits = [p for p, s in known.items() if not s or s['category'] in effect.category.split(' or ')]
     folder = Path(folder); part = folder.with_name(f'.{folder.name}.part')
     shutil.rmtree(part, ignore_errors=True)
     for sub in ('source', *(['spec'] if any(effect.specs) else [])): (part/sub).mkdir(parents=True)
-    for source, spec in zip(effect.sources, effect.specs):
-        shutil.copyfile(source, part/'source'/source.name)
-        if spec: shutil.copyfile(spec, part/'spec'/spec.name)
+    for stem, source, spec in zip(effect.stems, effect.sources, effect.specs): copy_source(part, stem, source, spec)
     for k in sorted(rng('borrow', seed, effect.id).permutation(len(fits))[:n]):
         shutil.copyfile(fits[k], part/'source'/f'general-{k:05d}{fits[k].suffix}')
         if any(effect.specs) and known[fits[k]]: (part/'spec'/f'general-{k:05d}.json').write_text(json.dumps(known[fits[k]]))
-    write_yaml(part/'effect.yaml', {k: v for k in MANIFEST_KEYS if (v := vars(effect)[k])})
-    load_effect(part)
-    if folder.exists(): shutil.rmtree(folder)
-    os.replace(part, folder)
-    return load_effect(folder)
+    copy_manifest(part, effect)
+    return put_in_place(part, folder)
 
 # %% ../nbs/05_data.ipynb #7533827b
 ENCODING = 'edit-plus-1+mm_token_type_ids'

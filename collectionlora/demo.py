@@ -86,10 +86,15 @@ def describe(job: Job, effects: dict[str, Path], words: Path | None = None, coll
     return {id: job.out/'described'/id for id in effects}
 
 
+def _borrowed(job: Job, general: Path | None) -> int:
+    "How many pictures of the general stream every teacher paints at the job's budget."
+    return differences('targets', job.budget).get('borrow', 0) if general else 0
+
+
 def paint(job: Job, effects: dict[str, Path], teachers: dict[str, Path], general: Path | None = None, given: dict | None = None) -> dict[str, Path]:
     "Targets painted by the teachers, of the effects' own sources and of as many pictures of `general` as the budget borrows: effect id -> effect folder."
-    lent = {'general': general} if differences('targets', job.budget).get('borrow') else {}
-    job.do('targets', 'targets', {'effects': list(effects.values()), 'teachers': list(teachers.values()), **lent}, {**({} if general else {'borrow': 0}), **(given or {})})
+    n = _borrowed(job, general)
+    job.do('targets', 'targets', {'effects': list(effects.values()), 'teachers': list(teachers.values()), 'general': general if n else None}, {'borrow': n, **(given or {})})
     return {id: job.out/'targets'/id for id in effects}
 
 
@@ -141,13 +146,13 @@ def plan(job: Job, effects: dict[str, Path], general: Path | None = None, init: 
     from collectionlora import data, distill as loop
     from collectionlora.backbone import load_base
     values, s = distill_settings(job, init, given, experiment)
-    stream = _stream(general, s) if s.p_switch < 1 else []
-    lent = [p for p, _ in (data.load_general(general) if general else [])][:differences('targets', job.budget).get('borrow', 0)]
-    painted = lambda e: dict(sources=(*e.sources, *lent), targets=(*(e.targets or e.sources), *lent))
+    stream = _stream(general, s)
+    lent = [p for p, _ in stream[:_borrowed(job, general)]]
+    painted = lambda e: dict(sources=(*e.sources, *lent), targets=(*e.sources, *lent))        # a target is painted at its source's size
     sets = [replace(e, trigger=e.trigger or e.id, description=e.description or e.prompt, **painted(e)) for e in data.load_effects(*effects.values())]
     base = load_base(job.base, device=values['device'], frozen=values.get('frozen', ''))
     base.backbone.checkpointing(values.get('checkpointing', False)); base.backbone.offload(values.get('offload', False))
-    return loop.measured_plan(base, sets, stream, data.ConditionCache(base, results_dir()/'.cache'), s)
+    return loop.measured_plan(base, sets, stream if s.p_switch < 1 else [], data.ConditionCache(base, results_dir()/'.cache'), s)
 
 
 def extend(job: Job, collection: Path, effects: dict[str, Path], teachers: dict[str, Path], general: Path | None = None, old=(), given: dict | None = None, words: Path | None = None) -> Path:

@@ -8,7 +8,7 @@ __all__ = ['TIMES', 'flow_loss', 'draw_times', 'Example', 'examples', 'Bucket', 
            'sample_teacher', 'TeacherBank', 'sample_targets', 'target_latents', 'make_targets']
 
 # %% ../nbs/07_teachers.ipynb #90bc3c58
-import math, os, shutil, threading, time
+import math, shutil, threading, time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from .aop import with_words
 from .backbone import Backbone, Cond
-from .core import UserError, bar, nearest, read_json, replacing, rng, seed_of, sha256_file, sha256_json, write_json, write_yaml
-from .data import ConditionCache, EffectSet, load_effect, write_world_effect
+from .core import UserError, bar, nearest, read_json, replacing, rng, seed_of, sha256_file, sha256_json, write_json
+from .data import ConditionCache, EffectSet, copy_manifest, copy_source, load_effect, put_in_place, write_world_effect
 from .flow import add_noise, noise_like, ode_times, sample_ode, shift_time, velocity
 from .lora_files import Lora, read_header, read_lora, write_lora
 
@@ -471,20 +471,15 @@ def make_targets(base, bank: TeacherBank, effect: EffectSet, cache: ConditionCac
             jobs, grid = [j for j in jobs if j in todo], cache.grid(effect.sources[jobs[0][0]])
             how = dict(times=base.times(steps, grid) if shift is None else ode_times(steps, shift), w=w, rescale=rescale, batch=batch, progress=progress)
             for at in range(0, len(jobs), batch): _paint(base, bank, effect, cache, part, jobs[at:at + batch], seed, how)
-    load_effect(part)
-    if final.exists(): shutil.rmtree(final)
-    os.replace(part, final)
-    return load_effect(final)
+    return put_in_place(part, final)
 
 
 def _lay_out(effect: EffectSet, part: Path, per_source: int) -> None:
     "Manifest, sources and specs of the folder to be painted."
     for sub in ('source', 'target', 'latents', *(['spec'] if any(effect.specs) else [])): (part/sub).mkdir(parents=True, exist_ok=True)
-    for source, spec in zip(effect.sources, effect.specs):
-        for k in range(per_source):
-            shutil.copyfile(source, part/'source'/f'{source.stem}-{k}{source.suffix}')
-            if spec: shutil.copyfile(spec, part/'spec'/f'{source.stem}-{k}.json')
-    write_yaml(part/'effect.yaml', {k: v for k in ('id', 'category', 'prompt', 'description', 'trigger') if (v := vars(effect)[k])})
+    for stem, source, spec in zip(effect.stems, effect.sources, effect.specs):
+        for k in range(per_source): copy_source(part, f'{stem}-{k}', source, spec)
+    copy_manifest(part, effect)
 
 
 def _paint(base, bank, effect, cache, part, jobs, seed, how) -> None:

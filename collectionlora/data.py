@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['log', 'IMAGE_SUFFIXES', 'REFUSED', 'MANIFEST_KEYS', 'GENERAL_KEYS', 'ENCODING', 'to_rgb', 'load_image', 'EffectSet',
            'images_among', 'load_effect', 'check_unique', 'effect_folders', 'load_effects', 'write_effect',
-           'copy_source', 'copy_manifest', 'put_in_place', 'load_general', 'general_specs', 'write_general',
+           'copy_source', 'copy_manifest', 'put_in_place', 'load_general', 'general_pictures', 'write_general',
            'pick_effects', 'write_world_effect', 'write_world_general', 'borrow', 'ConditionCache', 'Conditions']
 
 # %% ../nbs/05_data.ipynb #772e2cb9
 import hashlib, json, logging, os, re, shutil
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -270,9 +270,9 @@ def load_general(folder) -> list[tuple[Path, str]]:
     return [(Path(folder)/e['image'], e['prompt'].strip()) for e in _general_lines(folder)]
 
 
-def general_specs(folder) -> list[dict | None]:
-    "The ground truth of every entry of a general folder, None where there is none; in `load_general`'s order."
-    return [e.get('spec') for e in _general_lines(folder)]
+def general_pictures(folder) -> dict[Path, dict | None]:
+    "Every picture of a general folder once, in the manifest's order, with its ground truth, None where that is unknown. Raises as `load_general`."
+    return {Path(folder)/e['image']: e.get('spec') for e in _general_lines(folder)}
 
 
 def write_general(folder, entries: Iterable[tuple]) -> list[tuple[Path, str]]:
@@ -313,11 +313,10 @@ def write_world_general(folder, n: int, seed: int) -> list[tuple[Path, str]]:
     return write_general(folder, ((source, said, spec) for source, _, said, _, spec in drawn))
 
 # %% ../nbs/05_data.ipynb #ca4212cf
-def borrow(effect: EffectSet, general, n: int, seed: int, folder) -> EffectSet:
-    """The effect without targets, as effect folder `folder`: its own sources and up to `n` pictures of a general folder, drawn by seed.
+def borrow(effect: EffectSet, known: Mapping[Path, dict | None], n: int, seed: int, folder) -> EffectSet:
+    """The effect without targets, as effect folder `folder`: its own sources and up to `n` of the pictures `known` (see `general_pictures`), drawn by seed.
 
     Pictures whose ground truth is of another category do not fit; where fewer than `n` fit, all of them are lent."""
-    known = {Path(general)/e['image']: e.get('spec') for e in _general_lines(general)}
     fits = [p for p, s in known.items() if not s or s['category'] in effect.category.split(' or ')]
     folder = Path(folder); part = folder.with_name(f'.{folder.name}.part')
     shutil.rmtree(part, ignore_errors=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'ALL', 'NO_ORACLE', 'held_out', 'in_world', 'references', 'round_trip', 'oracle_for', 'assemble',
-           'file_sizes', 'evaluate', 'user_items', 'evaluate_sets', 'Measured', 'measure', 'save_pictures',
+           'file_sizes', 'judge_all', 'evaluate', 'user_items', 'evaluate_sets', 'Measured', 'measure', 'save_pictures',
            'read_pictures']
 
 # %% ../nbs/14a_evaluate.ipynb #8ba9d98b
@@ -93,26 +93,24 @@ def file_sizes(methods: Mapping[str, Method], collection: str | Path, teachers: 
     needs = dict(teacher=[*teachers.values()], teacher_few=[*teachers.values()], teacher_acc=[*teachers.values(), acceleration], fm_few=[fm], fm_acc=[fm, acceleration], ours=[collection])
     return {m.name: size(*needs[k]) for k, m in methods.items() if k in needs}
 
+# %% ../nbs/14a_evaluate.ipynb #6c040135
+def judge_all(shown: Mapping[str, tuple[Sequence, float, int]], items: Sequence[Item], oracle, run: str = '') -> list[Row]:
+    "`metrics.judge` for methods {name: (outputs, seconds, nfe)}: rows of one method after the other, judged scene by scene, so that the oracle fits each effect on a scene once."
+    rows = {name: [None] * len(items) for name in shown}
+    for k in bar(sorted(range(len(items)), key=lambda k: items[k].image), desc='judging'):
+        for name, (outputs, seconds, nfe) in shown.items(): rows[name][k], = judge(name, [items[k]], [outputs[k]], oracle, seconds, nfe, run)
+    return [row for found in rows.values() for row in found]
+
 # %% ../nbs/14a_evaluate.ipynb #9dab1ce9
 def evaluate(base: Base, methods: Mapping[str, Method], items: Sequence[Item], oracle, batch: int = 16, run: str = '') -> tuple[list[Row], dict[str, list[Output]]]:
     "(rows of all methods and of the reference policies, outputs by method name); the oracle should come from `oracle_for` the same base."
-    rows, made = [], {}
+    made, shown = {}, {}
     for m in methods.values():
         made[m.name], seconds = run_method(base, m, items, batch)
-        pictures = [o.image for o in made[m.name]]
-        rows += _judged(m.name, items, pictures, oracle, seconds, m.nfe, run)
+        shown[m.name] = [o.image for o in made[m.name]], seconds, m.nfe
     scale = references(items)
     scale[ENCODED] = [round_trip(base)(p) for p in scale[CEILING]]
-    for name, pictures in scale.items(): rows += _judged(name, items, pictures, oracle, 0., 0, run)
-    return rows, made
-
-def _judged(name, items, pictures, oracle, seconds, nfe, run) -> list[Row]:
-    with bar(total=len(items), desc=f'judging {name}') as progress:
-        out = []
-        for item, picture in zip(items, pictures):
-            out += judge(name, [item], [picture], oracle, seconds, nfe, run)
-            progress.update()
-    return out
+    return judge_all(shown | {name: (pictures, 0., 0) for name, pictures in scale.items()}, items, oracle, run), made
 
 # %% ../nbs/14a_evaluate.ipynb #86ca2b36
 NO_ORACLE = 'These effects have no known ground truth, so bad-case rate and subject score cannot be computed. Shown instead is the distance of each output to the effect\'s target pictures in latent space (a style distance; a picture\'s own target is left out): smaller is nearer, the unedited source is the floor, and the targets among themselves are the ceiling.'

@@ -155,7 +155,7 @@ def test_general_folder_roundtrip(tmp_path):
     with pytest.raises(UserError, match='manifest.jsonl'): load_general(tmp_path)
     written = write_general(tmp_path, [(picture(0), 'a', {'x': 1}), (np.asarray(picture(1)), 'b')])
     assert load_general(tmp_path) == written and [c for _, c in written] == ['a', 'b']
-    assert data.general_specs(tmp_path) == [{'x': 1}, None]
+    assert list(data.general_pictures(tmp_path).values()) == [{'x': 1}, None]
 
 
 # --- the world's effects

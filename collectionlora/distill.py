@@ -99,6 +99,7 @@ class Settings:
     rank_student: int = field(default=32, metadata=dict(help='rank of the result'))
     rank_fake: int = field(default=32, metadata=dict(help='rank of the fake score'))
     init: str = field(default='zero', metadata=dict(help="'zero' or a LoRA file to start from, e.g. the acceleration LoRA or a collection"))
+    fake_init: str = field(default='base', metadata=dict(help="what the fake score is when matching begins: the 'base' (a LoRA of zeros), or the 'student' as it is then, of equal rank"))
     lr_student: float = field(default=3e-4, metadata=dict(help='learning rate of the student'))
     lr_anchor: float | None = field(default=None, metadata=dict(help="the student's learning rate at the beginning of anchor_first, from where it falls to lr_student along a cosine; None: lr_student"))
     lr_fake: float = field(default=6e-4, metadata=dict(help='learning rate of the fake score'))
@@ -153,6 +154,7 @@ def _ranges(s) -> list[tuple[bool, str]]:
             *(((get(n) is not None) and get(n) <= 0, f'{n} is {get(n)}; give a positive number') for n in LARGER_THAN_0),
             *((not 0 <= get(n) <= 1, f'{n} is {get(n)}; it lies in [0, 1]' + (' (write 0.75, not 750)' if get(n) > 1 else '')) for n in SHARES),
             (s.fake_batch not in ('same', 'mixed'), f"fake_batch is {s.fake_batch!r}; give 'same' or 'mixed'"),
+            (s.fake_init not in ('base', 'student'), f"fake_init is {s.fake_init!r}; give 'base' or 'student'"),
             (not all(0 <= b < 1 for b in (*s.betas, s.ema)), f'betas {s.betas} and ema {s.ema} lie in [0, 1)')]
 
 
@@ -168,6 +170,7 @@ def _contradictions(s) -> list[tuple[bool, str]]:
             (s.lr_anchor is not None and not s.anchor_first, 'lr_anchor is the rate during anchor_first, which is 0; set anchor_first above 0'),
             (s.anchor_first >= s.steps, f'anchor_first is {s.anchor_first} of {s.steps} steps, so matching never begins; lower it'),
             (effects and s.weight_bs == s.weight_ts == s.weight_fm == 0, 'all weights are 0; nothing would be learnt'),
+            (s.fake_init == 'student' and s.rank_fake != s.rank_student, f"fake_init 'student' needs rank_fake {s.rank_fake} equal to rank_student {s.rank_student}"),
             (s.routes > s.batch, f'routes is {s.routes}, more than the {s.batch} samples of a batch; lower it or raise batch'),
             (s.routes > 1 and s.route_every > 1, 'routes above 1 draws a stream per route and step; set route_every to 1'),
             (s.routes > 1 and s.fake_batch == 'same', "routes above 1 leaves no single stream for fake_batch 'same'; set it to 'mixed'"),
@@ -767,6 +770,7 @@ def apply_gradient(weights: nn.Parameter, grad: Tensor, opt, lr: float, s: Setti
 def fake_update(engine: Engine, state: State, id: str | None, guard: Guard) -> None:
     "One update of the fake score on the student's current samples."
     s, k = engine.s, state.fakes
+    if k == 0 and s.fake_init == 'student': state.fake.data.copy_(state.student.data)
     x0, cond = engine.fake_samples(id, k)
     g = engine.ranks.draws(seed_of(s.seed, 'fake noise', k), range(s.batch))
     eps, t = engine.noise(cond, g), engine.times_like(len(cond), g, s.fake_shift, s.fake_min, s.fake_max)

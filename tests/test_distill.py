@@ -230,6 +230,19 @@ def test_anchor_first_is_the_anchor_alone(world, tmp_path):
     assert (tmp_path/'whole'/'collection.safetensors').read_bytes() == (tmp_path/'halves'/'collection.safetensors').read_bytes()
 
 
+def test_the_fake_score_takes_over_the_student_once(world, roles):
+    s = replace(SMALL, fake_init='student', lr_fake=1e-30)
+    engine, guard = engine_of(world, s), Guard(0.)
+    state = loop.State.fresh(world[0].backbone, s)
+    state.student.data.normal_(0, .1, generator=torch.Generator().manual_seed(7))
+    learnt = state.student.detach().clone()
+    loop.fake_update(engine, state, 'one', guard)
+    assert torch.allclose(state.fake, learnt, atol=1e-20)
+    state.student.data.mul_(2)
+    loop.fake_update(engine, state, 'one', guard)
+    assert torch.allclose(state.fake, learnt, atol=1e-20)
+
+
 def test_anchor_first_needs_an_anchor():
     with pytest.raises(UserError, match='anchor_first needs effects'): replace(SMALL, anchor_first=2, weight_fm=0.)
     with pytest.raises(UserError, match='matching never begins'): replace(SMALL, anchor_first=5)
@@ -306,7 +319,7 @@ def test_presets_and_fields_have_help():
     (dict(step=3), "did you mean 'steps'"), (dict(preset='autors'), "did you mean 'authors'"), (dict(tau_max=750), 'not 750'), (dict(batch=0), 'batch'),
     (dict(batch=2.5), 'batch'), (dict(lr_fake=0), 'lr_fake'), (dict(lr_fake='fast'), 'lr_fake'), (dict(betas=[.9]), 'betas'), (dict(ema=1.), 'ema'),
     (dict(p_switch=.5, weight_bs=0), 'weight_bs'), (dict(few_shift=3., tau_max=.2), 'tau_max'), (dict(critic_min=.5, critic_max=.4), 'critic_min'),
-    (dict(fake_batch='both'), 'fake_batch'), (dict(anchor_after_critic=True, anchor_min=.2), 'anchor'),
+    (dict(fake_batch='both'), 'fake_batch'), (dict(fake_init='zero'), 'fake_init'), (dict(fake_init='student', rank_fake=4), 'rank_fake 4 equal'), (dict(anchor_after_critic=True, anchor_min=.2), 'anchor'),
     (dict(lr_student=float('nan')), 'lr_student'), (dict(balanced=1), 'balanced'), (dict(tau_min=1.), 'tau_min'), (dict(seed=-1), 'seed')])
 def test_settings_refuse(given, words):
     with pytest.raises(UserError, match=words): Settings.from_dict(given)

@@ -7,7 +7,7 @@ __all__ = ['PLACES', 'SPREAD', 'QUANTITIES', 'logit', 'spread_at', 'evidence', '
            'noised_density', 'toy_signal', 'toy_course', 'box_mean', 'Stage', 'read_demo', 'invent', 'set_stage',
            'look_steps', 'course', 'engine_for', 'slim', 'simulated_targets', 'signal_grid', 'fineness',
            'probe_settings', 'term_gradients', 'moved', 'change', 'look_at_terms', 'judged', 'second_opinion',
-           'opinion_if_there']
+           'opinion_if_there', 'prediction_errors']
 
 # %% ../nbs/12d_studies.ipynb #780ce1dc
 import math
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from . import world
@@ -28,7 +29,7 @@ from .data import ConditionCache, EffectSet, load_effect, load_general, pick_eff
 from .distill import Diverged, Engine, Pool, Settings, distill, few_step_sample, laplacian_energy, load_pools, resolved, samples_of, schedule_of, weights_of
 from .dmd import gradient, mixture_x0
 from .edit import Method, Recipe, run_method
-from .flow import add_noise, to_x0
+from .flow import add_noise, to_x0, velocity
 from .lora_files import write_lora
 from .metrics import judge
 from .teachers import FlowSettings, TeacherBank, finish, train_teacher
@@ -306,3 +307,19 @@ def opinion_if_there():
     from collectionlora.second import Opinion
     try: return Opinion()
     except UserError: return None
+
+# %% ../nbs/12d_studies.ipynb #d0533e64
+@torch.no_grad()
+def prediction_errors(base: Base, method: Method, items: Sequence, levels: Sequence[float], batch: int = 32) -> Tensor:
+    "Mean squared error of a method's velocity on the true targets of `metrics.Item`s, at each noise level in (0, 1]: [items, levels]; noise by item, equal for all methods."
+    parts = [[k for k, i in enumerate(items) if method.shared or i.effect == e] for e in dict.fromkeys('' if method.shared else i.effect for i in items)]
+    out = torch.zeros(len(items), len(levels))
+    for part in (group[k:k + batch] for group in parts for k in range(0, len(group), batch)):
+        mine, B = [items[k] for k in part], base.backbone
+        cond = base.cond([Image.fromarray(i.source) for i in mine], [method.prompt(i.effect) for i in mine])
+        y = base.encode_images([Image.fromarray(i.truth) for i in mine])
+        eps = torch.stack([torch.randn(y.shape[1:], generator=torch.Generator().manual_seed(seed_of('prediction error', i.noise))) for i in mine]).to(y)
+        for j, t in enumerate(levels):
+            v = B.velocity(method.role(mine[0].effect), add_noise(y, eps, t), torch.full((len(y),), t, device=y.device), cond)
+            out[part, j] = (v - velocity(y, eps)).square().mean((1, 2)).cpu()
+    return out

@@ -114,3 +114,12 @@ def test_single_effects_go_on_where_they_were(base, tmp_path):
     assert all(f.stat().st_mtime_ns == t for f, t in files.items()) and len(list((tmp_path/'.loras').rglob('*.safetensors'))) == 6      # other training is another result
     cost = run.execute('single', tmp_path, 's', {**asked, 'images': 2}, {'base': base.folder})['cost']
     assert cost['reused'] == 2 and len(list((tmp_path/'.loras').rglob('*.safetensors'))) == 6                      # more pictures need no more training
+
+
+@pytest.mark.slow
+def test_a_student_is_asked_and_painted_beside_the_teachers(base, files, tmp_path):
+    found = run.execute('knowledge', tmp_path, 'k', dict(students=[str(files['collection'])]), {'base': base.folder})['metrics']
+    assert [*found['asked']] == ['base', 'teachers', "teachers, student's words", 'c'] and found['asked']['teachers']['against_teachers'][0] == 0
+    assert {n.rpartition(', ')[2] for n in found['painted'] if n.startswith('c, ')} == {'2 steps', '2 stochastic steps'}
+    assert 'against' in found['painted']['c, 2 steps'] and 'against' not in found['painted']['teachers, 2 steps']
+    with pytest.raises(UserError, match='same name'): run.execute('knowledge', tmp_path, 'l', dict(students=[str(files['collection'])]*2), {'base': base.folder})

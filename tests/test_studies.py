@@ -11,6 +11,8 @@ from collectionlora import core, distill, run, studies
 from collectionlora.backbone import load_base, tiny_base
 from collectionlora.core import UserError, read_yaml, write_yaml
 from collectionlora.data import ConditionCache
+from collectionlora.edit import Method, Recipe
+from collectionlora.evaluate import held_out
 
 NAMES = ('vanishing', 'branches', 'dynamics')
 ROOT = core.repo_root()
@@ -48,6 +50,20 @@ def test_a_box_without_points_and_too_few_looks_are_refused():
     with pytest.raises(UserError, match='no point of the grid'): studies.box_mean([[1.]], [.8], [.3], tau_max=.5)
     with pytest.raises(UserError, match='give 2 or more'): studies.look_steps(10, 1)
     assert studies.look_steps(1, 5) == [1] and studies.look_steps(3, 9) == [1, 2, 3]
+
+
+def test_the_error_of_a_prediction_depends_on_its_item_alone(tiny):
+    "However items are grouped and ordered, each meets its own noise; and a LoRA that changes the base changes the error."
+    base, levels = load_base(tiny), [.1, 1.]
+    items = held_out({'oil_painting': 'animal', 'gold_statue': 'portrait'}, 2)
+    told = lambda role, shared=True: Method('m', lambda e: role, lambda e: f'make it {e}', Recipe.ode(1, guidance=1.), shared)
+    ask = lambda method, items, **kw: studies.prediction_errors(base, method, items, levels, **kw)
+    whole = ask(told('base'), items)
+    assert whole.shape == (4, 2) and (whole > 0).all()
+    assert torch.allclose(whole, ask(told('base', False), items[::-1], batch=1).flip(0), rtol=1e-4)
+    base.backbone.add_role('drawn', 2, seed=0)
+    with torch.no_grad(): base.backbone.flat('drawn').normal_(0, .3, generator=torch.Generator().manual_seed(0))
+    assert (ask(told('drawn'), items) - whole).abs().min() > 1e-4
 
 
 def test_a_stage_is_read_from_a_demo_or_says_what_is_absent(demo, tiny, tmp_path):

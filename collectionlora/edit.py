@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'Blend', 'velocity_fn', 'sample', 'Output', 'buckets', 'generate', 'load_role', 'Collection', 'thumbnails',
-           'present', 'plain_pipeline', 'fixed_noise', 'Method', 'run_method', 'contestants']
+           'present', 'plain_pipeline', 'fixed_noise', 'Method', 'by_role', 'run_method', 'contestants']
 
 # %% ../nbs/13_edit.ipynb #1b477c2e
 import base64, io, time
@@ -277,13 +277,17 @@ class Method:
         "Evaluations of the transformer per picture."
         return self.recipe.nfe * self.passes
 
-def run_method(base: Base, method: Method, items: Sequence, batch: int = 16) -> tuple[list[Output], float]:
-    "(one Output per metrics.Item, seconds per image, everything from reading the picture to decoding included)."
+def by_role(method: Method, items: Sequence) -> dict[str, list[int]]:
+    "Which items a role of the method serves: all of them under '', or, if it is not shared, an effect's under its id."
     groups: dict[str, list[int]] = {}
     for i, item in enumerate(items): groups.setdefault('' if method.shared else item.effect, []).append(i)
+    return groups
+
+def run_method(base: Base, method: Method, items: Sequence, batch: int = 16) -> tuple[list[Output], float]:
+    "(one Output per metrics.Item, seconds per image, everything from reading the picture to decoding included)."
     out: list[Output | None] = [None] * len(items)
     start = time.perf_counter()
-    for effect, at in groups.items():
+    for effect, at in by_role(method, items).items():
         mine = [items[i] for i in at]
         made = generate(base, method.role(mine[0].effect), [_picture(m.source) for m in mine], [method.prompt(m.effect) for m in mine], [m.noise for m in mine],
                         method.recipe, batch=batch, desc=f'{method.name} {effect}'.strip())

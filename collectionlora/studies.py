@@ -28,7 +28,7 @@ from .core import UserError, nano_dir, seed_of, sha256_file, sha256_json
 from .data import ConditionCache, EffectSet, load_effect, load_general, pick_effects, write_world_effect, write_world_general
 from .distill import Diverged, Engine, Pool, Settings, distill, few_step_sample, laplacian_energy, load_pools, resolved, samples_of, schedule_of, weights_of
 from .dmd import gradient, mixture_x0
-from .edit import Method, Recipe, run_method
+from .edit import Method, Recipe, by_role, run_method
 from .flow import add_noise, to_x0, velocity
 from .lora_files import write_lora
 from .metrics import judge
@@ -312,9 +312,8 @@ def opinion_if_there():
 @torch.no_grad()
 def prediction_errors(base: Base, method: Method, items: Sequence, levels: Sequence[float], batch: int = 32) -> Tensor:
     "Mean squared error of a method's velocity on the true targets of `metrics.Item`s, at each noise level in (0, 1]: [items, levels]; noise by item, equal for all methods."
-    parts = [[k for k, i in enumerate(items) if method.shared or i.effect == e] for e in dict.fromkeys('' if method.shared else i.effect for i in items)]
     out = torch.zeros(len(items), len(levels))
-    for part in (group[k:k + batch] for group in parts for k in range(0, len(group), batch)):
+    for part in (group[k:k + batch] for group in by_role(method, items).values() for k in range(0, len(group), batch)):
         mine, B = [items[k] for k in part], base.backbone
         cond = base.cond([Image.fromarray(i.source) for i in mine], [method.prompt(i.effect) for i in mine])
         y = base.encode_images([Image.fromarray(i.truth) for i in mine])

@@ -6,8 +6,9 @@
 __all__ = ['SPECIAL', 'PICTURE', 'CHAT', 'SIZES', 'PIXELS', 'PatchPCA', 'to_tensor', 'latent_scale', 'fit_pca', 'psnr',
            'laplacian_energy', 'reconstruct', 'pca_pictures', 'prompt_template', 'corpus', 'make_tokenizer',
            'text_config', 'components', 'vision_patches', 'prompt_ids', 'embed', 'pack', 'nonsense', 'dress',
-           'flow_loss', 'draw_times', 'labels', 'Reading', 'last_hidden', 'embed_all', 'BaseTrainer', 'reading_loss',
-           'matrices', 'drawing_loss', 'render_pairs', 'edit_example', 'save_base', 'family_weights']
+           'flow_loss', 'draw_times', 'labels', 'Reading', 'last_hidden', 'embed_all', 'pack_all', 'BaseTrainer',
+           'reading_loss', 'matrices', 'drawing_loss', 'render_pairs', 'edit_example', 'save_base', 'family_weights',
+           'changed_tokens', 'token_weights', 'edit_errors']
 
 # %% ../nbs/04_nano.ipynb #70977918
 import json
@@ -166,10 +167,10 @@ def prompt_ids(tok, prompts):
     return tok([t.format(wide + p) for p in prompts], padding=True, return_tensors='pt')
 
 def embed(te, tok, pictures, prompts, drop=64):
-    "Prompt embeddings `[B, L, D]` and mask `[B, L]` or None, as the stock pipeline makes them, differentiable."
-    q = prompt_ids(tok, prompts); ids, m = q['input_ids'], q['attention_mask']
-    grid = torch.tensor([[1, PIXELS//16, PIXELS//16]]*len(ids))
-    h = te.model(input_ids=ids, attention_mask=m, pixel_values=vision_patches(pictures), image_grid_thw=grid, mm_token_type_ids=(ids == te.config.image_token_id).int()).last_hidden_state
+    "Prompt embeddings `[B, L, D]` and mask `[B, L]` or None on the encoder's device, as the stock pipeline makes them, differentiable."
+    q, to = prompt_ids(tok, prompts), next(te.parameters()).device; ids, m = q['input_ids'].to(to), q['attention_mask'].to(to)
+    grid = torch.tensor([[1, PIXELS//16, PIXELS//16]]*len(ids), device=to)
+    h = te.model(input_ids=ids, attention_mask=m, pixel_values=vision_patches(pictures).to(to), image_grid_thw=grid, mm_token_type_ids=(ids == te.config.image_token_id).int()).last_hidden_state
     m = m[:, drop:].bool()
     return h[:, drop:]*m[..., None], None if m.all() else m
 
@@ -189,11 +190,11 @@ def dress(prompt, r):
     return ' ' if u < .1 else f'{nonsense(r)} {prompt}' if u < .2 else prompt
 
 def flow_loss(tr, y0, src, emb, mask, t, eps, weights=None):
-    "Flow-matching loss: targets y0 and sources `[B, 64, 64]` packed, embeddings `[B, L, D]` with mask, times and weights `[B]`, noise like y0."
+    "Flow-matching loss: targets y0 and sources `[B, N, 64]` packed, N = 64 tokens, embeddings `[B, L, D]` with mask, times `[B]`, noise like y0, weights `[B, 1]` or `[B, N]`."
     x_t = (1 - t)[:, None, None]*y0 + t[:, None, None]*eps
     grids = [[(1, 8, 8), (1, 8, 8)]]*len(y0)
     v = tr(hidden_states=torch.cat([x_t, src], 1), timestep=t, encoder_hidden_states=emb, encoder_hidden_states_mask=mask, img_shapes=grids, return_dict=False)[0][:, :y0.shape[1]]
-    e = (v.float() - (eps - y0)).pow(2).mean((1, 2))
+    e = (v.float() - (eps - y0)).pow(2).mean(-1)
     return (e if weights is None else e*weights).mean()
 
 def draw_times(n, g, shift=3.):
@@ -221,7 +222,7 @@ class Reading(torch.nn.Linear):
 def last_hidden(te, tok, pictures, prompts):
     "Hidden state of the last token of every prompt, `[B, D]`."
     h, m = embed(te, tok, pictures, prompts)
-    return h[:, -1] if m is None else h[torch.arange(len(h)), m.sum(1) - 1]
+    return h[:, -1] if m is None else h[torch.arange(len(h), device=h.device), m.sum(1) - 1]
 
 def embed_all(te, tok, pairs, n, seed=0, batch=64):
     """Embeddings of all pairs, float16 `[n, L, D]`, and their lengths `[n]`; one instruction in ten is blank, one in ten follows a nonsense word."""
@@ -229,10 +230,17 @@ def embed_all(te, tok, pairs, n, seed=0, batch=64):
     for k in bar(range(0, n, batch), desc='embedding pairs'):
         x, _, said = zip(*(pairs(i) for i in range(k, min(n, k + batch))))
         with torch.no_grad(): h, m = embed(te, tok, np.stack(x), [dress(s, rng('dress', seed, k + i)) for i, s in enumerate(said)])
-        out.append(h.half()); lengths.append(torch.full((len(x),), h.shape[1]) if m is None else m.sum(1))
+        out.append(h.half().cpu()); lengths.append(torch.full((len(x),), h.shape[1]) if m is None else m.sum(1).cpu())
     L = int(torch.cat(lengths).max()); E = torch.zeros(n, L, out[0].shape[-1], dtype=torch.float16)
     for k, h in enumerate(out): E[k*batch:k*batch + len(h), :h.shape[1]] = h
     return E, torch.cat(lengths)
+
+def pack_all(vae, pairs, n, batch=500):
+    "Packed latents of the sources and targets of all pairs, float16 `[n, 2, 64, 64]`."
+    out = torch.empty(n, 2, 64, 64, dtype=torch.float16)
+    for k in bar(range(0, n, batch), desc='packing pairs'):
+        for j, pictures in enumerate(zip(*(pairs(i)[:2] for i in range(k, min(n, k + batch))))): out[k:k + batch, j] = pack(vae, np.stack(pictures)).half()
+    return out
 
 # %% ../nbs/04_nano.ipynb #b7f536ac
 class BaseTrainer:
@@ -245,7 +253,7 @@ class BaseTrainer:
         ids = {id(p) for p in muon}
         self.opts = [torch.optim.AdamW([p for p in self.params if id(p) not in ids], lr=lr, betas=(.9, .98), weight_decay=.01, fused=True)]
         if ids: self.opts.append(torch.optim.Muon(list(muon), lr=lr, weight_decay=.01, adjust_lr_fn='match_rms_adamw'))
-        fall = lambda s: min(1, (s + 1)/warmup)*(.02 + .98*.5*(1 + math.cos(math.pi*min(1, max(0, 1 - (1 - s/steps)/decay)))))
+        fall = lambda s: min(1, (s + 1)/warmup)*(.02 + .98*.5*(1 + math.cos(math.pi*min(1, max(0, 1 - (1 - s/max(1, steps))/decay)))))
         self.scheds = [torch.optim.lr_scheduler.LambdaLR(o, fall) for o in self.opts]
         self.ema = [p.detach().clone() for p in self.params]
         self.losses = []
@@ -287,23 +295,26 @@ def reading_loss(te, head, tok, pairs, C, batch=64):
     "The loss of a reading step over the pairs with classes C `[n, len(world.SLOTS)]`, as `BaseTrainer` wants it."
     def loss(r, g, step):
         i = r.integers(0, len(C), batch); x, _, said = zip(*(pairs(k) for k in i))
-        return head.loss(last_hidden(te, tok, np.stack(x), list(said)), C[torch.as_tensor(i)])
+        h = last_hidden(te, tok, np.stack(x), list(said))
+        return head.loss(h, C[torch.as_tensor(i)].to(h.device))
     return loss
 
 def matrices(tr):
     "The matrices of a transformer's blocks, modulation excepted: Muon's share."
     return [p for k, p in tr.named_parameters() if p.ndim == 2 and 'transformer_blocks' in k and '_mod.' not in k]
 
-def drawing_loss(tr, vae, pairs, E, lengths, batch=32, shift=3., late=None, device='cpu', dtype=torch.float32, weights=None):
-    """The loss of a drawing step over pairs with embeddings E `[n, L, D]` of the given lengths `[n]`.
+def drawing_loss(tr, X, E, lengths, batch=32, shift=3., late=None, dtype=torch.float32, weights=None, focus=None):
+    """The loss of a drawing step over packed pairs X `[n, 2, N, 64]` (see `pack_all`) with embeddings E `[n, L, D]` of the given lengths `[n]`, all on one device.
 
-    shift: as in `draw_times`; late: (step, shift) that holds from that step on; weights: of the pairs, `[n]`, or None."""
+    shift: as in `draw_times`; late: (step, shift) that holds from that step on; weights: of the pairs, `[n]`, or None; focus: (largest weight, step), the
+    weights of `token_weights` before that step and none from it on."""
     def loss(r, g, step):
-        i = torch.as_tensor(r.integers(0, len(E), batch))
-        x, y, _ = zip(*(pairs(int(k)) for k in i)); n = lengths[i]; L = int(n.max())
-        y0, t = pack(vae, np.stack(y)), draw_times(batch, g, late[1] if late and step >= late[0] else shift); eps = torch.randn(y0.shape, generator=g); mask = torch.arange(L) < n[:, None]
-        w = None if weights is None else weights[i].to(device); args = [a.to(device) for a in (y0, pack(vae, np.stack(x)), E[i, :L].float(), mask, t, eps)]
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32): return flow_loss(tr, *args, w)
+        i = torch.as_tensor(r.integers(0, len(E), batch)); to = X.device
+        t = draw_times(batch, g, late[1] if late and step >= late[0] else shift); eps = torch.randn(batch, *X.shape[2:], generator=g)
+        i, t, eps = i.to(to), t.to(to), eps.to(to); x, y = X[i].float().unbind(1); mask = torch.arange(E.shape[1], device=to) < lengths[i][:, None]
+        w = torch.ones(batch, 1, device=to) if weights is None else weights[i][:, None]
+        if focus and step < focus[1]: w = w*token_weights(x, y, focus[0])
+        with torch.autocast(to.type, dtype, enabled=dtype != torch.float32): return flow_loss(tr, y, x, E[i].float(), mask, t, eps, w)
     return loss
 
 def render_pairs(folder, n, seed=0, shard=2000, workers=2, local=1.):
@@ -338,13 +349,39 @@ def save_base(parts, folder, record):
     write_json(folder/'training.json', record)
 
 # %% ../nbs/04_nano.ipynb #aeeeaa48
-def family_weights(vae, pairs, families, n=2000, most=8.):
+def family_weights(X, families, most=8.):
     """Weight of every pair's loss, `[len(families)]`, mean 1: the root of how much less than the median family its family changes a picture.
 
     A new expression changes 0.005 of a picture's energy, a new place 1: unweighted, the former is never learnt. A family is known from the
-    instruction, so the loss keeps its minimum. most: the largest weight relative to the smallest."""
-    x, y, _ = zip(*(pairs(i) for i in range(min(n, len(families))))); d = (pack(vae, np.stack(x)) - pack(vae, np.stack(y))).pow(2).mean((1, 2)).numpy()
+    instruction, so the loss keeps its minimum. X: packed pairs `[n, 2, N, 64]`, the first of `families`; most: the largest weight relative to the smallest."""
+    d = (X[:, 0].float() - X[:, 1].float()).pow(2).mean((1, 2)).numpy()
     f = np.array(families); change = {k: float(d[f[:len(d)] == k].mean()) if (f[:len(d)] == k).any() else 1. for k in set(families)}
     top = np.median([*change.values()])
     w = torch.tensor([min(most, max(1., (top/max(change[k], 1e-6))**.5)) for k in families])
     return w/w.mean()
+
+def changed_tokens(x, y, least=.02):
+    "Which tokens of the packed sources and targets `[B, N, C]` an edit changes by more than `least` of mean square: bool `[B, N]`."
+    return (y - x).pow(2).mean(-1) > least
+
+def token_weights(x, y, most=64.):
+    "Weights `[B, N]`, mean 1, by which the tokens that an edit changes count together as much as those that it keeps: at least as much each as a kept one, at most `most` times that."
+    changed = changed_tokens(x, y).float(); n = changed.sum(1, keepdim=True)
+    w = 1 + changed*(((changed.shape[1] - n)/n.clamp_min(1)).clamp(1, most) - 1)
+    return w/w.mean()
+
+@torch.no_grad()
+def edit_errors(tr, X, E, lengths, families, times=(1., .9), seed=0, batch=64):
+    """Error of the predicted target on the tokens that edits change, relative to leaving them as they are: `{family: [one number per time]}`; 0 is exact, 1 is the source.
+
+    Arguments as of `drawing_loss`; pairs that change nothing are left out. At t = 1 the network sees nothing but noise, source and instruction."""
+    out, keep = {f: np.zeros((2, len(times))) for f in sorted(set(families))}, tr.training
+    for k in range(0, len(X), batch):
+        x, y = X[k:k + batch].float().unbind(1); n, to = len(x), X.device; c = changed_tokens(x, y); eps = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed_of('edit errors', seed, k))).to(to)
+        for j, t in enumerate(times):
+            x_t = (1 - t)*y + t*eps
+            v = tr.eval()(hidden_states=torch.cat([x_t, x], 1), timestep=torch.full((n,), t, device=to), encoder_hidden_states=E[k:k + batch].float(), encoder_hidden_states_mask=torch.arange(E.shape[1], device=to) < lengths[k:k + batch][:, None],
+                          img_shapes=[[(1, 8, 8), (1, 8, 8)]]*n, return_dict=False)[0][:, :y.shape[1]]
+            for f, made, left in zip(families[k:k + batch], *(((a - y).pow(2).mean(-1)*c).sum(1).tolist() for a in (x_t - t*v, x))): out[f][:, j] += made, left
+    tr.train(keep)
+    return {f: (a/b).tolist() for f, (a, b) in out.items() if b.all()}

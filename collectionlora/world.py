@@ -6,11 +6,11 @@
 __all__ = ['N', 'SS', 'LENS', 'SPECIES', 'OOD_SPECIES', 'COATS', 'NATURAL', 'EXPRESSIONS', 'POSES', 'COATS_EYE', 'BODY', 'SKINS',
            'HAIRS', 'NATURAL_HAIR', 'STYLES_HAIR', 'CLOTHES', 'GOLD', 'HEADWEAR', 'BODYWEAR', 'PROPS', 'PLACES',
            'SCENE_PLACES', 'PLACE_WORDS', 'TIMES', 'CATEGORIES', 'STRATA', 'MATERIALS', 'STYLES', 'PARTICLES', 'FRAMES',
-           'MORE', 'LOOKS', 'STYLE_WORDS', 'MATERIAL_WORDS', 'FRAME_WORDS', 'SHAPES', 'UNTAUGHT', 'FAMILIES', 'WEIGHTS',
-           'LOCAL', 'SLOTS', 'OPS', 'EFFECTS', 'FLAWS', 'CASTS', 'TAU', 'TIE', 'Pen', 'layer', 'over', 'texture',
-           'shade', 'hsv', 'heldout', 'draw_scene', 'parts', 'render', 'chances', 'random_edit', 'read_scene', 'Effect',
-           'get_effect', 'effect_scene', 'apply_effect', 'describe', 'describe_scene', 'edit_pair', 'describe_picture',
-           'stranger', 'Oracle', 'planted']
+           'MORE', 'LOOKS', 'AMOUNTS', 'STYLE_WORDS', 'MATERIAL_WORDS', 'FRAME_WORDS', 'SHAPES', 'UNTAUGHT', 'FAMILIES',
+           'WEIGHTS', 'LOCAL', 'SLOTS', 'OPS', 'EFFECTS', 'FLAWS', 'CASTS', 'TAU', 'TIE', 'Pen', 'layer', 'over',
+           'texture', 'shade', 'hsv', 'heldout', 'draw_scene', 'parts', 'render', 'chances', 'random_edit',
+           'read_scene', 'Effect', 'get_effect', 'effect_scene', 'apply_effect', 'describe', 'describe_scene',
+           'edit_pair', 'describe_picture', 'stranger', 'Oracle', 'planted', 'again', 'followed']
 
 # %% ../nbs/03_world.ipynb #309ed0d7
 import copy
@@ -583,6 +583,9 @@ def _who(s):
 def _say(r, *forms): return forms[r.integers(len(forms))]
 def _new(r, options, old): return _pick(r, [o for o in options if o != old])
 
+AMOUNTS = dict(move=(.16, .24), larger=(1.25, 1.4), smaller=(.55, .7), low=(.74, .82), size=(.24, .34))      # what instructions leave open
+def _amount(r, k): return float(r.uniform(*AMOUNTS[k]))
+
 def _recolor(s, r):
     a = s['subjects'][0]
     if 'species' in a: a['coat'] = c = _new(r, COATS, a['coat']); return _say(r, f'make the {_who(s)} {c}', f'change the fur to {c}', f'a {c} {_who(s)}')
@@ -600,15 +603,15 @@ def _unwear(s, r):
     if not a['wears']: return None
     w = a['wears'][0]; a['wears'] = []; return _say(r, f'remove the {w}', f'take off the {w}')
 def _add(s, r):
-    k, c, left = _pick(r, PROPS), _pick(r, CLOTHES), r.random() < .5; s['props'].append(dict(kind=k, x=.13 if left else .87, y=float(r.uniform(.74, .82)), s=float(r.uniform(.24, .34)), color=CLOTHES[c]))
+    k, c, left = _pick(r, PROPS), _pick(r, CLOTHES), r.random() < .5; s['props'].append(dict(kind=k, x=.13 if left else .87, y=_amount(r, 'low'), s=_amount(r, 'size'), color=CLOTHES[c]))
     return _say(r, f"add a {c} {k} on the {'left' if left else 'right'}", f"place a {c} {k} to the {'left' if left else 'right'}")
 def _remove(s, r):
     if not s['props']: return None
     k = s['props'].pop(int(r.integers(len(s['props'])))); s['props'] = [p for p in s['props'] if p['kind'] != k['kind']]; return _say(r, f"remove the {k['kind']}", f"delete the {k['kind']}")
 def _move(s, r):
-    a = s['subjects'][0]; d = _pick(r, ('left', 'right')); a['x'] += (-1 if d == 'left' else 1)*float(r.uniform(.16, .24)); return _say(r, f'move the {_who(s)} to the {d}', f'shift the subject {d}')
+    a = s['subjects'][0]; d = _pick(r, ('left', 'right')); a['x'] += (-1 if d == 'left' else 1)*_amount(r, 'move'); return _say(r, f'move the {_who(s)} to the {d}', f'shift the subject {d}')
 def _resize(s, r):
-    a = s['subjects'][0]; d = _pick(r, ('larger', 'smaller')); a['scale'] *= float(r.uniform(1.25, 1.4) if d == 'larger' else r.uniform(.55, .7)); return _say(r, f'make the {_who(s)} {d}', f'{d} subject')
+    a = s['subjects'][0]; d = _pick(r, ('larger', 'smaller')); a['scale'] *= _amount(r, d); return _say(r, f'make the {_who(s)} {d}', f'{d} subject')
 def _flip(s, r):
     if s['category'] != 'animal': return None
     s['subjects'][0]['flip'] ^= True; return _say(r, f'flip the {_who(s)}', 'mirror the animal')
@@ -1132,3 +1135,28 @@ def planted(spec, id, other, r, n=12):
     return {'true target': y, 'source, unedited': src, "other effect's target": apply_effect(spec, other, r), f'mean of {n} targets': T.mean(0).astype(np.uint8),
             'blurred target': FLAWS['blur'](y, r), 'noisy target': _byte(y + r.normal(0, 25, y.shape)), 'tinted target': _byte(y*np.array([1.25, 1, .75]) + 10),
             'stranger, same scene': apply_effect(stranger(spec, r), id, r), 'another scene': apply_effect(draw_scene(r, spec['category'], 'heldout'), id, r)}
+
+# %% ../nbs/03_world.ipynb #476c7568
+def again(spec, edited, r):
+    """Another scene that the instruction which made `edited` of `spec` could have made; what the words leave open is drawn with the numpy generator `r`."""
+    s = copy.deepcopy(edited); a, old, seed = s['subjects'][0], spec['subjects'][0], lambda: int(r.integers(2**31))
+    for k in ('style', 'material', 'particles', 'frame'):
+        if s[k] and s[k] != spec[k]: s[k]['seed'] = seed()
+    if s.get('placeseed') != spec.get('placeseed'): s['placeseed'] = seed()
+    if len(s['subjects']) == len(spec['subjects']):
+        if a['x'] != old['x']: a['x'] = old['x'] + float(np.sign(a['x'] - old['x']))*_amount(r, 'move')
+        if a['scale'] != old['scale']: a['scale'] = old['scale']*_amount(r, 'larger' if a['scale'] > old['scale'] else 'smaller')
+    for k, (_, lo, hi) in SHAPES.items():
+        if a.get(k) != old.get(k): a[k] = float(r.uniform(lo, hi))
+    for o in s['props'][len(spec['props']):]: o.update(y=_amount(r, 'low'), s=_amount(r, 'size'))
+    if a['wears'] and a['wearcolor'] != old['wearcolor'] and a['wearcolor'] not in CLOTHES.values(): a['wearcolor'] = hsv(r.random(), .75, .9)
+    return s
+
+def followed(image, asked, others):
+    "Whether the draws `asked` explain a picture better than each of `others` does; draws are lists of uint8 pictures, a list for every instruction or scene that competes."
+    v = describe_picture(image)[0]
+    def unlikely(draws):
+        V, floor = zip(*map(describe_picture, draws)); N = _Normal(np.stack(V), floor[0])
+        return .5*N.far(v[None])[0]**2 + N.half_logdet
+    own = unlikely(asked)
+    return all(own < unlikely(o) for o in others)

@@ -126,3 +126,29 @@ def test_the_second_opinion_that_ships_tells_true_targets_from_others():
         said = opinion.says([a], [description(i, s) for i in (id, other, None)])[0]
         named.append(bool(said[0] > said[1:].max()))
     assert sum(n < f for n, f in zip(near, far)) >= 11 and sum(named) >= 10
+
+
+FIXED = ('recolor', 'replace', 'wear', 'unwear', 'remove', 'flip', 'time', 'weather', 'expression', 'pose', 'pattern', 'count', 'keep')      # their words leave nothing open
+
+
+@pytest.mark.parametrize('family', world.FAMILIES)
+def test_drawn_again_an_edit_keeps_what_its_words_say(family):
+    r, changed, fixed = rng('again', family), [], lambda t: {k: v for k, v in world.read_scene(t).items() if k not in ('side', 'size')}
+    for k in range(8):
+        while (e := world.random_edit(s := world.draw_scene(r, 'animal' if family == 'flip' else world.CATEGORIES[k % 2]), r, family)) is None: pass
+        before, t = json.dumps(e[1]), world.again(s, e[1], r)
+        assert json.dumps(e[1]) == before and {**fixed(t), 'wearcolor': 0} == {**fixed(e[1]), 'wearcolor': 0}
+        a, b, c = (x['subjects'][0] for x in (t, e[1], s))
+        assert (a['x'] - c['x'])*(b['x'] - c['x']) >= 0 and (a['scale'] - c['scale'])*(b['scale'] - c['scale']) >= 0
+        if family in FIXED: assert t == e[1]
+        changed.append((world.render(t) != world.render(e[1])).any())
+    assert any(changed) == (family not in FIXED)
+
+
+def test_an_edit_is_followed_by_its_own_draws_alone():
+    r = rng('followed'); s = world.draw_scene(r, 'animal', 'heldout')
+    hearts, stars = ({**s, 'particles': dict(kind=k, seed=1)} for k in list(world.PARTICLES)[:2])
+    draws = lambda t, n=8: [world.render(world.again(s, t, r)) for _ in range(n)]
+    H, S, own = draws(hearts), draws(stars), [world.render(s)]
+    assert all(world.followed(y, H, [S, own]) for y in draws(hearts, 6)) and not any(world.followed(y, H, [S, own]) for y in draws(stars, 6))
+    assert not world.followed(own[0], H, [S, own]) and world.followed(own[0], own, [H, S])

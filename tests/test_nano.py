@@ -1,0 +1,46 @@
+"The trainer of the nano base: what counts in its loss, and what its errors measure."
+import numpy as np
+import torch
+
+from collectionlora import nano
+
+
+def pairs(n=12, seed=0):
+    g = torch.Generator().manual_seed(seed); x = torch.randn(n, 64, 64, generator=g); y = x.clone()
+    y[:, :4] += torch.randn(n, 4, 64, generator=g)                      # an edit of four tokens
+    return x, y
+
+
+def test_changed_tokens_weigh_as_much_as_kept_ones():
+    x, y = pairs(); c, w = nano.changed_tokens(x, y), nano.token_weights(x, y)
+    assert c.sum(1).eq(4).all() and torch.allclose((w*c).sum(1), (w*~c).sum(1)) and torch.allclose(w.mean(), torch.ones(()))
+    few = nano.token_weights(x, y, most=3.); assert torch.allclose(few[:, 0]/few[:, -1], torch.full((12,), 3.))
+    assert nano.token_weights(x, x).eq(1).all()                          # an edit that changes nothing
+    assert torch.allclose(nano.token_weights(x, -x), torch.ones(12, 64))  # and one that changes all
+
+
+class Knows(torch.nn.Module):
+    "A network that answers every noisy target as if it were `guess` of the source in its input."
+    def __init__(self, guess): super().__init__(); self.guess = guess
+    def forward(self, hidden_states, timestep, **_):
+        x_t, x = hidden_states.chunk(2, 1)
+        return (torch.cat([(x_t - self.guess(x))/timestep[:, None, None], x], 1),)
+
+
+def test_errors_are_one_for_the_source_and_zero_for_the_target():
+    x, y = pairs(); X, E, n = torch.stack([x, y], 1).half(), torch.zeros(12, 5, 8), torch.full((12,), 5); f = ['wear']*6 + ['add']*6
+    target = {tuple(a[4].tolist()): b for a, b in X.float()}
+    exact = Knows(lambda s: torch.stack([target[tuple(a[4].tolist())] for a in s]))
+    for net, e in ((Knows(lambda s: s), 1.), (exact, 0.)):
+        got = nano.edit_errors(net, X, E, n, f, batch=5)
+        assert set(got) == {'wear', 'add'} and np.allclose([*got.values()], e, atol=1e-5)
+    assert nano.edit_errors(exact, X[:, :1].expand(-1, 2, -1, -1), E, n, f) == {}
+
+
+def test_focus_ends_where_it_is_told_to(monkeypatch):
+    x, y = pairs(32); X, E, n = torch.stack([x, y], 1).half(), torch.zeros(32, 5, 8), torch.full((32,), 5); seen = []
+    def net(hidden_states, **_): return (torch.zeros_like(hidden_states),)
+    monkeypatch.setattr(nano, 'token_weights', lambda *a: seen.append(a[2]) or torch.ones(8, 64))
+    loss = nano.drawing_loss(net, X, E, n, batch=8, focus=(7., 2))
+    got = [loss(np.random.default_rng(0), torch.Generator().manual_seed(0), step).item() for step in range(4)]
+    assert seen == [7., 7.] and got[0] == got[3] > 0

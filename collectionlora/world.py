@@ -1153,10 +1153,10 @@ def again(spec, edited, r):
     return s
 
 def followed(image, asked, others):
-    "Whether the draws `asked` explain a picture better than each of `others` does; draws are lists of uint8 pictures, a list for every instruction or scene that competes."
+    "Whether none of `others` explains a picture better than the draws `asked` do; draws are lists of uint8 pictures, one list for every instruction or scene that competes. Edits that look alike do not compete."
     v = describe_picture(image)[0]
     def unlikely(draws):
         V, floor = zip(*map(describe_picture, draws)); N = _Normal(np.stack(V), floor[0])
         return .5*N.far(v[None])[0]**2 + N.half_logdet
     own = unlikely(asked)
-    return all(own < unlikely(o) for o in others)
+    return all(own <= unlikely(o) for o in others)

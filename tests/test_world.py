@@ -152,3 +152,9 @@ def test_an_edit_is_followed_by_its_own_draws_alone():
     H, S, own = draws(hearts), draws(stars), [world.render(s)]
     assert all(world.followed(y, H, [S, own]) for y in draws(hearts, 6)) and not any(world.followed(y, H, [S, own]) for y in draws(stars, 6))
     assert not world.followed(own[0], H, [S, own]) and world.followed(own[0], own, [H, S])
+
+
+def test_what_looks_alike_does_not_compete():
+    s = world.draw_scene(rng('alike'), 'portrait'); a, b = ({**s, 'subjects': [{**s['subjects'][0], 'wears': ['halo'], 'wearcolor': c}]} for c in ((200, 30, 30), (30, 30, 200)))
+    pictures = [[world.render(x)] for x in (a, b)]
+    assert (pictures[0][0] == pictures[1][0]).all() and world.followed(pictures[0][0], pictures[0], [pictures[1], [world.render(s)]])

@@ -89,16 +89,49 @@ def weights(folder): return next(folder.glob('*.safetensors'))
 def halve(file): data = file.read_bytes(); file.write_bytes(data[:len(data)//2])
 
 
-BREAK = {'no transformer weights': lambda d: weights(d/'transformer').unlink(), 'half of the transformer': lambda d: halve(weights(d/'transformer')), 'no text encoder': lambda d: weights(d/'text_encoder').unlink(),
-         'half of the text encoder': lambda d: halve(weights(d/'text_encoder')), 'half of the autoencoder': lambda d: halve(weights(d/'vae')), 'no autoencoder': lambda d: shutil.rmtree(d/'vae'),
-         'a broken config': lambda d: (d/'transformer'/'config.json').write_text('{"a":')}
+def without(file, *keys):
+    "Rewrites a file of tensors without those whose name ends in one of `keys`."
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(file); left = {k: v for k, v in tensors.items() if not k.endswith(keys)}
+    assert len(left) < len(tensors)
+    save_file(left, file, {'format': 'pt'})
+
+
+def edit_json(file, change): value = json.loads(file.read_text()); change(value); file.write_text(json.dumps(value))
+
+
+BREAK = {'no transformer weights': (lambda d: weights(d/'transformer').unlink(), 'transformer: has no'), 'half of the transformer': (lambda d: halve(weights(d/'transformer')), r'transformer/\w+.safetensors: missing or damaged'),
+         'no text encoder': (lambda d: weights(d/'text_encoder').unlink(), 'text_encoder: has no'), 'half of the text encoder': (lambda d: halve(weights(d/'text_encoder')), r'text_encoder/\w+.safetensors: missing or damaged'),
+         'half of the autoencoder': (lambda d: halve(weights(d/'vae')), r'vae/\w+.safetensors: missing or damaged'), 'no autoencoder': (lambda d: shutil.rmtree(d/'vae'), 'vae: missing or empty'),
+         'a broken config': (lambda d: (d/'transformer'/'config.json').write_text('{"a":'), 'transformer/config.json: not valid JSON'), 'half of the tokenizer': (lambda d: halve(d/'tokenizer'/'tokenizer.json'), 'tokenizer/tokenizer.json: not valid JSON'),
+         'half of the processor': (lambda d: halve(next((d/'processor').glob('*processor_config.json'))), r'processor/\w+.json: not valid JSON'),
+         'a part that the index leaves out': (lambda d: edit_json(d/'model_index.json', lambda v: v.pop('vae')), 'model_index.json: names no vae'),
+         'a tensor less in the text encoder': (lambda d: without(weights(d/'text_encoder'), 'layers.1.mlp.up_proj.weight'), 'text_encoder: its files hold'),
+         'a tensor less in the transformer': (lambda d: without(weights(d/'transformer'), 'proj_out.weight'), 'base: its parts do not fit together|transformer: its files hold'),
+         'a tensor less in the autoencoder': (lambda d: without(weights(d/'vae'), 'conv_in.weight'), 'base: its parts do not fit together|vae: its files hold'),
+         'a layer more than there are weights': (lambda d: edit_json(d/'transformer'/'config.json', lambda v: v.update(num_layers=3)), 'base: its parts do not fit together|transformer: its files hold'),
+         'another width than the weights': (lambda d: edit_json(d/'transformer'/'config.json', lambda v: v.update(joint_attention_dim=24)), 'base: its parts do not fit together')}
 
 
 @pytest.mark.parametrize('damage', BREAK)
 def test_a_damaged_base_folder_is_named(base_folder, tmp_path, damage):
-    folder = tmp_path/'base'; shutil.copytree(base_folder, folder); BREAK[damage](folder)
-    with pytest.raises(UserError, match='base: a file of the pipeline is missing or damaged') as told: load_base(folder)
+    folder, (spoil, says) = tmp_path/'base', BREAK[damage]; shutil.copytree(base_folder, folder); spoil(folder)
+    with pytest.raises(UserError, match=says) as told: load_base(folder)
     assert '\n' not in str(told.value)
+
+
+def test_a_base_of_ours_needs_its_picture_size(tmp_path):
+    folder = tmp_path/'nano'; shutil.copytree(core.nano_dir(), folder); (folder/'collectionlora.json').unlink()
+    with pytest.raises(UserError, match='nano/collectionlora.json: missing'): load_base(folder)
+
+
+def test_plain_diffusers_opens_the_folder_that_ships():
+    from diffusers import QwenImageEditPlusPipeline
+    import collectionlora.nano                      # its autoencoder is a class of ours
+    pipe, ours = QwenImageEditPlusPipeline.from_pretrained(core.nano_dir()), load_base(core.nano_dir()).pipe
+    for part in ('transformer', 'text_encoder', 'vae'):
+        assert type(getattr(pipe, part)) is type(getattr(ours, part))
+        assert all((a == b).all() for a, b in zip(getattr(pipe, part).parameters(), getattr(ours, part).parameters(), strict=True))
 
 
 def test_a_broken_index_is_named(base_folder, tmp_path):

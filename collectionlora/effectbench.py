@@ -21,7 +21,7 @@ from .metrics import Item, laplacian_energy
 # %% ../nbs/20_effectbench.ipynb #198e2c18
 def _sha(picture): return hashlib.sha256(picture.tobytes()).hexdigest()
 
-VERSION = 2
+VERSION = 3
 BENCH_SIZES = dict(toy=(8, 5), small=(20, 20), paper=(50, 100))      # effects, pictures per category
 
 def bench_effects(n, seed=0):
@@ -57,8 +57,10 @@ def shipped(size):
 def load(path):
     "The manifest in a file, or of a shipped size by its name. Raises UserError where it is not what its hash says."
     path = shipped(path) if str(path) in BENCH_SIZES else Path(path)
-    if not path.is_file(): raise UserError(f'{path}: no such manifest; give a file or one of {", ".join(BENCH_SIZES)}')
-    m = read_json(path); content = {k: v for k, v in m.items() if k != 'sha256'}
+    if not path.is_file(): raise UserError(f'{path}: no such manifest; give a file or one of {", ".join(BENCH_SIZES)}' + (f' ({hint})' if (hint := nearest(path.name, BENCH_SIZES)).startswith('did') else ''))
+    m = read_json(path)
+    if not isinstance(m, dict): raise UserError(f'{path}: holds a {type(m).__name__} and no manifest; write it again with effectbench.build')
+    content = {k: v for k, v in m.items() if k != 'sha256'}
     if m.get('version') != VERSION: raise UserError(f"{path}: version {m.get('version')!r}; this program reads version {VERSION}")
     if m.get('sha256') != sha256_json(content): raise UserError(f'{path}: sha256 does not match the content; write the manifest again with effectbench.build')
     for e in m['effects']: world.get_effect(e['id'])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -94,9 +95,12 @@ class Opinion:
     def __init__(self, folder=None):
         folder = Path(folder or data_dir()/'second')
         if not (folder/'encoders.safetensors').is_file(): raise UserError(f"{folder}: encoders.safetensors is absent; train it with `collectionlora run nbs/experiments/second/encoders.yaml -o results/second`, and copy results/second/encoders here")
-        vocab = read_json(folder/'encoders.json')['vocab']
+        vocab = read_json(folder/'encoders.json').get('vocab')
         if vocab != len(tokenizer()): raise UserError(f"{folder}/encoders.json: vocab is {vocab}, the base's tokenizer has {len(tokenizer())}; train the encoders again")
-        self.E = Encoders(vocab); self.E.load_state_dict({k: v.float() for k, v in load_file(folder/'encoders.safetensors').items()}); self.E.eval()
+        self.E = Encoders(vocab)
+        try: self.E.load_state_dict({k: v.float() for k, v in load_file(folder/'encoders.safetensors').items()})
+        except (SafetensorError, RuntimeError) as e: raise UserError(f"{folder}/encoders.safetensors: damaged or of other encoders ({' '.join(str(e).split())[:200]}); copy the folder again or train the encoders anew") from e
+        self.E.eval()
     @torch.no_grad()
     def says(self, pictures, spec_texts):
         "Cosines `[B, T]` of pictures and descriptions."

@@ -354,7 +354,9 @@ def _weather(im, kind, r):
 
 # %% ../nbs/03_world.ipynb #25eb42ef
 CATEGORIES = ('animal', 'portrait')
-STRATA = ('train', 'heldout', 'ood')
+STRATA = {'train': 'five of six combinations of looks, for pairs that something is trained on',
+          'heldout': 'the sixth combination, for every test',
+          'ood': 'species that no other stratum has, distant subjects, half of them in pairs, one picture in four already stylised'}
 
 def heldout(subject):
     "True if this combination of looks belongs to the held-out subjects: about one in six, by arithmetic on its names."
@@ -387,8 +389,10 @@ def draw_scene(r, category, stratum='train'):
     if stratum == 'ood' and r.random() < .5:
         b = _subject(r, category, stratum); subjects[0]['x'], b['x'] = .3, .72; subjects.append(b)
     props = [dict(kind=_pick(r, PROPS), x=float(x), y=float(r.uniform(.74, .82)), s=float(r.uniform(.22, .34)), color=hsv(r.random(), .65, .85)) for x in r.permutation([.14, .86])[:r.integers(0, 3)]]
-    return dict(category=category, stratum=stratum, subjects=subjects, place=_pick(r, SCENE_PLACES), time=_pick(r, ('day',)*6 + ('dusk', 'night', 'dawn')),
+    spec = dict(category=category, stratum=stratum, subjects=subjects, place=_pick(r, SCENE_PLACES), time=_pick(r, ('day',)*6 + ('dusk', 'night', 'dawn')),
                 weather=_pick(r, ('clear',)*9 + ('rain', 'snow', 'fog')), props=props, seed=int(r.integers(2**31)), style=None, material=None, particles=None, frame=None)
+    if stratum == 'ood' and r.random() < .25: spec['style'] = dict(kind=_pick(r, sorted(LOOKS['style'])), seed=int(r.integers(2**31)))
+    return spec
 
 # %% ../nbs/03_world.ipynb #206724f2
 def _pool(x, k): return x.reshape(N//k, k, N//k, k, *x.shape[2:]).mean((1, 3))
@@ -672,6 +676,7 @@ def chances(local=1.):
 
 def random_edit(spec, r, family=None, local=1.):
     "A random general edit of a scene: `(instruction, target scene, family)`. `family` fixes the kind; None is returned if it does not apply; `local` as in `chances`."
+    if family is not None and family not in FAMILIES: raise UserError(f'world.random_edit: unknown family {family!r}; {nearest(family, FAMILIES)}')
     p = chances(local)
     while True:
         f, s = family or str(r.choice(list(p), p=list(p.values()))), copy.deepcopy(spec)
@@ -1152,11 +1157,12 @@ def again(spec, edited, r):
     if a['wears'] and a['wearcolor'] != old['wearcolor'] and a['wearcolor'] not in CLOTHES.values(): a['wearcolor'] = hsv(r.random(), .75, .9)
     return s
 
-def followed(image, asked, others):
-    "Whether none of `others` explains a picture better than the draws `asked` do; draws are lists of uint8 pictures, one list for every instruction or scene that competes. Edits that look alike do not compete."
-    v = describe_picture(image)[0]
-    def unlikely(draws):
-        V, floor = zip(*map(describe_picture, draws)); N = _Normal(np.stack(V), floor[0])
-        return .5*N.far(v[None])[0]**2 + N.half_logdet
-    own = unlikely(asked)
-    return all(own <= unlikely(o) for o in others)
+def followed(image, asked, others, tau=TAU):
+    """Whether a picture lies within `tau` of the draws `asked`, and none of `others` explains it better.
+
+    Draws are lists of uint8 pictures, one list for every instruction or scene that competes. Edits that look alike do not compete."""
+    v = describe_picture(image)[0][None]
+    def fit(draws): V, floor = zip(*map(describe_picture, draws)); return _Normal(np.stack(V), floor[0])
+    def unlikely(N): return .5*N.far(v)[0]**2 + N.half_logdet
+    own = fit(asked)
+    return bool(own.far(v)[0] <= tau) and all(unlikely(own) <= unlikely(fit(o)) for o in others)

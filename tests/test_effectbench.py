@@ -50,3 +50,13 @@ def test_parts_are_parts_of_the_whole():
     m = bench.load('toy'); e = m['effects'][1]['id']
     a, b = bench.items(m, [e], images=2), [i for i in bench.items(m) if i.effect == e][:2]
     assert [(i.effect, i.image, i.noise) for i in a] == [(i.effect, i.image, i.noise) for i in b] and (a[1].truth == b[1].truth).all()
+
+
+@pytest.mark.parametrize('text, says', [('[]', 'holds a list and no manifest'), ('{"version"', 'not valid JSON')])
+def test_what_is_no_manifest_is_called_so(tmp_path, text, says):
+    (tmp_path/'m.json').write_text(text)
+    with pytest.raises(UserError, match=says): bench.load(tmp_path/'m.json')
+
+
+def test_a_misspelt_size_is_guessed():
+    with pytest.raises(UserError, match="no such manifest.*did you mean 'paper'"): bench.load('papr')

@@ -77,6 +77,13 @@ def test_unknown_names_are_refused_in_one_sentence():
     with pytest.raises(UserError, match="unknown effect 'stickr'"): world.Oracle(['sticker', 'stickr'])
     with pytest.raises(UserError, match="unknown category 'animals'; use one of animal, portrait"): world.draw_scene(rng(0), 'animals')
     with pytest.raises(UserError, match="unknown stratum 'test'; use one of train, heldout, ood"): world.draw_scene(rng(0), 'animal', 'test')
+    with pytest.raises(UserError, match="unknown family 'recolour'; did you mean 'recolor'"): world.random_edit(world.draw_scene(rng(0), 'animal'), rng(0), 'recolour')
+
+
+def test_only_scenes_out_of_distribution_are_stylised():
+    r = rng('strata'); seen = {t: [world.draw_scene(r, c, t) for _ in range(30) for c in world.CATEGORIES] for t in world.STRATA}
+    assert not any(s['style'] for t in ('train', 'heldout') for s in seen[t]) and 5 < sum(bool(s['style']) for s in seen['ood']) < 30
+    assert 20 < sum(len(s['subjects']) == 2 for s in seen['ood']) < 45
 
 
 @pytest.fixture(scope='module')
@@ -147,6 +154,21 @@ def test_the_cards_quote_their_records():
         else: assert all(h[:16] in card for h in record['fingerprints'].values()) and all((folder/f'base-{f}.jpg').is_file() for f in record['families'])
 
 
+def test_the_data_card_fits_what_ships():
+    ships = json.loads((core.results_dir()/'data_card'/'base.json').read_text())['metrics']['ships']
+    found = {p.name: core.sha256_folder(p) if p.is_dir() else core.sha256_file(p) for p in core.data_dir().iterdir() if p.name[0] != '.' and p.suffix != '.md'}
+    assert {k: v['sha256'] for k, v in ships.items()} == found, 'run `collectionlora run nbs/experiments/data_card/base.yaml` again'
+
+
+@pytest.mark.parametrize('spoil, says', [(lambda d: halve(d/'encoders.safetensors'), 'encoders.safetensors: damaged'), (lambda d: edit_json(d/'encoders.json', lambda v: v.pop('vocab')), 'vocab is None'),
+                                         (lambda d: without(d/'encoders.safetensors', 'weight'), 'encoders.safetensors: damaged or of other encoders'), (lambda d: (d/'encoders.safetensors').unlink(), 'encoders.safetensors is absent')])
+def test_a_damaged_second_opinion_is_named(tmp_path, spoil, says):
+    from collectionlora.second import Opinion
+    shutil.copytree(core.data_dir()/'second', tmp_path/'second'); spoil(tmp_path/'second')
+    with pytest.raises(UserError, match=says) as told: Opinion(tmp_path/'second')
+    assert '\n' not in str(told.value)
+
+
 def test_the_second_opinion_that_ships_tells_true_targets_from_others():
     from collectionlora.second import Opinion, description
     opinion, ids, near, far, named = Opinion(), list(world.EFFECTS), [], [], []
@@ -183,6 +205,8 @@ def test_an_edit_is_followed_by_its_own_draws_alone():
     hearts, stars = ({**s, 'particles': dict(kind=k, seed=1)} for k in list(world.PARTICLES)[:2])
     draws = lambda t, n=8: [world.render(world.again(s, t, r)) for _ in range(n)]
     H, S, own = draws(hearts), draws(stars), [world.render(s)]
+    spoilt = [world.FLAWS['noise'](H[0], r), r.integers(0, 256, H[0].shape).astype(np.uint8), np.full_like(H[0], 128)]
+    assert not any(world.followed(y, H, [S, own]) for y in spoilt)
     assert all(world.followed(y, H, [S, own]) for y in draws(hearts, 6)) and not any(world.followed(y, H, [S, own]) for y in draws(stars, 6))
     assert not world.followed(own[0], H, [S, own]) and world.followed(own[0], own, [H, S])
 

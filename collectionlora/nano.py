@@ -11,6 +11,7 @@ __all__ = ['SPECIAL', 'PICTURE', 'CHAT', 'SIZES', 'PIXELS', 'PatchPCA', 'to_tens
            'changed_tokens', 'token_weights', 'edit_errors']
 
 # %% ../nbs/04_nano.ipynb #70977918
+import hashlib
 import json
 import math
 import multiprocessing as mp
@@ -27,7 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from . import world
-from .core import bar, replacing, rng, seed_of, write_json
+from .core import UserError, bar, replacing, rng, seed_of, write_json
 
 # %% ../nbs/04_nano.ipynb #80bfe157
 class PatchPCA(ModelMixin, ConfigMixin):
@@ -247,9 +248,10 @@ class BaseTrainer:
     """Minimises `loss(r, g, step)` over `params`; `run()` yields `(step, loss)` and can be stopped and resumed anywhere.
 
     loss: function of a numpy and a torch generator, both derived from (seed, step), giving a scalar tensor; muon: those of `params`
-    (matrices) that the Muon optimiser takes, the rest goes to AdamW; decay: the last share of the steps, over which the rate falls."""
-    def __init__(self, params, loss, steps=4000, lr=1e-3, warmup=100, decay=1., ema=.999, muon=(), seed=0):
-        self.params, self.loss, self.steps, self.ema_decay, self.seed, self.step, self.seconds = list(params), loss, steps, ema, seed, 0, 0.
+    (matrices) that the Muon optimiser takes, the rest goes to AdamW; decay: the last share of the steps, over which the rate falls; key: of all that
+    the run depends on, so that a checkpoint is not taken for another run's."""
+    def __init__(self, params, loss, steps=4000, lr=1e-3, warmup=100, decay=1., ema=.999, muon=(), seed=0, key=''):
+        self.params, self.loss, self.steps, self.ema_decay, self.seed, self.key, self.step, self.seconds = list(params), loss, steps, ema, seed, key, 0, 0.
         ids = {id(p) for p in muon}
         self.opts = [torch.optim.AdamW([p for p in self.params if id(p) not in ids], lr=lr, betas=(.9, .98), weight_decay=.01, fused=True)]
         if ids: self.opts.append(torch.optim.Muon(list(muon), lr=lr, weight_decay=.01, adjust_lr_fn='match_rms_adamw'))
@@ -277,12 +279,14 @@ class BaseTrainer:
 
     def save(self, path):
         "Writes everything a resumed run needs, atomically."
-        state = dict(step=self.step, seconds=self.seconds, losses=self.losses, ema=self.ema, opts=[o.state_dict() for o in (*self.opts, *self.scheds)], params=[p.detach() for p in self.params])
+        state = dict(key=self.key, step=self.step, seconds=self.seconds, losses=self.losses, ema=self.ema, opts=[o.state_dict() for o in (*self.opts, *self.scheds)], params=[p.detach() for p in self.params])
         with replacing(path) as p: torch.save(state, p)
 
     def load(self, path):
-        "Restores what `save` wrote; the run goes on to the same bits."
-        s = torch.load(path, weights_only=True)
+        "Restores what `save` wrote; the run goes on to the same bits. Raises `UserError` for a file that is damaged or another run's."
+        try: s = torch.load(path, weights_only=True)
+        except Exception as e: raise UserError(f'{path}: damaged checkpoint ({type(e).__name__}); delete it to start anew') from e          # whatever pickle and zip raise
+        if s.get('key') != self.key: raise UserError(f'{path}: belongs to a run with other parameters or other code; delete it or choose another `run`')
         for p, q in zip(self.params, s['params']): p.data.copy_(q)
         for o, q in zip((*self.opts, *self.scheds), s['opts']): o.load_state_dict(q)
         self.step, self.seconds, self.losses, self.ema = s['step'], s['seconds'], s['losses'], s['ema']
@@ -320,8 +324,9 @@ def drawing_loss(tr, X, E, lengths, batch=32, shift=3., late=None, dtype=torch.f
 def render_pairs(folder, n, seed=0, shard=2000, workers=2, local=1.):
     """Pairs 0..n-1 of a seed: a function of an index giving (source, target, instruction), pictures uint8 `[64, 64, 3]`, the classes `[n, len(world.SLOTS)]`, and the families.
 
-    Drawn once in shards of `shard`, each written whole or not at all; a second call only opens them. local: as in `world.chances`."""
-    folder = Path(folder)/f'seed{seed}-local{local:g}-shard{shard}'; folder.mkdir(parents=True, exist_ok=True)
+    Drawn once in shards of `shard`, each written whole or not at all; a second call only opens them, unless the world draws differently by then. local: as in `world.chances`."""
+    looks = hashlib.sha256(b''.join(p.tobytes() for i in range(4) for p in edit_example(i, seed, local)[:2])).hexdigest()[:8]
+    folder = Path(folder)/f'seed{seed}-local{local:g}-shard{shard}-{looks}'; folder.mkdir(parents=True, exist_ok=True)
     missing = [(folder, k, seed, shard, local) for k in range(-(-n//shard)) if not (folder/f't{k}.json').is_file()]
     if missing:
         with mp.get_context('spawn').Pool(workers) as pool: list(bar(pool.imap_unordered(_render_shard, missing), total=len(missing), desc='rendering pairs'))

@@ -1,8 +1,10 @@
 "The trainer of the nano base: what counts in its loss, and what its errors measure."
 import numpy as np
+import pytest
 import torch
 
 from collectionlora import nano
+from collectionlora.core import UserError
 
 
 def pairs(n=12, seed=0):
@@ -44,3 +46,45 @@ def test_focus_ends_where_it_is_told_to(monkeypatch):
     loss = nano.drawing_loss(net, X, E, n, batch=8, focus=(7., 2))
     got = [loss(np.random.default_rng(0), torch.Generator().manual_seed(0), step).item() for step in range(4)]
     assert seen == [7., 7.] and got[0] == got[3] > 0
+
+
+def trainer(key='a', steps=4):
+    w = torch.nn.Parameter(torch.ones(3))
+    return nano.BaseTrainer([w], lambda r, g, step: ((w - torch.randn(3, generator=g))**2).sum(), steps, lr=.1, warmup=2, key=key)
+
+
+def test_a_checkpoint_goes_on_to_the_same_bits_and_belongs_to_one_run(tmp_path):
+    whole, first, second = trainer(), trainer(), trainer()
+    for t, until in ((whole, None), (first, 2)): list(t.run(until))
+    first.save(tmp_path/'t.pt'); second.load(tmp_path/'t.pt'); list(second.run())
+    assert second.losses == whole.losses and torch.equal(second.params[0], whole.params[0]) and torch.equal(second.ema[0], whole.ema[0])
+    with pytest.raises(UserError, match='t.pt: belongs to a run with other parameters'): trainer('b').load(tmp_path/'t.pt')
+    (tmp_path/'t.pt').write_bytes((tmp_path/'t.pt').read_bytes()[:300])
+    with pytest.raises(UserError, match='t.pt: damaged checkpoint'): trainer().load(tmp_path/'t.pt')
+
+
+def test_a_run_without_steps_ends_at_once():
+    t = trainer(steps=0)
+    assert list(t.run()) == [] and torch.equal(t.params[0], torch.ones(3))
+
+
+def test_pairs_are_drawn_once_and_anew_where_the_world_differs(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(nano, '_render_shard', lambda job: (drawn.append(job[1]), real(job))[1]); monkeypatch.setattr(nano.mp, 'get_context', lambda how: Here)
+    pair, C, families = nano.render_pairs(tmp_path, 6, seed=3, shard=4)
+    assert drawn == [0, 1] and (pair(5)[0] == nano.edit_example(5, 3)[0]).all() and len(C) == len(families) == 6
+    nano.render_pairs(tmp_path, 5, seed=3, shard=4); assert drawn == [0, 1]
+    old = nano.world.render; monkeypatch.setattr(nano.world, 'render', lambda s: 255 - old(s))
+    assert (nano.render_pairs(tmp_path, 6, seed=3, shard=4)[0](5)[0] == 255 - pair(5)[0]).all() and drawn == [0, 1, 0, 1]
+
+
+real = nano._render_shard
+
+
+class Here:
+    "A pool of one, in this process."
+    def __init__(self, workers=1): pass
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
+    def imap_unordered(self, f, jobs): return map(f, jobs)
+    Pool = classmethod(lambda cls, workers: cls())

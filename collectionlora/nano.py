@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPECIAL', 'PICTURE', 'CHAT', 'SIZES', 'PIXELS', 'PatchPCA', 'to_tensor', 'latent_scale', 'fit_pca', 'psnr',
            'laplacian_energy', 'reconstruct', 'pca_pictures', 'prompt_template', 'corpus', 'make_tokenizer',
-           'text_config', 'components', 'vision_patches', 'prompt_ids', 'embed', 'pack', 'nonsense', 'dress',
+           'text_config', 'components', 'vision_patches', 'prompt_ids', 'embed', 'pack', 'nonsense', 'dress', 'predict',
            'flow_loss', 'draw_times', 'labels', 'Reading', 'last_hidden', 'embed_all', 'pack_all', 'BaseTrainer',
            'reading_loss', 'matrices', 'drawing_loss', 'render_pairs', 'edit_example', 'save_base', 'family_weights',
            'changed_tokens', 'token_weights', 'edit_errors']
@@ -190,11 +190,14 @@ def dress(prompt, r):
     u = r.random()
     return ' ' if u < .1 else f'{nonsense(r)} {prompt}' if u < .2 else prompt
 
+def predict(tr, x_t, src, emb, mask, t):
+    "The transformer's velocity `[B, N, 64]` of noisy targets and sources `[B, N, 64]` packed, N = 64 tokens, embeddings `[B, L, D]` with mask, times `[B]`."
+    return tr(hidden_states=torch.cat([x_t, src], 1), timestep=t, encoder_hidden_states=emb, encoder_hidden_states_mask=mask, img_shapes=[[(1, 8, 8), (1, 8, 8)]]*len(t), return_dict=False)[0][:, :x_t.shape[1]]
+
 def flow_loss(tr, y0, src, emb, mask, t, eps, weights=None):
-    "Flow-matching loss: targets y0 and sources `[B, N, 64]` packed, N = 64 tokens, embeddings `[B, L, D]` with mask, times `[B]`, noise like y0, weights `[B, 1]` or `[B, N]`."
+    "Flow-matching loss of targets y0, with noise like them and weights `[B, 1]` or `[B, N]`; the rest as of `predict`."
     x_t = (1 - t)[:, None, None]*y0 + t[:, None, None]*eps
-    grids = [[(1, 8, 8), (1, 8, 8)]]*len(y0)
-    v = tr(hidden_states=torch.cat([x_t, src], 1), timestep=t, encoder_hidden_states=emb, encoder_hidden_states_mask=mask, img_shapes=grids, return_dict=False)[0][:, :y0.shape[1]]
+    v = predict(tr, x_t, src, emb, mask, t)
     e = (v.float() - (eps - y0)).pow(2).mean(-1)
     return (e if weights is None else e*weights).mean()
 
@@ -382,11 +385,12 @@ def edit_errors(tr, X, E, lengths, families, times=(1., .9), seed=0, batch=64):
     Arguments as of `drawing_loss`; pairs that change nothing are left out. At t = 1 the network sees nothing but noise, source and instruction."""
     out, keep = {f: np.zeros((2, len(times))) for f in sorted(set(families))}, tr.training
     for k in range(0, len(X), batch):
-        x, y = X[k:k + batch].float().unbind(1); n, to = len(x), X.device; c = changed_tokens(x, y); eps = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed_of('edit errors', seed, k))).to(to)
+        x, y = X[k:k + batch].float().unbind(1); c, to = changed_tokens(x, y), X.device; mask = torch.arange(E.shape[1], device=to) < lengths[k:k + batch][:, None]
+        eps = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed_of('edit errors', seed, k))).to(to)
+        far = lambda a: ((a - y).pow(2).mean(-1)*c).sum(1).tolist()
         for j, t in enumerate(times):
             x_t = (1 - t)*y + t*eps
-            v = tr.eval()(hidden_states=torch.cat([x_t, x], 1), timestep=torch.full((n,), t, device=to), encoder_hidden_states=E[k:k + batch].float(), encoder_hidden_states_mask=torch.arange(E.shape[1], device=to) < lengths[k:k + batch][:, None],
-                          img_shapes=[[(1, 8, 8), (1, 8, 8)]]*n, return_dict=False)[0][:, :y.shape[1]]
-            for f, made, left in zip(families[k:k + batch], *(((a - y).pow(2).mean(-1)*c).sum(1).tolist() for a in (x_t - t*v, x))): out[f][:, j] += made, left
+            v = predict(tr.eval(), x_t, x, E[k:k + batch].float(), mask, torch.full((len(x),), t, device=to))
+            for f, made, left in zip(families[k:k + batch], far(x_t - t*v), far(x)): out[f][:, j] += made, left
     tr.train(keep)
     return {f: (a/b).tolist() for f, (a, b) in out.items() if b.all()}

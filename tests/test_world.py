@@ -1,4 +1,5 @@
 "The world's measuring instruments: verdicts on planted cases, effects that honour their numbers, and bad input in one clear sentence."
+import importlib
 import json
 import shutil
 
@@ -134,7 +135,7 @@ def test_a_base_of_ours_needs_its_picture_size(tmp_path):
 
 def test_plain_diffusers_opens_the_folder_that_ships():
     from diffusers import QwenImageEditPlusPipeline
-    import collectionlora.nano                      # its autoencoder is a class of ours
+    importlib.import_module('collectionlora.nano')                      # its autoencoder is a class of ours
     pipe, ours = QwenImageEditPlusPipeline.from_pretrained(core.nano_dir()), load_base(core.nano_dir()).pipe
     for part in ('transformer', 'text_encoder', 'vae'):
         assert type(getattr(pipe, part)) is type(getattr(ours, part))

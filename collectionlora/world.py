@@ -589,6 +589,7 @@ def _new(r, options, old): return _pick(r, [o for o in options if o != old])
 
 AMOUNTS = dict(move=(.16, .24), larger=(1.25, 1.4), smaller=(.55, .7), low=(.74, .82), size=(.24, .34))      # what instructions leave open
 def _amount(r, k): return float(r.uniform(*AMOUNTS[k]))
+def _unnamed_colour(r): return hsv(r.random(), .75, .9)
 
 def _recolor(s, r):
     a = s['subjects'][0]
@@ -651,7 +652,7 @@ def _dress_up(s, r, kind):
     if kind == 'body': k = _pick(r, SHAPES); w, lo, hi = SHAPES[k]; s['subjects'][0][k] = float(r.uniform(lo, hi)); return w
     if kind == 'face': s['subjects'][0]['expression'] = e = _pick(r, EXPRESSIONS); return f'with a {e} face'
     if kind == 'time': s['time'] = t = _pick(r, ('dusk', 'night', 'dawn')); return f'at {t}'
-    a = s['subjects'][0]; w = _pick(r, HEADWEAR if r.random() < .8 else BODYWEAR); a['wears'], a['wearcolor'] = [w], hsv(r.random(), .75, .9); return f'wearing a {w}'
+    a = s['subjects'][0]; w = _pick(r, HEADWEAR if r.random() < .8 else BODYWEAR); a['wears'], a['wearcolor'] = [w], _unnamed_colour(r); return f'wearing a {w}'
 def _style(s, r): w = _dress_up(s, r, 'style'); return _say(r, f'turn it into {w}', f'{w} of the {_who(s)}', f'make it {w}')
 def _material(s, r): w = _dress_up(s, r, 'material'); return _say(r, f'the {_who(s)} {w}', f'turn the {_who(s)} into one {w}', f'a {_who(s)} {w}')
 def _frame(s, r): w = _dress_up(s, r, 'frame'); return _say(r, f'turn it into {w}', f'show it as {w}')
@@ -738,7 +739,7 @@ OPS = {
     'style': lambda s, r, k: s.update(style=dict(kind=k, seed=_seed(r)), weather='clear', time='day'),
     'particles': lambda s, r, k: s.update(particles=dict(kind=k, seed=_seed(r))),
     'frame': lambda s, r, k: s.update(frame=dict(kind=k, seed=_seed(r))),
-    'wear': lambda s, r, *items: _each(s, wears=list(items), wearcolor=hsv(r.random(), .75, .9)),
+    'wear': lambda s, r, *items: _each(s, wears=list(items), wearcolor=_unnamed_colour(r)),
     'pose': lambda s, r, animal, portrait: _each(s, pose=_pick(r, animal) if s['category'] == 'animal' else _pick(r, portrait)),
     'face': lambda s, r, *e: _each(s, expression=_pick(r, e)),
     'time': lambda s, r, *t: s.update(time=_pick(r, t), weather='clear'),
@@ -1154,7 +1155,7 @@ def again(spec, edited, r):
     for k, (_, lo, hi) in SHAPES.items():
         if a.get(k) != old.get(k): a[k] = float(r.uniform(lo, hi))
     for o in s['props'][len(spec['props']):]: o.update(y=_amount(r, 'low'), s=_amount(r, 'size'))
-    if a['wears'] and a['wearcolor'] != old['wearcolor'] and a['wearcolor'] not in CLOTHES.values(): a['wearcolor'] = hsv(r.random(), .75, .9)
+    if a['wears'] and a['wearcolor'] != old['wearcolor'] and a['wearcolor'] not in CLOTHES.values(): a['wearcolor'] = _unnamed_colour(r)
     return s
 
 def followed(image, asked, others, tau=TAU):

@@ -259,22 +259,24 @@ def teacher_header(base, effect: EffectSet, settings: FlowSettings, data_hash: s
             'collectionlora.train': {'kind': 'teacher', 'settings': asdict(settings), 'data': data_hash, 'effect': effect.pairs_hash}}
 
 # %% ../nbs/07_teachers.ipynb #7ea820c2
-def teacher_files(paths, effects) -> dict[str, Path]:
-    """Effect id -> teacher LoRA, for each of `effects`, from files and folders of files. The id stands in the header of a teacher of ours; any other
-    LoRA, and one whose header says another id, is named after its effect, `<id>.safetensors`. Raises `UserError` if one is missing or there are two."""
+def teacher_files(paths, effects=None) -> dict[str, Path]:
+    """Effect id -> teacher LoRA, for each of `effects` (None: whatever is there), from files and folders of files. The id stands in the header of a teacher of ours; any other
+    LoRA, and one whose header says another id, is named after its effect, `<id>.safetensors`. Raises `UserError` if one is missing, none is there, or there are two."""
     found, unnamed = {}, []
     for file in [f for p in map(Path, paths) for f in (sorted(p.glob('*.safetensors')) if p.is_dir() else [p])]:
         ids = [e['id'] for e in read_header(file).get('collectionlora.effects', [{'id': file.stem}])]
         if len(ids) != 1: raise UserError(f"{file}: is no single-effect teacher, its header lists {len(ids)} effects; give files with one each")
-        if ids[0] not in effects and file.stem in effects: ids = [file.stem]
-        if ids[0] not in effects: unnamed.append(file.name)
+        if effects is not None and ids[0] not in effects:
+            if file.stem in effects: ids = [file.stem]
+            else: unnamed.append(file.name)
         if ids[0] in found: raise UserError(f"{file}: a second teacher for effect {ids[0]!r} beside {found[ids[0]]}; name one of them")
         found[ids[0]] = file
-    for id in effects:
+    if not found and effects is None: raise UserError(f"no LoRA files among {', '.join(map(str, paths))}; give files, or folders that hold *.safetensors")
+    for id in effects or ():
         if id not in found:
             others = f" (here are {', '.join(unnamed[:5])})" if unnamed else ''
             raise UserError(f"effect {id!r} has no teacher among the given files{others}; call a LoRA of your own {id}.safetensors, or train one with `collectionlora teach`")
-    return {id: found[id] for id in effects}
+    return found if effects is None else {id: found[id] for id in effects}
 
 
 def sample_teacher(base, cache: ConditionCache, folder, id: str, seed: int, pairs: int = 3) -> tuple[EffectSet, Path]:

@@ -272,6 +272,10 @@ def test_a_lora_of_ones_own_is_found_by_its_name(base, files, tmp_path):
     assert found == {'wide': files['wide'], 'third': files['third']}
     write_lora(tmp_path/'third.safetensors', lora_files.read_lora(files['narrow']), {'collectionlora.base': {'hash': base.hash}, 'collectionlora.effects': [dict(id='somebody_elses', category='x', trigger='')]})
     assert teachers.teacher_files([tmp_path], ['wide', 'third']) == found                 # the name wins over an id that nobody asked for
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(UserError, match='no LoRA files among .*empty; give files'): teachers.teacher_files([tmp_path/'empty'])
+    assert teachers.teacher_files([files['wide'], files['third']]) == {'wide': files['wide'], 'somebody_elses': files['third']}      # nothing asked for: the header's id
+    with pytest.raises(UserError, match="a second teacher for effect 'wide'"): teachers.teacher_files([files['wide'], files['wide']])
     files['wide'].rename(tmp_path/'My Style v2.safetensors')
     with pytest.raises(UserError, match=r"'wide' has no teacher.*My Style v2.safetensors.*call a LoRA of your own wide.safetensors"): teachers.teacher_files([tmp_path], ['wide'])
 

@@ -209,13 +209,31 @@ def _environment(**values):
         for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
 
 # %% ../nbs/15_run.ipynb #61e67f8a
-def _last_state(text: str) -> str: return '\n'.join(line.rstrip('\r').split('\r')[-1] for line in text.split('\n'))
+def _last_state(text: str) -> str:
+    "What a terminal shows in the end: `\\r` writes a line anew, `ESC [A` goes a line up, as nested bars do."
+    lines, at, anew = [''], 0, True
+    for part in re.split(r'(\n|\r|\x1b\[A)', text):
+        if part == '\n': at, anew = at + 1, True; lines += ['']*(at == len(lines))
+        elif part == '\x1b[A': at = max(0, at - 1)
+        elif part == '\r': anew = True
+        elif part: lines[at], anew = part if anew else lines[at] + part, False
+    return '\n'.join(lines)
+
+
+def _joined(outputs: list) -> list:
+    "Pieces of one stream that follow each other, as one."
+    out = []
+    for o in outputs:
+        if out and o.output_type == 'stream' and out[-1].get('name') == o.name: out[-1].text += o.text
+        else: out.append(o)
+    return out
 
 
 def tidy(path: Path) -> None:
     "Reduces progress bars in an executed notebook to their last state and removes machine paths from its metadata."
     nb = nbformat.read(path, 4)
     for cell in nb.cells:
+        if cell.cell_type == 'code': cell.outputs = _joined(cell.outputs)
         for output in cell.get('outputs', []):
             if output.output_type == 'stream': output.text = _last_state(output.text)
     meta = nb.metadata.get('papermill', {})

@@ -127,6 +127,14 @@ def test_no_machine_paths_and_tidy_bars_in_what_is_kept(tmp_path, monkeypatch):
     assert str(tmp_path) not in text and '50%' not in text.split('print(')[-1].split('outputs')[-1]
 
 
+def test_bars_within_bars_are_kept_in_their_last_state(tmp_path):
+    bars = "\nimport sys\nfrom tqdm import tqdm\nfor i in tqdm(range(3), desc='outer', mininterval=0):\n    for j in tqdm(range(40), desc=f'inner {i}', mininterval=0, leave=False): sys.stderr.flush()\nprint('said'); print('too')"
+    run.execute(notebook(tmp_path/'a.ipynb', BODY + bars), tmp_path/'results')
+    outputs = [o for c in nbformat.read(tmp_path/'results'/'run.ipynb', 4).cells if c.cell_type == 'code' for o in c.outputs if o.output_type == 'stream']
+    said = ''.join(o.text for o in outputs)
+    assert said.count('outer') == 1 and 'outer: 100%' in said and '39/40' not in said and '\x1b' not in said and 'said\ntoo' in said and len(outputs) < 4
+
+
 def test_a_notebook_may_hold_the_lock_of_its_own_folder_but_a_second_run_may_not(tmp_path):
     path = notebook(tmp_path/'a.ipynb', f"from collectionlora.core import folder_lock\nwith folder_lock(out):\n{chr(10).join('    ' + s for s in BODY.splitlines())}")
     assert run.execute(path, tmp_path/'results')['metrics'] == {'twice': 6}

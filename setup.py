@@ -3,7 +3,7 @@ import configparser
 import shlex
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 config = configparser.ConfigParser(delimiters=['='], interpolation=None)
@@ -22,7 +22,7 @@ setup(
     license_files=['LICENSE'],
     keywords=cfg['keywords'],
     python_requires=f">={cfg['min_python']}",
-    packages=[f"{cfg['lib_name']}{sub}" for sub in ('', '._nbs', '._data')],
+    packages=[*find_packages(include=[cfg['lib_name'], f"{cfg['lib_name']}.*"]), f"{cfg['lib_name']}._nbs", f"{cfg['lib_name']}._data"],
     package_dir={cfg['lib_name']: cfg['lib_path'],
                  f"{cfg['lib_name']}._nbs": f"{cfg['nbs_path']}/experiments",
                  f"{cfg['lib_name']}._data": 'data'},

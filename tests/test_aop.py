@@ -12,11 +12,14 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from collectionlora import aop, world
-from collectionlora.aop import (LocalQwenVL, OpenAIVision, Refusal, WorldDescriber, check_triggers, clean, make_triggers, read_prompts, rewrite,
-                                student_prompt, trigger_cosines, with_prompts, words_of, write_prompts)
-from collectionlora.backbone import load_base, tiny_base
-from collectionlora.core import UserError, read_yaml, write_yaml
-from collectionlora.data import write_effect
+from collectionlora.aop import check_triggers, make_triggers, student_prompt, trigger_cosines, words_of
+from collectionlora.engine.words import (
+    clean, LocalQwenVL, OpenAIVision, read_prompts, Refusal, rewrite, with_prompts, WorldDescriber,
+    write_prompts)
+from collectionlora.bases.pipeline import load_base
+from collectionlora.bases.tiny import tiny_base
+from collectionlora.core import read_yaml, UserError, write_yaml
+from collectionlora.files.effects import write_effect
 
 PAIR = Image.new('RGB', (16, 16), (10, 20, 30)), Image.new('RGB', (16, 16), (200, 100, 0))
 

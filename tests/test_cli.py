@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from collectionlora import cli, core
+from collectionlora import core
+from collectionlora.run import cli
 
 ROOT = core.repo_root()
 
@@ -53,7 +54,8 @@ def test_every_command_has_help_with_an_example():
 
 def test_a_file_is_converted_there_and_back_and_shown_as_a_page(tmp_path):
     import torch
-    from collectionlora.lora_files import Lora, lora_hash, read_lora, write_lora
+    from collectionlora.files.dialects import Lora, lora_hash
+    from collectionlora.files.lora import read_lora, write_lora
     g = torch.Generator().manual_seed(0)
     lora = Lora({'transformer_blocks.0.attn.to_q': (torch.randn(2, 8, generator=g), torch.randn(6, 2, generator=g))}, {})
     entry = {'id': 'clay', 'category': 'animal', 'trigger': 'zorvik', 'prompt': 'zorvik, clay', 'description': 'clay'}
@@ -68,7 +70,8 @@ def test_a_file_is_converted_there_and_back_and_shown_as_a_page(tmp_path):
 
 def test_a_file_cannot_harm_or_deceive_who_looks_at_it(tmp_path):
     import torch
-    from collectionlora.lora_files import Lora, write_lora
+    from collectionlora.files.dialects import Lora
+    from collectionlora.files.lora import write_lora
     lora, file = Lora({'transformer_blocks.0.attn.to_q': (torch.ones(2, 8), torch.ones(6, 2))}, {}), tmp_path/'a.safetensors'
     write_lora(file, lora, {'collectionlora.effects': [{'id': 'clay', 'category': 'animal', 'trigger': '[red] dog [/x]'}]})
     shown, before = call('inspect', file), file.read_bytes()
@@ -83,7 +86,9 @@ def test_a_file_cannot_harm_or_deceive_who_looks_at_it(tmp_path):
 
 def test_a_smaller_collection_is_written_with_its_card(tmp_path):
     import torch
-    from collectionlora.lora_files import Lora, catalogue, read_header, read_lora, write_lora
+    from collectionlora.files.dialects import Lora
+    from collectionlora.files.header import catalogue, read_header
+    from collectionlora.files.lora import read_lora, write_lora
     g = torch.Generator().manual_seed(0)
     lora = Lora({f'transformer_blocks.0.attn.{n}': (torch.randn(4, 8, generator=g), torch.randn(6, 4, generator=g)) for n in ('to_q', 'to_k')}, {})
     whole = write_lora(tmp_path/'a.safetensors', lora, {'collectionlora.effects': [{'id': 'clay', 'category': 'animal', 'trigger': 'zorvik'}],
@@ -97,7 +102,7 @@ def test_a_smaller_collection_is_written_with_its_card(tmp_path):
 
 def test_alpha_may_be_told_where_the_file_is_silent(tmp_path):
     import safetensors.torch, torch
-    from collectionlora.lora_files import read_lora
+    from collectionlora.files.lora import read_lora
     name = 'transformer_blocks.0.attn.to_q'
     safetensors.torch.save_file({f'base_model.model.{name}.lora_A.weight': torch.ones(2, 8), f'base_model.model.{name}.lora_B.weight': torch.ones(6, 2)}, tmp_path/'p.safetensors')
     assert call('convert', tmp_path/'p.safetensors', tmp_path/'q.safetensors').exit_code == 2
@@ -108,13 +113,13 @@ def test_alpha_may_be_told_where_the_file_is_silent(tmp_path):
 def test_files_given_to_a_run_are_known_by_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path/'a.txt').write_text('a')
-    from collectionlora.run import files_among
+    from collectionlora.run.sweep import files_among
     assert files_among({'collection': 'a.txt', 'steps': 3, 'fm': '', 'effects': [], 'teachers': ['a.txt', '.'], 'preset': 'default', 'ranks': [1, 2], 'other': ['a.txt', 'b.txt']}) \
         == {'collection': 'a.txt', 'teachers': ['a.txt', '.']}
 
 
 def test_given_name_seed_and_single_settings_win_over_a_run_file(tmp_path, monkeypatch):
-    from collectionlora import run
+    from collectionlora.run import sweep
     asked, folder = {}, tmp_path/'rates'
     folder.mkdir()
     (folder/'mine.yaml').write_text('seed: 2\nsteps: 3\nsettings: {fake_warmup: 1, fake_per_generator: 2}\n')
@@ -125,11 +130,11 @@ def test_given_name_seed_and_single_settings_win_over_a_run_file(tmp_path, monke
 
 
 def test_a_sweep_knows_its_files_by_content(tmp_path, monkeypatch):
-    from collectionlora import run
+    from collectionlora.run import sweep
     asked = []
     monkeypatch.chdir(tmp_path); (tmp_path/'a.txt').write_text('a')
     monkeypatch.setattr(run, 'execute', lambda experiment, out, name, point, inputs, *more: asked.append(inputs))
-    run.sweep('evaluate', {'collection': ['a.txt'], 'images': [1, 2]}, tmp_path/'out')
+    sweep.sweep('evaluate', {'collection': ['a.txt'], 'images': [1, 2]}, tmp_path/'out')
     assert asked == [{'collection': 'a.txt'}]*2
 
 
@@ -211,8 +216,9 @@ def test_a_wheel_runs_its_notebooks_in_a_folder_of_the_users(wheel_site, tmp_pat
 
 def test_a_lora_is_compared_with_a_bases_layers(tmp_path):
     import torch
-    from collectionlora.backbone import layer_sizes
-    from collectionlora.lora_files import Lora, read_lora, write_lora
+    from collectionlora.roles import layer_sizes
+    from collectionlora.files.dialects import Lora
+    from collectionlora.files.lora import read_lora, write_lora
     sizes = layer_sizes(core.nano_dir())
     some = {n: (torch.ones(2, i), torch.ones(o, 2)) for n, (i, o) in sizes.items() if not n.endswith('_mod.1')}
     file, to = tmp_path/'some.safetensors', tmp_path/'to.safetensors'

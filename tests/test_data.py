@@ -7,10 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-from collectionlora import data, world
-from collectionlora.backbone import load_base, tiny_base
+from collectionlora import world
+from collectionlora.files.conditions import Conditions
+from collectionlora.files.drawn import pick_effects, write_world_effect
+from collectionlora.files.effects import general_pictures
+from collectionlora.bases.pipeline import load_base
+from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import UserError, write_yaml
-from collectionlora.data import ConditionCache, load_effect, load_effects, load_general, load_image, write_effect, write_general
+from collectionlora.files.conditions import ConditionCache
+from collectionlora.files.effects import (
+    load_effect, load_effects, load_general, load_image, write_effect, write_general)
 
 
 def picture(seed, size=(64, 64)):
@@ -72,7 +78,7 @@ def test_truncated_image(tmp_path, keep):
 
 # --- effect folders
 def test_sources_alone_can_be_distilled_and_not_taught(effect):
-    from collectionlora.teachers import examples
+    from collectionlora.engine.finetune import examples
     with_targets = effect.hash
     shutil.rmtree(effect.folder/'target')
     alone = load_effect(effect.folder)
@@ -155,21 +161,21 @@ def test_general_folder_roundtrip(tmp_path):
     with pytest.raises(UserError, match='manifest.jsonl'): load_general(tmp_path)
     written = write_general(tmp_path, [(picture(0), 'a', {'x': 1}), (np.asarray(picture(1)), 'b')])
     assert load_general(tmp_path) == written and [c for _, c in written] == ['a', 'b']
-    assert list(data.general_pictures(tmp_path).values()) == [{'x': 1}, None]
+    assert list(general_pictures(tmp_path).values()) == [{'x': 1}, None]
 
 
 # --- the world's effects
 def test_collections_are_nested_and_pairs_numbered(tmp_path):
-    orders = [data.pick_effects(n, 5) for n in (1, 7, len(world.EFFECTS))]
+    orders = [pick_effects(n, 5) for n in (1, 7, len(world.EFFECTS))]
     assert orders[2][:7] == orders[1] and orders[1][:1] == orders[0] and set(orders[2]) == set(world.EFFECTS)
-    few = data.write_world_effect(tmp_path/'a', orders[0][0], 2, seed=1)
-    more = data.write_world_effect(tmp_path/'b', orders[0][0], 4, seed=1)
-    other = data.write_world_effect(tmp_path/'c', orders[0][0], 2, seed=2)
+    few = write_world_effect(tmp_path/'a', orders[0][0], 2, seed=1)
+    more = write_world_effect(tmp_path/'b', orders[0][0], 4, seed=1)
+    other = write_world_effect(tmp_path/'c', orders[0][0], 2, seed=2)
     bytes_of = lambda e: [p.read_bytes() for p in (*e.sources[:2], *e.targets[:2])]
     assert bytes_of(few) == bytes_of(more) != bytes_of(other)
     spec = json.loads(few.specs[0].read_text())
     assert np.array_equal(world.render(spec), np.asarray(load_image(few.sources[0])))
-    with pytest.raises(UserError, match='did you mean'): data.write_world_effect(tmp_path/'d', orders[0][0] + 'x', 2, 0)
+    with pytest.raises(UserError, match='did you mean'): write_world_effect(tmp_path/'d', orders[0][0] + 'x', 2, 0)
 
 
 # --- the condition cache
@@ -286,7 +292,7 @@ def test_rows_are_read_when_they_are_drawn_and_are_the_same_to_the_bit(base, eff
     pairs = [(p, c) for p in effect.sources for c in ('do it', 'make the cat red please')]
     cache = ConditionCache(base, tmp_path/'c', memory=5000)
     cache.warm(pairs)
-    rows, whole = data.Conditions(cache, pairs), cache.cond(pairs)
+    rows, whole = Conditions(cache, pairs), cache.cond(pairs)
     for at in ([2, 0], [1, 3, 1], [0]):
         a, b = rows.index(at), whole.index(at)
         assert torch.equal(a.emb, b.emb) and torch.equal(a.source, b.source) and a.grids == b.grids and (a.mask is None) == (b.mask is None) and (a.mask is None or torch.equal(a.mask, b.mask))
@@ -306,7 +312,7 @@ def test_a_grid_is_read_from_the_header_and_a_file_without_the_tensor_is_made_ag
 def test_a_drawn_row_outlives_its_picture_and_never_becomes_another(base, effect, tmp_path):
     picture_of = tmp_path/'p.png'; shutil.copy(effect.sources[0], picture_of)
     first = ConditionCache(base, tmp_path/'c'); first.warm([(picture_of, 'do it')])
-    def fresh(): return data.Conditions(ConditionCache(base, tmp_path/'c', memory=0), [(picture_of, 'do it')])
+    def fresh(): return Conditions(ConditionCache(base, tmp_path/'c', memory=0), [(picture_of, 'do it')])
     expected, damaged = fresh().index(0), fresh()
     for f in (tmp_path/'c').rglob('*.safetensors'): f.write_bytes(f.read_bytes()[:-1])
     assert torch.equal(damaged.index(0).emb, expected.emb)                                    # a truncated entry is made again from the picture

@@ -5,10 +5,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from collectionlora import cli, core, demo
+from collectionlora import core
+from collectionlora.run import chain, cli
 from collectionlora.core import UserError
-from collectionlora.data import load_effect
-from collectionlora.lora_files import Lora, read_lora, write_lora
+from collectionlora.files.effects import load_effect
+from collectionlora.files.dialects import Lora
+from collectionlora.files.lora import read_lora, write_lora
 
 
 def call(*args): return CliRunner().invoke(cli.app, [str(a) for a in args])
@@ -40,8 +42,8 @@ def test_a_plan_is_printed_and_nothing_made(world, folder, tmp_path, collection,
     monkeypatch.setattr(demo, 'results_dir', lambda: tmp_path)
     said = distil(folder, tmp_path/'out', '--dry-run', '-p', 'steps=7', '-p', 'batch=2', '-p', 'rank=2', '-p', 'settings={fake_warmup: 3}')
     assert said.exit_code == 0 and 'nothing was trained' in said.stdout and 'frozen base' in said.stdout and not (tmp_path/'out').exists(), said.output
-    values, s = demo.distill_settings(demo.Job(tmp_path/'out', folder/'base', 'demo'), collection, {'settings': {}}, 'extend')
-    assert s.few_steps == 2 and s.rank_student == 2 and s.steps == values['steps'] == demo.differences('extend', 'demo')['steps']            # an extension's own budget, its parent's rank and few steps
+    values, s = chain.distill_settings(chain.Job(tmp_path/'out', folder/'base', 'demo'), collection, {'settings': {}}, 'extend')
+    assert s.few_steps == 2 and s.rank_student == 2 and s.steps == values['steps'] == chain.differences('extend', 'demo')['steps']            # an extension's own budget, its parent's rank and few steps
     assert distil(folder, tmp_path/'out', '--dry-run', '--extend', collection, '-p', 'steps=3', '-p', 'batch=2', '-p', 'settings={fake_warmup: 3}').exit_code == 0
 
 
@@ -57,26 +59,26 @@ def test_wrong_settings_are_refused_before_words_and_targets_are_made(world, fol
 def test_a_job_puts_every_stage_on_its_device_and_keeps_the_budgets_other_settings(folder, tmp_path, monkeypatch):
     asked, found = {}, {e: {'by': 'effect.yaml'} for e in ('one', 'two')}
     monkeypatch.setattr(demo, 'execute', lambda experiment, out, run, values, inputs, seed: asked.update({experiment: values}) or {'metrics': {'prompts': found}})
-    job = demo.Job(tmp_path, folder/'base', 'full', device='cuda')
-    demo.distill(job, demo.checked_effects([folder/'effects']), {}, None, None, {'settings': {'p_switch': 1.0}})
+    job = chain.Job(tmp_path, folder/'base', 'full', device='cuda')
+    chain.distill(job, chain.checked_effects([folder/'effects']), {}, None, None, {'settings': {'p_switch': 1.0}})
     assert {e: v['device'] for e, v in asked.items()} == dict(prompts='cuda', targets='cuda', distill='cuda')
-    assert asked['distill']['settings'] == {**demo.differences('distill', 'full')['settings'], 'p_switch': 1.0}
-    with pytest.raises(UserError, match='--general: 20% of the steps'): demo.distill(job, demo.checked_effects([folder/'effects']), {})
+    assert asked['distill']['settings'] == {**chain.differences('distill', 'full')['settings'], 'p_switch': 1.0}
+    with pytest.raises(UserError, match='--general: 20% of the steps'): chain.distill(job, chain.checked_effects([folder/'effects']), {})
 
 
 def test_teachers_paint_as_many_general_pictures_as_the_budget_borrows(world, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, 'results_dir', lambda: tmp_path)
-    budget = demo.differences
+    budget = chain.differences
     monkeypatch.setattr(demo, 'differences', lambda experiment, name: {'steps': 2, 'guidance': 1.0, 'borrow': 2} if experiment == 'targets' else budget(experiment, name))
-    job, effects = demo.Job(tmp_path/'out', folder/'base', 'demo'), demo.checked_effects([folder/'effects'])
+    job, effects = chain.Job(tmp_path/'out', folder/'base', 'demo'), chain.checked_effects([folder/'effects'])
     teachers = {id: folder/'named'/f'{id}.safetensors' for id in effects}
     own = {id: len(load_effect(p)) for id, p in effects.items()}
-    painted = {id: load_effect(p) for id, p in demo.paint(job, effects, teachers, folder/'general').items()}
+    painted = {id: load_effect(p) for id, p in chain.paint(job, effects, teachers, folder/'general').items()}
     assert {id: len(e) for id, e in painted.items()} == {id: n + 2 for id, n in own.items()} and all(sum(s.startswith('general-') for s in e.stems) == 2 for e in painted.values())
     assert {id: r['targets'] for id, r in core.read_json(job.record('targets'))['metrics'].items()} == {id: n + 2 for id, n in own.items()}
     asked = {}
     monkeypatch.setattr(demo, 'execute', lambda experiment, out, run, values, inputs, seed: asked.update(values=values, inputs=inputs))
-    demo.paint(job, effects, teachers)
+    chain.paint(job, effects, teachers)
     assert asked['values']['borrow'] == 0 and 'general' not in asked['inputs']
 
 
@@ -87,7 +89,7 @@ def test_the_budget_follows_the_base(folder, tmp_path):
 
 @pytest.mark.slow
 def test_ones_own_loras_without_targets_or_general_pictures_become_a_collection(folder, tmp_path, monkeypatch):
-    from collectionlora.lora_header import catalogue
+    from collectionlora.files.header import catalogue
     monkeypatch.setattr(demo, 'results_dir', lambda: tmp_path)
     for id, name in (('one', 'my_one'), ('two', 'blueprint')):                       # the second shares its name with an effect of the world
         shutil.copytree(folder/'effects'/id/'source', tmp_path/'effects'/name/'source')
@@ -103,20 +105,20 @@ def test_ones_own_loras_without_targets_or_general_pictures_become_a_collection(
 
 
 def test_a_start_of_larger_rank_is_refused_before_anything_loads(folder, tmp_path, collection):
-    with pytest.raises(UserError, match='has rank 2, more than the 1'): demo.distill_settings(demo.Job(tmp_path, folder/'base', 'demo'), collection, {'rank': 1})
+    with pytest.raises(UserError, match='has rank 2, more than the 1'): chain.distill_settings(chain.Job(tmp_path, folder/'base', 'demo'), collection, {'rank': 1})
 
 
 def test_budgets_are_those_of_the_distillation():
-    assert {'demo', 'full'} <= set(demo.budgets()) and all((core.notebooks_dir()/'distill'/f'{b}.yaml').is_file() for b in demo.budgets())
-    with pytest.raises(UserError, match="'more'"): demo.differences('distill', 'more')
+    assert {'demo', 'full'} <= set(chain.budgets()) and all((core.notebooks_dir()/'distill'/f'{b}.yaml').is_file() for b in chain.budgets())
+    with pytest.raises(UserError, match="'more'"): chain.differences('distill', 'more')
 
 
 def test_the_papers_budget_is_the_papers_preset(folder, tmp_path):
-    from collectionlora.distill import Settings
-    values, s = demo.distill_settings(demo.Job(tmp_path, folder/'base', 'paper'))
-    assert values['checkpointing'] and demo.differences('teacher', 'paper')['checkpointing']
+    from collectionlora.engine.settings import Settings
+    values, s = chain.distill_settings(chain.Job(tmp_path, folder/'base', 'paper'))
+    assert values['checkpointing'] and chain.differences('teacher', 'paper')['checkpointing']
     assert s == Settings.preset('paper') and values['steps'] == s.steps == 5000 and (s.rank_student, s.rank_fake, s.batch) == (128, 128, 8)
-    teacher, fm = demo.differences('teacher', 'paper'), demo.differences('baseline_fm', 'paper')
+    teacher, fm = chain.differences('teacher', 'paper'), chain.differences('baseline_fm', 'paper')
     assert (teacher['steps'], teacher['lr'], fm['lr'], fm['steps']) == (2000, 1e-4, 1e-4, 30000)
 
 
@@ -141,7 +143,7 @@ def test_a_spoilt_effect_folder_stops_the_command_with_its_name(folder, tmp_path
 
 
 def test_an_extension_keeps_its_parents_schedule_and_a_budget_without_a_file_is_refused(folder, tmp_path, collection):
-    job = demo.Job(tmp_path, folder/'base', 'demo')
-    with pytest.raises(UserError, match='few_steps 2, the settings ask for 4'): demo.distill_settings(job, collection, {'settings': {'few_steps': 4}}, 'extend')
-    assert demo.differences('extend', 'paper')['steps'] > 100 and demo.differences('prompts', 'paper') == {}
-    with pytest.raises(UserError, match="acceleration: has no budget 'paper'.*take full"): demo.differences('acceleration', 'paper')
+    job = chain.Job(tmp_path, folder/'base', 'demo')
+    with pytest.raises(UserError, match='few_steps 2, the settings ask for 4'): chain.distill_settings(job, collection, {'settings': {'few_steps': 4}}, 'extend')
+    assert chain.differences('extend', 'paper')['steps'] > 100 and chain.differences('prompts', 'paper') == {}
+    with pytest.raises(UserError, match="acceleration: has no budget 'paper'.*take full"): chain.differences('acceleration', 'paper')

@@ -14,13 +14,28 @@ import pytest
 import torch
 from PIL import Image
 
-from collectionlora import aop, c2fdo, distill as loop
-from collectionlora.backbone import load_base, tiny_base
-from collectionlora.core import UserError, seed_of
-from collectionlora.data import ConditionCache, load_effects, load_general, write_effect, write_general
-from collectionlora.distill import Engine, Guard, Settings, distill, load_pools, resolved, samples_of, schedule_of
+from collectionlora import aop, c2fdo
+from collectionlora.dmd import fake_loss
+from collectionlora.engine.looks import show_history
+from collectionlora.engine.loop import Training
+from collectionlora.engine.plan import measured_plan, passes
+from collectionlora.engine.pools import mixed_pool, mixed_rows, Pool
+from collectionlora.engine.settings import PRESETS
+from collectionlora.engine.state import load_checkpoint, start_from, State
+from collectionlora.engine.terms import fake_update, rate_at
+from collectionlora.bases.pipeline import load_base
+from collectionlora.bases.tiny import tiny_base
+from collectionlora.core import seed_of, UserError
+from collectionlora.files.conditions import ConditionCache
+from collectionlora.files.effects import load_effects, load_general, write_effect, write_general
+from collectionlora.engine.loop import distill
+from collectionlora.engine.pools import load_pools, samples_of
+from collectionlora.engine.settings import resolved, schedule_of, Settings
+from collectionlora.engine.state import Guard
+from collectionlora.engine.terms import Engine
 from collectionlora.flow import few_step_times
-from collectionlora.lora_files import catalogue, read_header, read_lora, write_lora
+from collectionlora.files.header import catalogue, read_header
+from collectionlora.files.lora import read_lora, write_lora
 from collectionlora.teachers import TeacherBank
 
 SMALL = Settings.preset(steps=5, batch=3, fake_per_generator=2, fake_warmup=3, rank_student=3, rank_fake=3, ema=.8, p_switch=.6, seed=1)
@@ -138,7 +153,7 @@ def test_passes_are_what_is_computed(world, roles):
             x0, cond = engine.fake_samples('one', update)
             assert x0.shape == (8, 64, 16) and not x0.requires_grad
         gradients(engine, 'one')
-        expected = loop.passes(s)
+        expected = passes(s)
         assert engine.passes['gradient'] + s.batch * s.fake_per_generator == expected['gradient']
         assert abs(engine.passes['forward'] / expected['forward'] - 1) < .25
 
@@ -149,7 +164,7 @@ def test_mixed_batches_do_not_tie_streams_to_exit_steps(world):
     import numpy as np
     firsts, counts = set(), {i: 0 for i in range(len(pool))}
     for k in range(60):
-        rows, ts = loop.mixed_rows(pool, 6, .5, {'one': 1., 'two': 1.}, .5, np.random.default_rng(k))
+        rows, ts = mixed_rows(pool, 6, .5, {'one': 1., 'two': 1.}, .5, np.random.default_rng(k))
         assert len(rows) == 6 and all(r < 6 for r in rows[6 - ts:])       # targets exist only for effect rows
         firsts.add(rows[0] < 6)
         for r in rows: counts[r] += 1
@@ -159,13 +174,13 @@ def test_mixed_batches_do_not_tie_streams_to_exit_steps(world):
 def test_every_stream_gets_its_due_however_its_rows_are_spread_over_shapes():
     "Effects in one shape, a large general stream over two: drawn by row counts, effects would be 6 of 100."
     import numpy as np
-    pools = [loop.Pool([0] * 46, None, None, None, {'a': tuple(range(4)), 'b': tuple(range(4, 6)), None: tuple(range(6, 46))}),
-             loop.Pool([0] * 54, None, None, None, {'b': (0, 1), None: tuple(range(2, 54))})]
+    pools = [Pool([0] * 46, None, None, None, {'a': tuple(range(4)), 'b': tuple(range(4, 6)), None: tuple(range(6, 46))}),
+             Pool([0] * 54, None, None, None, {'b': (0, 1), None: tuple(range(2, 54))})]
     r, drawn = np.random.default_rng(0), {'a': 0, 'b': 0, None: 0}
     for _ in range(3000):
-        pool, p, weights = loop.mixed_pool(pools, .6, r)
+        pool, p, weights = mixed_pool(pools, .6, r)
         owner = {row: id for id, rows in pool.rows.items() for row in rows}
-        for row in loop.mixed_rows(pool, 4, p, weights, 0., r)[0]: drawn[owner[row]] += 1
+        for row in mixed_rows(pool, 4, p, weights, 0., r)[0]: drawn[owner[row]] += 1
     share = {id: n / sum(drawn.values()) for id, n in drawn.items()}
     assert abs(share[None] - .4) < .02 and abs(share['a'] - .3) < .02 and abs(share['b'] - .3) < .02
 
@@ -174,12 +189,12 @@ def test_the_fake_score_sees_no_targets_where_no_term_asks_it_there(world, roles
     assert engine_of(world, SMALL).fake_targets == SMALL.fake_targets > 0
     without = replace(SMALL, weight_ts=0.)
     assert engine_of(world, without).fake_targets == 0 and len(engine_of(world, without).fake_rows(None, 3)[1]) == 0
-    assert loop.passes(without)['forward'] > loop.passes(replace(without, fake_targets=0.))['forward'] - 1e-9
+    assert passes(without)['forward'] > passes(replace(without, fake_targets=0.))['forward'] - 1e-9
 
 
 def test_effects_are_dealt_in_balance_in_both_stages(world):
     s = replace(SMALL, steps=40, anchor_first=23, p_switch=.5)
-    table = loop.Training(None, engine_of(world, s), None, ['one', 'two'], None, None, None, None, 1, None, 0, 0).table()
+    table = Training(None, engine_of(world, s), None, ['one', 'two'], None, None, None, None, 1, None, 0, 0).table()
     coarse, fine = table[:23], [id for id in table[23:] if id]
     assert None not in coarse and None in table[23:] and len(table) == 40
     for part in (coarse, fine): assert abs(part.count('one') - part.count('two')) <= 1
@@ -193,13 +208,13 @@ def test_a_smaller_lora_starts_a_larger_student_without_dead_rank(world):
     lora = b.lora('small')
     b.add_role('student', 5, seed=6)
     try:
-        loop.start_from(b, 'student', lora)
+        start_from(b, 'student', lora)
         name = next(iter(lora.factors))
         wide = b.lora('student')
         assert torch.allclose(wide.delta(name), lora.delta(name), atol=1e-6)
         A, B = wide.factors[name]
         assert A[2:].abs().max() > 0 and B[:, 2:].abs().max() == 0
-        with pytest.raises(UserError, match='rank'): loop.start_from(b, 'small', wide)
+        with pytest.raises(UserError, match='rank'): start_from(b, 'small', wide)
     finally:
         for role in ('small', 'student'): b.remove(role)
 
@@ -233,13 +248,13 @@ def test_anchor_first_is_the_anchor_alone(world, tmp_path):
 def test_the_fake_score_takes_over_the_student_once(world, roles):
     s = replace(SMALL, fake_init='student', lr_fake=1e-30)
     engine, guard = engine_of(world, s), Guard(0.)
-    state = loop.State.fresh(world[0].backbone, s)
+    state = State.fresh(world[0].backbone, s)
     state.student.data.normal_(0, .1, generator=torch.Generator().manual_seed(7))
     learnt = state.student.detach().clone()
-    loop.fake_update(engine, state, 'one', guard)
+    fake_update(engine, state, 'one', guard)
     assert torch.allclose(state.fake, learnt, atol=1e-20)
     state.student.data.mul_(2)
-    loop.fake_update(engine, state, 'one', guard)
+    fake_update(engine, state, 'one', guard)
     assert torch.allclose(state.fake, learnt, atol=1e-20)
 
 
@@ -284,7 +299,7 @@ def test_quirk_route_is_kept_for_twenty_passes_of_their_loop_which_are_four_gene
 
 
 def test_quirk_adam_decays_and_rates_are_constant():
-    assert AUTHORS.weight_decay == .01 and {loop.rate_at(AUTHORS, k, k) for k in (0, 7, 4999)} == {1.}
+    assert AUTHORS.weight_decay == .01 and {rate_at(AUTHORS, k, k) for k in (0, 7, 4999)} == {1.}
 
 
 def test_quirk_fake_score_never_sees_targets_and_is_not_warmed(): assert AUTHORS.fake_targets == 0 == AUTHORS.fake_warmup and AUTHORS.fake_batch == 'same'
@@ -310,7 +325,7 @@ def test_quirk_normaliser_has_no_eps(): assert AUTHORS.normaliser_eps == 0
 
 
 def test_presets_and_fields_have_help():
-    for name in loop.PRESETS: assert Settings.from_dict({'preset': name}) == Settings.preset(name)
+    for name in PRESETS: assert Settings.from_dict({'preset': name}) == Settings.preset(name)
     assert all(f.metadata.get('help') for f in fields(Settings))
     assert Settings.from_dict({k: v for k, v in asdict(SMALL).items()}) == SMALL
 
@@ -360,7 +375,7 @@ def test_fewer_steps_first_then_more(world, straight, tmp_path):
     run(world, replace(SMALL, steps=2), tmp_path)
     history = run(world, SMALL, tmp_path)
     assert same_history(history, straight[0])
-    from collectionlora.lora_files import lora_hash
+    from collectionlora.files.dialects import lora_hash
     (tmp_path/'x.safetensors').write_bytes(straight[1])
     assert lora_hash(read_lora(tmp_path/'x.safetensors')) == lora_hash(read_lora(tmp_path/'collection.safetensors'))
     assert 'beyond steps' in fails(world, replace(SMALL, steps=3), tmp_path)
@@ -371,7 +386,7 @@ def test_resume_within_a_cycle(world, tmp_path, variant, monkeypatch):
     "Ctrl-C during a fake update in the middle of a cycle: it is finished, saved, and continued to the same bits."
     s = replace(SMALL, **variant)
     whole = run(world, s, tmp_path/'whole')
-    calls, true = [], loop.fake_loss
+    calls, true = [], fake_loss
 
     def interrupted(*args):
         calls.append(1)
@@ -463,11 +478,11 @@ def test_a_damaged_checkpoint_is_passed_over(world, straight, tmp_path, capsys):
 def test_one_flipped_bit_in_a_checkpoint_is_noticed_and_so_is_the_loss_of_all(world, straight, tmp_path, capsys):
     run(world, replace(SMALL, steps=3), tmp_path, save_every=1)
     for path in (tmp_path/'checkpoints').glob('*.pt'):
-        raw, weights = bytearray(path.read_bytes()), loop.load_checkpoint(path)['fake'].numpy().tobytes()
+        raw, weights = bytearray(path.read_bytes()), load_checkpoint(path)['fake'].numpy().tobytes()
         raw[raw.index(weights) + len(weights) // 2] ^= 1
         path.write_bytes(raw)
         torch.load(path, weights_only=True)                               # torch itself does not mind
-        with pytest.raises(Exception, match='checksum|CRC'): loop.load_checkpoint(path)
+        with pytest.raises(Exception, match='checksum|CRC'): load_checkpoint(path)
     assert same_history(run(world, SMALL, tmp_path), straight[0])
     assert 'starts again from step 0' in capsys.readouterr().err
 
@@ -493,9 +508,9 @@ def test_divergence_stops_with_step_and_term(world, tmp_path):
 
 def test_the_plan_is_measured_and_the_curves_are_drawn(world, straight):
     base, _, effects, general, cache = world
-    made = loop.measured_plan(base, effects, general, cache, resolved(SMALL, 1.))
+    made = measured_plan(base, effects, general, cache, resolved(SMALL, 1.))
     assert made['seconds'] > 0 and made['fake-score updates'] == SMALL.fake_warmup + SMALL.steps * SMALL.fake_per_generator
-    assert len(loop.show_history(straight[0], smooth=2).axes) == 6
+    assert len(show_history(straight[0], smooth=2).axes) == 6
 
 
 def test_roles_are_gone_afterwards(world, tmp_path):

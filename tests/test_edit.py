@@ -7,13 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
-from collectionlora import edit as E
-from collectionlora.backbone import load_base, tiny_base
+from collectionlora.judge.methods import Method, run_method
+from collectionlora.use import edit
+from collectionlora.use.plain import fixed_noise, plain_pipeline
+from collectionlora.bases.pipeline import load_base
+from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import UserError
 from collectionlora.flow import few_step_times
-from collectionlora.lora_files import Lora, catalogue, lora_hash, read_lora, write_lora
-from collectionlora.lora_header import file_sha256
-from collectionlora.metrics import Item
+from collectionlora.files.dialects import Lora, lora_hash
+from collectionlora.files.header import catalogue
+from collectionlora.files.lora import read_lora, write_lora
+from collectionlora.files.header import file_sha256
+from collectionlora.judge.gate import Item
 
 SAMPLING = dict(steps=8, shift=3., times=few_step_times(8, 3.), stochastic=True, cfg=1.)
 EFFECTS = [dict(id='oil', category='animal', trigger='zorvik', description='an oil painting with short strokes', strength=1.),
@@ -46,13 +51,13 @@ def file(base, tmp_path_factory):
 
 @pytest.fixture
 def collection(base, file):
-    c = E.Collection(base, file)
+    c = edit.Collection(base, file)
     yield c
     c.close()
 
 
 def latents(base, c, images, effects, seeds, batch=16):
-    return torch.stack([o.latents for o in E.generate(base, c.role, images, [c.prompt(e) for e in effects], seeds, c.recipe, batch=batch)])
+    return torch.stack([o.latents for o in edit.generate(base, c.role, images, [c.prompt(e) for e in effects], seeds, c.recipe, batch=batch)])
 
 
 def test_effects_lists_the_catalogue(collection):
@@ -93,7 +98,7 @@ def test_single_and_list_arguments(collection):
 
 def test_pictures_of_different_shapes_keep_their_ratio(base, tmp_path_factory):
     wide, square = picture(0, (256, 64)), picture(1)
-    outputs = E.generate(base, 'base', [wide, square], ['a', 'b'], [0, 1], E.Recipe.few(2))
+    outputs = edit.generate(base, 'base', [wide, square], ['a', 'b'], [0, 1], edit.Recipe.few(2))
     assert [o.image.size for o in outputs] == [base.size(i)[::-1] for i in (wide, square)]
     assert outputs[0].image.size != outputs[1].image.size
 
@@ -113,67 +118,67 @@ def test_unknown_effect(collection, bad, hint):
 
 def test_strength(base, collection):
     image, calls = picture(0), []
-    def at(s, neutral=' '): return E.generate(base, collection.role, [image], [collection.prompt('oil')], [3], collection.recipe, [s], neutral)[0].latents
-    without = E.generate(base, collection.role, [image], [' '], [3], collection.recipe)[0].latents
+    def at(s, neutral=' '): return edit.generate(base, collection.role, [image], [collection.prompt('oil')], [3], collection.recipe, [s], neutral)[0].latents
+    without = edit.generate(base, collection.role, [image], [' '], [3], collection.recipe)[0].latents
     plain = latents(base, collection, [image], ['oil'], [3])[0]
     assert (at(0.) - without).abs().max() < 1e-4 and torch.equal(at(1.), plain)
     assert (plain - without).abs().max() > 1e-3
-    mixed = E.generate(base, collection.role, [image] * 2, [collection.prompt('oil')] * 2, [3, 3], collection.recipe, [0., 1.])
+    mixed = edit.generate(base, collection.role, [image] * 2, [collection.prompt('oil')] * 2, [3, 3], collection.recipe, [0., 1.])
     assert (mixed[0].latents - without).abs().max() < 1e-4 and (mixed[1].latents - plain).abs().max() < 1e-4
 
 
 def test_blends_ask_their_roles_in_turn_or_all(base, collection, monkeypatch):
-    image, recipe, asked, real = picture(3), E.Recipe(4, 1.), [], base.backbone.velocity
-    def at(role): return E.generate(base, role, [image], ['a cat'], [5], recipe)[0].latents
+    image, recipe, asked, real = picture(3), edit.Recipe(4, 1.), [], base.backbone.velocity
+    def at(role): return edit.generate(base, role, [image], ['a cat'], [5], recipe)[0].latents
     alone = {role: at(role) for role in ('base', collection.role)}
     monkeypatch.setattr(base.backbone, 'velocity', lambda role, *a: asked.append(role) or real(role, *a))
     both = ('base', collection.role)
-    made = {rule: at(E.Blend(both, rule)) for rule in ('switch', 'composite')}
+    made = {rule: at(edit.Blend(both, rule)) for rule in ('switch', 'composite')}
     assert asked == [*both] * 2 + [*both] * 4
     assert all((m - a).abs().max() > 1e-3 for m in made.values() for a in alone.values()) and (made['switch'] - made['composite']).abs().max() > 1e-3
-    assert (at(E.Blend((collection.role,) * 3, 'composite')) - alone[collection.role]).abs().max() < 1e-4
-    for bad in (lambda: E.Blend(both, 'mean'), lambda: E.Blend((), 'switch')):
+    assert (at(edit.Blend((collection.role,) * 3, 'composite')) - alone[collection.role]).abs().max() < 1e-4
+    for bad in (lambda: edit.Blend(both, 'mean'), lambda: edit.Blend((), 'switch')):
         with pytest.raises(UserError, match='composite'): bad()
-    assert E.Method('m', lambda e: E.Blend(both, 'composite'), str, E.Recipe.ode(3), passes=2).nfe == 12
+    assert Method('m', lambda e: edit.Blend(both, 'composite'), str, edit.Recipe.ode(3), passes=2).nfe == 12
 
 
 def test_a_finished_file_shows_and_explains_itself(base, tmp_path):
     file = collection_file(tmp_path / 'c.safetensors', base)
     before = read_lora(file)
-    beside = E.present(base, file, {'oil': picture(1, (80, 64)), 'snow': picture(2)}, side=32, seed=4)
+    beside = edit.present(base, file, {'oil': picture(1, (80, 64)), 'snow': picture(2)}, side=32, seed=4)
     assert {p.name for p in beside} == {'c.README.md', 'c.html', 'c.comfyui.json'} == {p.name for p in tmp_path.iterdir()} - {'c.safetensors'}
     entries, sha = {e['id']: e for e in catalogue(file)}, file_sha256(file)
     assert lora_hash(read_lora(file)) == lora_hash(before) and sha in beside[0].read_text() and 'presented' not in base.backbone.roles
     for id, image in (('oil', picture(1, (80, 64))), ('snow', picture(2))):
         shot = Image.open(io.BytesIO(base64.b64decode(entries[id]['thumbnail'].split(',')[1])))
-        c = E.Collection(base, file)
+        c = edit.Collection(base, file)
         want = c.edit(image, id, seed=entries[id]['example_seed'])
         c.close()
         want.thumbnail((32, 32), Image.LANCZOS)
         assert shot.size == want.size and np.abs(np.asarray(shot, int) - np.asarray(want.convert('RGB'), int)).mean() < 20 and entries[id]['example_seed'] == 4
         assert entries[id]['thumbnail'] in (tmp_path / 'c.html').read_text()
-    E.present(base, file, {'oil': picture(1, (80, 64)), 'snow': picture(2)}, side=32, seed=4)
+    edit.present(base, file, {'oil': picture(1, (80, 64)), 'snow': picture(2)}, side=32, seed=4)
     assert file_sha256(file) == sha
-    with pytest.raises(UserError, match="did you mean 'oil'"): E.present(base, file, {'oi': picture(1)})
+    with pytest.raises(UserError, match="did you mean 'oil'"): edit.present(base, file, {'oi': picture(1)})
     assert 'presented' not in base.backbone.roles
 
 
 def test_same_picture_through_the_stock_pipeline(base, file, collection):
-    pipe = E.plain_pipeline(base.folder, file)
+    pipe = plain_pipeline(base.folder, file)
     image, prompt = picture(7), collection.prompt('snow')
     h, w = base.size(image)
     with torch.random.fork_rng(devices=[]):
-        theirs = pipe(image=[image], prompt=prompt, height=h, width=w, num_inference_steps=8, true_cfg_scale=1., output_type='np', **E.fixed_noise(base, image, 11)).images[0]
+        theirs = pipe(image=[image], prompt=prompt, height=h, width=w, num_inference_steps=8, true_cfg_scale=1., output_type='np', **fixed_noise(base, image, 11)).images[0]
     made = latents(base, collection, [image], ['snow'], [11])
     ours = base.decode(made, base.grid(image), 'np')[0]
     assert np.abs(theirs - ours).max() < 1e-5
-    bare = E.generate(base, 'base', [image], [prompt], [11], collection.recipe)[0].latents
+    bare = edit.generate(base, 'base', [image], [prompt], [11], collection.recipe)[0].latents
     assert (bare - made[0]).abs().max() > 1e-3                 # the LoRA was there
 
 
 def test_irregular_times_need_sigmas(base, tmp_path):
     file = collection_file(tmp_path / 'c.safetensors', base, **{'collectionlora.sampling': dict(steps=3, times=[1., .8, .1], stochastic=True, cfg=1.)})
-    c = E.Collection(base, file, role='irregular')
+    c = edit.Collection(base, file, role='irregular')
     assert c.recipe.times == (1., .8, .1) and c.edit(picture(0), 'oil').size == (64, 64)
     with pytest.raises(UserError, match=r'sigmas=\[1.0, 0.8, 0.1\]'): c.sampler_config()
     c.close()
@@ -181,15 +186,15 @@ def test_irregular_times_need_sigmas(base, tmp_path):
 
 def test_file_of_another_base(base, file, tmp_path):
     other = load_base(tiny_base(tmp_path / 'other', seed=3))
-    with pytest.raises(UserError) as e: E.Collection(other, file)
+    with pytest.raises(UserError) as e: edit.Collection(other, file)
     assert base.hash[:12] in str(e.value) and other.hash[:12] in str(e.value) and 'collection.safetensors' in str(e.value)
-    assert E.Collection(other, file, allow_other_base=True).edit(picture(0), 'oil').size == (64, 64)
+    assert edit.Collection(other, file, allow_other_base=True).edit(picture(0), 'oil').size == (64, 64)
 
 
 @pytest.mark.parametrize('field, message', [('collectionlora.effects', 'no catalogue'), ('collectionlora.sampling', 'sampling')])
 def test_files_without_catalogue_or_recipe(base, tmp_path, field, message):
     before = set(base.backbone.roles)
-    with pytest.raises(UserError, match=message): E.Collection(base, collection_file(tmp_path / 'c.safetensors', base, **{field: None}), role='incomplete')
+    with pytest.raises(UserError, match=message): edit.Collection(base, collection_file(tmp_path / 'c.safetensors', base, **{field: None}), role='incomplete')
     assert set(base.backbone.roles) == before
 
 
@@ -200,7 +205,7 @@ def test_nan_is_an_error_in_edit_and_a_missing_picture_in_generate(base, collect
         v[-1] = float('nan')
         return v
     monkeypatch.setattr(base.backbone, 'velocity', broken)
-    made = E.generate(base, collection.role, [picture(0), picture(1)], ['a', 'b'], [0, 1], collection.recipe)
+    made = edit.generate(base, collection.role, [picture(0), picture(1)], ['a', 'b'], [0, 1], collection.recipe)
     assert made[0].image is not None and made[1].image is None
     with pytest.raises(UserError, match="effect 'snow' is not finite"): collection.edit([picture(0), picture(1)], ['oil', 'snow'])
 
@@ -209,14 +214,14 @@ def test_methods_share_noise_and_group_by_effect(base, collection):
     items = [Item(e, 'animal', f'i{k}', 0, np.asarray(picture(k))) for k in range(2) for e in ('oil', 'snow')]
     used = []
     def role(e): used.append(e); return collection.role
-    own = E.Method('own', lambda e: collection.role, collection.prompt, collection.recipe)
-    switched = E.Method('switched', role, collection.prompt, collection.recipe, shared=False)
-    a, b = (E.run_method(base, m, items)[0] for m in (own, switched))
+    own = Method('own', lambda e: collection.role, collection.prompt, collection.recipe)
+    switched = Method('switched', role, collection.prompt, collection.recipe, shared=False)
+    a, b = (run_method(base, m, items)[0] for m in (own, switched))
     assert used == ['oil', 'snow'] and max((x.latents - y.latents).abs().max() for x, y in zip(a, b)) < 1e-4
 
 
 def test_recipes():
-    assert E.Recipe.few().nfe == 8 and E.Recipe.ode(40).nfe == 80 and E.Recipe.ode(40).words == '40 steps × CFG'
-    read = E.Recipe.read({'collectionlora.sampling': dict(times=[1., .5], stochastic=False, cfg=2.)}, 'f')
+    assert edit.Recipe.few().nfe == 8 and edit.Recipe.ode(40).nfe == 80 and edit.Recipe.ode(40).words == '40 steps × CFG'
+    read = edit.Recipe.read({'collectionlora.sampling': dict(times=[1., .5], stochastic=False, cfg=2.)}, 'f')
     assert read.times == (1., .5, 0.) and read.nfe == 4
-    with pytest.raises(UserError, match='f: header field collectionlora.sampling'): E.Recipe.read({}, 'f')
+    with pytest.raises(UserError, match='f: header field collectionlora.sampling'): edit.Recipe.read({}, 'f')

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from collectionlora import effectbench as bench
+from collectionlora.judge import effectbench as bench
 from collectionlora import world
 from collectionlora.core import UserError
 

@@ -3,12 +3,16 @@ import numpy as np
 import pytest
 import torch
 
-from collectionlora import evaluate as V, metrics as M, world
-from collectionlora.backbone import load_base, tiny_base
+from collectionlora import world
+from collectionlora.judge import evaluate as V, tables
+from collectionlora.judge.gate import gate, judge
+from collectionlora.bases.pipeline import load_base
+from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import UserError
-from collectionlora.data import write_effect
-from collectionlora.edit import Collection, Recipe
-from collectionlora.lora_files import Lora, write_lora
+from collectionlora.files.effects import write_effect
+from collectionlora.use.edit import Collection, Recipe
+from collectionlora.files.dialects import Lora
+from collectionlora.files.lora import write_lora
 
 EFFECTS = {'oil_painting': 'animal', 'confetti_party': 'animal', 'stone_statue': 'portrait'}
 
@@ -62,9 +66,9 @@ def test_references_are_floor_and_ceiling():
     items = V.held_out(EFFECTS, 2)
     shown = V.references(items)
     oracle = world.Oracle(list(EFFECTS), draws=12, strangers=6)
-    rows = {name: M.judge(name, items, pictures, oracle, 0., 0) for name, pictures in shown.items()}
-    assert M.gate(rows[M.COPY])['bcr'] == 1 and M.gate(rows[M.FLOOR])['bcr'] == 1 and M.gate(rows[M.CEILING])['bcr'] <= 1 / 3
-    assert M.gate(rows[M.CEILING])['kept'] > .5 and np.mean([r.distance for r in rows[M.CEILING]]) < np.mean([r.distance for r in rows[M.FLOOR]])
+    rows = {name: judge(name, items, pictures, oracle, 0., 0) for name, pictures in shown.items()}
+    assert gate(rows[tables.COPY])['bcr'] == 1 and gate(rows[tables.FLOOR])['bcr'] == 1 and gate(rows[tables.CEILING])['bcr'] <= 1 / 3
+    assert gate(rows[tables.CEILING])['kept'] > .5 and np.mean([r.distance for r in rows[tables.CEILING]]) < np.mean([r.distance for r in rows[tables.FLOOR]])
 
 
 def test_contestants_follow_from_the_files(base, files):
@@ -76,11 +80,11 @@ def test_contestants_follow_from_the_files(base, files):
     assert sizes[every['teacher_acc'].name] == sum(map(size, files['teachers'].values())) + size(files['acceleration']) and every['base'].name not in sizes
     items = V.held_out(EFFECTS, 1)
     rows, made = V.evaluate(base, every, items, V.oracle_for(base, EFFECTS, draws=8, strangers=4), batch=2)
-    groups = M.by_method(rows)
-    assert list(groups) == [*(m.name for m in every.values()), *M.REFERENCES, M.ENCODED] and all(len(g) == 3 for g in groups.values())
+    groups = tables.by_method(rows)
+    assert list(groups) == [*(m.name for m in every.values()), *tables.REFERENCES, tables.ENCODED] and all(len(g) == 3 for g in groups.values())
     pictures = [np.stack([np.asarray(o.image, int) for o in outs]) for outs in made.values()]
     assert all(np.abs(a - b).max() > 0 for i, a in enumerate(pictures) for b in pictures[:i])       # all of them differ
-    M.table(rows)
+    tables.table(rows)
     free(base)
 
 
@@ -98,7 +102,7 @@ def test_without_ground_truth_it_says_so(base, files, tmp_path):
     effect = write_effect(tmp_path / 'oil', id='oil_painting', category='animal', prompt='oil', pairs=[(i.source, i.truth) for i in truth])
     items = V.user_items([effect], images=2)
     assert len(items) == 2 and items[0].spec is None
-    with pytest.raises(UserError, match='no known truth'): M.judge('m', items, [i.source for i in items], None, 0., 0)
+    with pytest.raises(UserError, match='no known truth'): judge('m', items, [i.source for i in items], None, 0., 0)
     lines, made = V.evaluate_sets(base, V.assemble(base, collection, wanted=['ours']), items, [effect])
     assert lines[0]['n'] == 2 and 0 < lines[0]['ceiling'] and 0 < lines[0]['floor'] and 'cannot be computed' in V.NO_ORACLE
     columns, pictures = V.read_pictures(V.save_pictures(tmp_path / 'pictures', items, made, 1))

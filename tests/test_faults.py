@@ -12,12 +12,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from collectionlora import distill as loop, monitors
-from collectionlora.backbone import load_base
-from collectionlora.core import UserError, seed_of
-from collectionlora.distill import Diverged, distill
-from collectionlora.lora_files import Lora, lora_hash, read_lora, write_lora
-from collectionlora.teachers import TeacherBank, finish
+from collectionlora.engine import monitors
+from collectionlora.engine.plan import measured_plan
+from collectionlora.engine.pools import load_pools, samples_of
+from collectionlora.engine.settings import resolved
+from collectionlora.engine.terms import generator_update, rate_at
+from collectionlora.bases.pipeline import load_base
+from collectionlora.core import seed_of, UserError
+from collectionlora.engine.loop import distill
+from collectionlora.engine.state import Diverged
+from collectionlora.files.dialects import Lora, lora_hash
+from collectionlora.files.lora import read_lora, write_lora
+from collectionlora.engine.finetune import finish
+from collectionlora.teachers import TeacherBank
 from test_distill import SMALL, fails, open_world, run, same_history
 
 S = replace(SMALL, steps=6, fake_warmup=2, p_switch=.8)
@@ -103,7 +110,7 @@ def test_the_best_look_is_a_file(world, tmp_path):
 # --- divergence
 def explodes(monkeypatch, at, halved):
     "From here on the generator update after `at` steps diverges until the rates were halved `halved` times."
-    true = loop.generator_update
+    true = generator_update
     def update(engine, state, *args):
         if state.step == at and state.slower < halved: raise Diverged(f'step {at + 1}: boom')
         return true(engine, state, *args)
@@ -116,7 +123,7 @@ def test_a_diverging_run_goes_back_and_takes_smaller_steps(world, tmp_path, monk
     _, history = finish(distill(*world, S, tmp_path, save_every=every), S.steps)
     back = max(k for k in range(at) if k % every == 0)
     assert [h['step'] for h in history] == list(range(1, S.steps + 1))
-    full = lambda k: S.lr_student * loop.rate_at(S, k, k)
+    full = lambda k: S.lr_student * rate_at(S, k, k)
     assert [h['lr'] for h in history] == [full(k) / (1 if k < back else 2**halved) for k in range(S.steps)]
     assert capsys.readouterr().err.count(f'going back to step {back}') == halved
 
@@ -220,12 +227,12 @@ def test_encoders_go_once_all_is_cached(folder, straight, tmp_path):
 
 def test_the_plan_counts_memory_and_disk(world):
     base, _, effects, general, cache = world
-    plan = loop.measured_plan(base, effects, general, cache, loop.resolved(S, 1.))
+    plan = measured_plan(base, effects, general, cache, resolved(S, 1.))
     assert plan['memory']['encoders, while they encode'] == base.encoder_bytes and min(plan['memory'].values()) > 0
-    double = loop.measured_plan(base, effects, general, cache, loop.resolved(replace(S, batch=6), 1.))
+    double = measured_plan(base, effects, general, cache, resolved(replace(S, batch=6), 1.))
     kept = lambda p: p['memory']['activations of a gradient pass']
     assert 1.7 < kept(double) / kept(plan) < 2.1 and plan['disk']['collection'] == plan['memory']['student: weights, mean, two moments, gradients'] / 7
-    loop.load_pools(cache, loop.samples_of(effects, general))
+    load_pools(cache, samples_of(effects, general))
     assert .6 < plan['disk']['condition cache, shared between runs'] / sum(f.stat().st_size for f in cache.folder.rglob('*.safetensors')) < 1.7
 
 

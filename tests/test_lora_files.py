@@ -9,10 +9,12 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
 from peft import LoraConfig, get_peft_model
 
-from collectionlora.core import UserError, data_dir, read_json
-from collectionlora.lora_files import (DIALECTS, Lora, annotate, comfyui_view, convert, diffsynth_view, find_weights, lora_hash, read_lora, report,
-                                       resize, shrink, write_lora)
-from collectionlora.lora_header import catalogue, file_sha256, read_header, read_table
+from collectionlora.core import data_dir, read_json, UserError
+from collectionlora.files.clients import comfyui_view, diffsynth_view
+from collectionlora.files.dialects import Lora, lora_hash
+from collectionlora.files.lora import annotate, convert, DIALECTS, find_weights, read_lora, report, write_lora
+from collectionlora.files.shrink import resize, shrink
+from collectionlora.files.header import catalogue, file_sha256, read_header, read_table
 
 logging.getLogger('diffusers').setLevel(logging.CRITICAL)
 RANK, DIFFUSERS = 4, tuple(map(int, installed.__version__.split('.')[:2]))
@@ -419,7 +421,7 @@ def test_resize_is_the_best_approximation():
 
 def test_our_validator_agrees_with_jsonschema():
     import jsonschema
-    from collectionlora.lora_header import HEADER_SCHEMA, violation
+    from collectionlora.files.header import HEADER_SCHEMA, violation
     jsonschema.Draft202012Validator.check_schema(HEADER_SCHEMA)
     assert read_json(data_dir() / 'lora_header.schema.json') == HEADER_SCHEMA, 'publish the schema again: core.write_json(core.data_dir()/"lora_header.schema.json", HEADER_SCHEMA)'
     effect = dict(id='a', category='b', trigger='c')
@@ -473,7 +475,7 @@ def test_a_config_beside_a_converted_file_is_not_applied_to_it(tmp_path):
 
 
 def test_an_adapter_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    from collectionlora import lora_files
+    from collectionlora.files import clients as lora_files
     write_lora(tmp_path / 'c.safetensors', LORA)
     convert(tmp_path / 'c.safetensors', tmp_path / 'pf', 'peft')
     before = {p.name: p.read_bytes() for p in (tmp_path / 'pf').iterdir()}
@@ -504,7 +506,7 @@ def test_a_file_of_a_newer_minor_version_can_be_rewritten(tmp_path):
     header = {'collectionlora.schema': '1.7', 'collectionlora.effects': json.dumps([dict(id='a', trigger='b', category='c')]), 'collectionlora.novelty': '[1]'}
     foreign, path = tmp_path / 'f.safetensors', tmp_path / 'x.safetensors'
     write_lora(foreign, LORA)
-    from collectionlora.lora_header import write_table
+    from collectionlora.files.header import write_table
     table = read_table(foreign)
     raw = foreign.read_bytes()[table.start:]
     write_table(path, [(n, e.dtype, e.shape, lambda e=e: raw[e.begin:e.end]) for n, e in table.tensors.items()], header)

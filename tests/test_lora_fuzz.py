@@ -9,9 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from collectionlora.core import UserError, rng, run_info, save_run
-from collectionlora.lora_files import LEAVES, Lora, read_lora, write_lora
-from collectionlora.lora_header import read_header
+from collectionlora.core import rng, run_info, save_run, UserError
+from collectionlora.files.dialects import LEAVES, Lora
+from collectionlora.files.lora import read_lora, write_lora
+from collectionlora.files.header import read_header
 
 FEW, MANY = 200, 10_000
 MODULES = {f'transformer_blocks.0.{leaf}': (4 + i % 3, 5 + i % 4) for i, leaf in enumerate(LEAVES)}

@@ -4,8 +4,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from collectionlora.core import UserError
-from collectionlora.lora_files import Lora
-from collectionlora.merging import METHODS, core_merge, cosines, dense_merge, merge, sum_error
+from collectionlora.files.dialects import Lora
+from collectionlora.files.merging import core_merge, cosines, dense_merge, merge, METHODS, sum_error
 
 N, RANK, SIZES = 3, 4, {'a': (24, 32), 'b': (32, 16)}
 

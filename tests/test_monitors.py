@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from collectionlora import monitors
+from collectionlora.engine import monitors
 from collectionlora.core import UserError
-from collectionlora.monitors import Boards, apart, better_by, diagnose, due, is_best, late, scalars, val_distance
+from collectionlora.engine.monitors import (
+    apart, better_by, Boards, diagnose, due, is_best, late, scalars, val_distance)
 
 RECORDED = {f'{file.stem}: {name}': (name, history) for file in sorted((Path(__file__).parent/'histories').glob('*.json')) for name, history in json.loads(file.read_text()).items()}
 

@@ -13,12 +13,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from collectionlora import core, distill as loop, parallel, run
-from collectionlora.backbone import load_base
+from collectionlora import core
+from collectionlora.dmd import fake_loss
+from collectionlora.engine import parallel
+from collectionlora.engine.pools import load_pools, samples_of
+from collectionlora.engine.settings import resolved, schedule_of
+from collectionlora.engine.state import State
+from collectionlora.engine.terms import Engine
+from collectionlora.run.execute import execute, RunFailed
+from collectionlora.run.slurm import _waiting
+from collectionlora.run.sweep import sweep, table, write_table
+from collectionlora.bases.pipeline import load_base
 from collectionlora.core import UserError
-from collectionlora.distill import distill
-from collectionlora.lora_files import read_header, read_lora, write_lora
-from collectionlora.parallel import Ranks, together
+from collectionlora.engine.loop import distill
+from collectionlora.files.header import read_header
+from collectionlora.files.lora import read_lora, write_lora
+from collectionlora.engine.parallel import Ranks, together
 from test_distill import SMALL, make_world, open_world
 
 TINY = replace(SMALL, steps=3, batch=5, fake_warmup=2, routes=3)
@@ -32,7 +42,7 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp('world')
 @pytest.fixture(scope='module')
 def world(folder):
     args = open_world(folder, make_world(folder))
-    loop.load_pools(args[4], loop.samples_of(*args[2:4]))          # fills the cache once, before anything is forked
+    load_pools(args[4], samples_of(*args[2:4]))          # fills the cache once, before anything is forked
     yield args
     args[1].close()
 
@@ -88,10 +98,10 @@ def test_so_it_is_with_other_settings(world, tmp_path, change):
 
 def test_draws_of_a_sample_do_not_depend_on_who_holds_it(world):
     base, bank, effects, general, cache = world
-    pools, s = loop.load_pools(cache, loop.samples_of(effects, general)), loop.resolved(TINY, 1.)
+    pools, s = load_pools(cache, samples_of(effects, general)), resolved(TINY, 1.)
     starts = []
     for rank, n in ((0, 1), (0, 2), (1, 2)):
-        engine = loop.Engine(base.backbone, bank, pools, s, loop.schedule_of(s), Ranks(rank, n))
+        engine = Engine(base.backbone, bank, pools, s, schedule_of(s), Ranks(rank, n))
         engine.backbone.add_role('student', 2)
         try: starts.append(engine.fake_samples(None, 4)[0])
         finally: engine.backbone.remove('student')
@@ -133,7 +143,7 @@ def test_an_interrupt_of_one_process_stops_both_at_the_same_step(world, tmp_path
             for info in distill(*world, replace(TINY, steps=50), tmp_path, ranks=ranks, save_every=100):
                 if ranks.rank == 1 and info["step"] == 2: os.kill(os.getpid(), signal.SIGUSR1)
         except KeyboardInterrupt: return info['step']
-    true = loop.fake_loss
+    true = fake_loss
 
     def asked(*args):
         if asked.now: os.kill(os.getpid(), signal.SIGINT)
@@ -141,10 +151,10 @@ def test_an_interrupt_of_one_process_stops_both_at_the_same_step(world, tmp_path
         return true(*args)
     asked.now = False
     before = signal.signal(signal.SIGUSR1, lambda *_: setattr(asked, 'now', True))
-    loop.fake_loss = asked
+    fake_loss = asked
     try: assert answers(together(go)) == [2, 2]
     finally:
-        loop.fake_loss = true
+        fake_loss = true
         signal.signal(signal.SIGUSR1, before)
     assert [p.name for p in (tmp_path/'checkpoints').glob('*.pt')] == ['0000002-00000007.pt']
 
@@ -155,7 +165,7 @@ def test_errors_are_shared_and_settings_that_do_not_scale_are_refused(world, tmp
     few = said(replace(TINY, batch=1, routes=1), tmp_path/'few')
     assert len(few) == 1 and 'fewer samples than the 2 processes' in few.pop()
     def full(*_): raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(loop.State, 'pack', full)
+    monkeypatch.setattr(State, 'pack', full)
     disk = said(TINY, tmp_path/'full', save_every=1)
     monkeypatch.undo()
     assert len(disk) == 1 and 'make room' in disk.pop()
@@ -218,17 +228,17 @@ def probe(base, world, s, ranks):
     for k, role in enumerate(('student', 'fake', 'teacher')):
         b.add_role(role, 2, seed=k)
         with torch.no_grad(): b.flat(role).normal_(0, .1, generator=torch.Generator().manual_seed(10 + k))
-    pools = loop.load_pools(cache, loop.samples_of(effects, general))
+    pools = load_pools(cache, samples_of(effects, general))
     cond, g = pools[0].student.index([0, 1]), torch.Generator().manual_seed(0)
     x, t = torch.randn(2, 64, 16, generator=g), torch.tensor([.3, .8])
     with torch.no_grad(): v = {str(r): b.velocity(r, x, t, cond) for r in ('base', 'student', ('fake', 'teacher'))}
-    engine = loop.Engine(b, type('Slot', (), {'use': lambda self, id: 'teacher'})(), pools, s, loop.schedule_of(s), ranks)
+    engine = Engine(b, type('Slot', (), {'use': lambda self, id: 'teacher'})(), pools, s, schedule_of(s), ranks)
     return v, {k: g for k, (g, _, _) in engine.gradients(['one'], 0).items()}, b.flat('student').shape, parallel.bytes_here(b.transformer)
 
 
 @pytest.mark.parametrize('checkpointing', [False, True])
 def test_a_spread_base_computes_the_same(folder, world, checkpointing):
-    s = loop.resolved(replace(SMALL, batch=4, routes=1, one_exit=True), 1.)
+    s = resolved(replace(SMALL, batch=4, routes=1, one_exit=True), 1.)
 
     def spread(ranks):
         base = parallel.shard_base(load_base(folder/'base'), ranks)
@@ -298,22 +308,22 @@ def notebook(path, body=BODY):
 
 def test_a_notebook_runs_on_two_processes_each_with_its_own_output(tmp_path):
     path, out = notebook(tmp_path/'a.ipynb'), tmp_path/'results'
-    record = run.execute(path, out, processes=2)
+    record = execute(path, out, processes=2)
     assert record['metrics'] == {'total': 3.} and record['meta']['processes'] == 2 and record['status'] == 'finished'
     assert {p.name for p in out.iterdir() if not p.name.startswith('.')} == {'run.json', 'run.ipynb'}
     assert 'here is 0' in (out/'run.ipynb').read_text() and 'here is 1' in (out/'.run.ranks'/'1'/'run.ipynb').read_text()
     assert (out/'.run.ranks'/'1'/'log.txt').is_file()
-    assert run.execute(path, out)['reused']                       # how many processes there were is no part of the key
+    assert execute(path, out)['reused']                       # how many processes there were is no part of the key
     single = notebook(tmp_path/'b.ipynb', "total = 1")
-    with pytest.raises(UserError, match='made for one process'): run.execute(single, tmp_path/'no', processes=2)
-    with pytest.raises(UserError, match='processes is 0'): run.execute(path, tmp_path/'no', processes=0)
+    with pytest.raises(UserError, match='made for one process'): execute(single, tmp_path/'no', processes=2)
+    with pytest.raises(UserError, match='processes is 0'): execute(path, tmp_path/'no', processes=0)
 
 
 @pytest.mark.slow
 def test_the_first_error_is_reported_and_a_death_too(tmp_path):
     path = notebook(tmp_path/'a.ipynb')
-    with pytest.raises(UserError, match='prompt is empty'): run.execute(path, tmp_path/'bad', parameters={'mode': 'bad'}, processes=2)
-    with pytest.raises(run.RunFailed, match='Kernel died'): run.execute(path, tmp_path/'dead', parameters={'mode': 'dead'}, processes=2)
+    with pytest.raises(UserError, match='prompt is empty'): execute(path, tmp_path/'bad', parameters={'mode': 'bad'}, processes=2)
+    with pytest.raises(RunFailed, match='Kernel died'): execute(path, tmp_path/'dead', parameters={'mode': 'dead'}, processes=2)
     assert core.read_json(tmp_path/'dead'/'run.json')['status'] == 'failed'
 
 
@@ -342,7 +352,7 @@ def files_of(folder) -> dict:
 
 def distilled(folder, out, name, processes, **given):
     parameters = files_of(folder) | dict(steps=2, batch=4, rank=3, val_every=2, settings={'fake_per_generator': 2, 'fake_warmup': 2, 'routes': 2}) | given
-    return run.execute('distill', out, name, parameters, seed=1, processes=processes)
+    return execute('distill', out, name, parameters, seed=1, processes=processes)
 
 
 @pytest.mark.slow
@@ -362,7 +372,7 @@ SLEEP = "from pathlib import Path\nfrom collectionlora import core\nassert mode 
 
 def four(path, out, **slurm):
     grid = {'seed': [1, 2], 'mode': ['x', 'y']}
-    return run.sweep(path, grid, out, slurm={'timeout_min': 10, 'cpus_per_task': 1, **slurm})
+    return sweep(path, grid, out, slurm={'timeout_min': 10, 'cpus_per_task': 1, **slurm})
 
 
 @pytest.mark.slow
@@ -372,7 +382,7 @@ def test_a_sweep_as_an_array_of_local_jobs(tmp_path):
     with pytest.raises(UserError, match='timeout_mi'): four(path, tmp_path/'no', cluster='local', timeout_mi=3)
     records = four(path, tmp_path/'s', cluster='local')
     assert [r['metrics']['tens'] for r in records.values()] == [10, 10, 20, 20]
-    with pytest.raises(run.RunFailed, match='1 of 2 runs failed.*asked to'): run.sweep(path, {'mode': ['x', 'fail'], 'seed': [1]}, tmp_path/'f', slurm={'cluster': 'local'})
+    with pytest.raises(RunFailed, match='1 of 2 runs failed.*asked to'): sweep(path, {'mode': ['x', 'fail'], 'seed': [1]}, tmp_path/'f', slurm={'cluster': 'local'})
     assert 'mode=fail,failed' in (tmp_path/'f'/'table.csv').read_text() and 'mode=x,finished' in (tmp_path/'f'/'table.csv').read_text()
 
 
@@ -466,7 +476,7 @@ def stop(daemon):
 @pytest.mark.slow
 def test_a_slurm_array_of_four_runs_in_one_table(slurm, folder, world, tmp_path):
     given = {k: [v] for k, v in files_of(folder).items()} | dict(steps=[1], batch=[2], rank=[2], val_every=[0], settings=[{'fake_per_generator': 1, 'fake_warmup': 1}])
-    go = lambda: run.sweep('distill', {**given, 'seed': [0, 1, 2, 3]}, tmp_path/'s', slurm={'timeout_min': 30, 'cpus_per_task': 1})
+    go = lambda: sweep('distill', {**given, 'seed': [0, 1, 2, 3]}, tmp_path/'s', slurm={'timeout_min': 30, 'cpus_per_task': 1})
     records = go()
     assert list(records) == ['seed=0', 'seed=1', 'seed=2', 'seed=3'] and len({r['metrics']['lora'] for r in records.values()}) == 4
     rows = (tmp_path/'s'/'table.csv').read_text().splitlines()
@@ -486,7 +496,7 @@ def leave_record(to, out, records, ids):
     core.write_json(to/'array.json', {'status': 'finished', **core.run_info({'experiment': 'distill', 'runs': list(ids)}, 0, {}), 'metrics': {
         'slurm': said('sbatch', '--version').split()[-1], 'arrays': len({i.split('_')[0] for i in ids.values()}), 'tasks': sorted(i.split('_')[1] for i in ids.values()),
         'jobs': seen, 'lora': {name: r['metrics']['lora'] for name, r in records.items()}}, 'cost': {name: r['cost']['wall_seconds'] for name, r in records.items()}})
-    run.write_table(to/'array.csv', run.table(records))
+    write_table(to/'array.csv', table(records))
 
 
 @pytest.mark.slow
@@ -498,17 +508,17 @@ def test_slurm_jobs_that_fail_are_killed_or_waited_for_again(slurm, tmp_path):
         wait_for((tmp_path/'f'/'mode=long'/'mode=long.json').is_file, 'the second job')
         subprocess.run(['scancel', jobs['mode=long'].job_id], check=True)
         return true(jobs, slurm)
-    true, run._waiting = run._waiting, ends
+    true, _waiting = _waiting, ends
     try:
-        with pytest.raises(run.RunFailed) as e: run.sweep(path, {'mode': ['fail', 'long', 'x'], 'seed': [1]}, tmp_path/'f', slurm={'timeout_min': 5, 'cpus_per_task': 1})
-    finally: run._waiting = true
+        with pytest.raises(RunFailed) as e: sweep(path, {'mode': ['fail', 'long', 'x'], 'seed': [1]}, tmp_path/'f', slurm={'timeout_min': 5, 'cpus_per_task': 1})
+    finally: _waiting = true
     assert '2 of 3 runs failed' in str(e.value) and 'asked to' in str(e.value) and 'ended without a word' in str(e.value)
     def leaves(*_):
         raise KeyboardInterrupt
         yield
-    run._waiting = leaves
-    again = lambda: run.sweep(path, {'mode': ['long', 'x'], 'seed': [2]}, tmp_path/'w', slurm={'timeout_min': 5, 'cpus_per_task': 1})
+    _waiting = leaves
+    again = lambda: sweep(path, {'mode': ['long', 'x'], 'seed': [2]}, tmp_path/'w', slurm={'timeout_min': 5, 'cpus_per_task': 1})
     try:
         with pytest.raises(KeyboardInterrupt, match='the same call waits'): again()
-    finally: run._waiting = true
+    finally: _waiting = true
     assert [r['metrics']['tens'] for r in again().values()] == [20, 20]

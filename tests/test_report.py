@@ -8,22 +8,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from collectionlora import metrics as M, report as R
-from collectionlora.core import UserError, run_info
+from collectionlora.judge import report as R, tables
+from collectionlora.judge.gate import NONE, Row
+from collectionlora.core import run_info, UserError
 
 OWN, OTHER = 'ours, 8 steps', 'other <8> steps'
 EFFECTS = {'hat': dict(category='animal', description='a <b>tall</b> hat & feather'), 'rain': dict(category='animal', description='rain')}
 
 
 def rows(method, good, nfe=8):
-    return [M.Row(method, e, 'animal', f'i{i}', 0, e if i < good else M.NONE, i < good, .9, .05, 1., .2, nfe) for e in EFFECTS for i in range(6)]
+    return [Row(method, e, 'animal', f'i{i}', 0, e if i < good else NONE, i < good, .9, .05, 1., .2, nfe) for e in EFFECTS for i in range(6)]
 
 
 @pytest.fixture
 def everything():
     record = dict(run_info(dict(steps=3, note='<script>'), 7, {'base': 'f' * 64}), cost=dict(seconds=75.),
                   metrics=dict(history=[{'step': s, 'loss_fake': 1. / (s + 1), 'loss_match': .5, 'norm': 2., 'seconds': 1.} for s in range(9)]))
-    every = rows(OWN, 6) + rows(OTHER, 2) + rows(M.COPY, 0) + rows(M.CEILING, 6) + rows(M.FLOOR, 0)
+    every = rows(OWN, 6) + rows(OTHER, 2) + rows(tables.COPY, 0) + rows(tables.CEILING, 6) + rows(tables.FLOOR, 0)
     columns = ['source', OWN, OTHER]
     pictures = {(e, 'i0', c): np.full((64, 64, 3), 10 * k, np.uint8) for k, e in enumerate(EFFECTS) for c in columns}
     return dict(title='T', lead='L', budget=R.budget_words(2, 100, 8, .5, 50, full_steps=1000), own=OWN, rows=every, effects=EFFECTS,
@@ -48,7 +49,7 @@ def test_page_needs_nothing_from_outside(everything, tmp_path):
 
 def test_page_holds_what_was_asked(everything, tmp_path):
     page = R.render(tmp_path / 'r.html', **everything)
-    for text in (OWN, 'other &lt;8&gt; steps', *M.REFERENCES[:2], 'A short budget run', '1.2 kB', 'f' * 64, '75 s', 'prefers-color-scheme:dark', 'image-rendering:pixelated', 'a note', 'n = 12'):
+    for text in (OWN, 'other &lt;8&gt; steps', *tables.REFERENCES[:2], 'A short budget run', '1.2 kB', 'f' * 64, '75 s', 'prefers-color-scheme:dark', 'image-rendering:pixelated', 'a note', 'n = 12'):
         assert text in page, text
     assert page.count('class="heat"') == 2 and page.count('<svg') == 2 and page.count('<img') == 6
     assert '<b>tall' not in page and '&lt;script&gt;' in page
@@ -76,13 +77,13 @@ def test_budget_words_follow_the_settings():
 
 
 def test_verdict_follows_the_contrast():
-    many = lambda m, good: [M.Row(m, f'e{e}', 'animal', f'i{i}', 0, f'e{e}' if i < good[e] else M.NONE, i < good[e], 1., 0., 1., 1., 8) for e in range(12) for i in range(10)]
+    many = lambda m, good: [Row(m, f'e{e}', 'animal', f'i{i}', 0, f'e{e}' if i < good[e] else NONE, i < good[e], 1., 0., 1., 1., 8) for e in range(12) for i in range(10)]
     a, b = many('a', [9, 10] * 6), many('b', [5, 7] * 6)
-    [(c, p)] = M.contrasts(a + b, 'a', ['b'])
+    [(c, p)] = tables.contrasts(a + b, 'a', ['b'])
     assert 'fewer bad cases than b' in R.verdict(c, p) and '-35 points [-38, -32]' in R.verdict(c, p)
-    [(c, p)] = M.contrasts(a + b, 'b', ['a'])
+    [(c, p)] = tables.contrasts(a + b, 'b', ['a'])
     assert 'more bad cases than a' in R.verdict(c, p)
-    [(c, p)] = M.contrasts(a + many('c', [10, 9] * 6), 'a', ['c'])
+    [(c, p)] = tables.contrasts(a + many('c', [10, 9] * 6), 'a', ['c'])
     assert R.verdict(c, p).startswith('No difference') and '80 % power' in R.verdict(c, p)
 
 
@@ -123,8 +124,8 @@ def test_report_without_an_oracle_says_so(everything, tmp_path):
 
 
 def test_optional_reference_is_set_off_and_no_contestant(everything, tmp_path):
-    everything['rows'] = everything['rows'] + rows(M.ENCODED, 6)
+    everything['rows'] = everything['rows'] + rows(tables.ENCODED, 6)
     lines = R.main_table(everything['rows'], {})
     assert [l['reference'] for l in lines] == [False, False, True, True, True, True]
     page = R.render(tmp_path / 'r.html', **everything)
-    assert page.count('class="heat"') == 2 and M.ENCODED in page
+    assert page.count('class="heat"') == 2 and tables.ENCODED in page

@@ -6,7 +6,9 @@ import subprocess
 import nbformat
 import pytest
 
-from collectionlora import core, run
+from collectionlora import core
+from collectionlora.run.execute import declared, OURS
+from collectionlora.run.sweep import from_file
 
 ROOT = core.repo_root()
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(s.startswith(('.', '_')) for s in p.relative_to(ROOT).parts))
@@ -49,14 +51,14 @@ def test_text_files_name_no_machine_and_leave_nothing_unfinished():
 
 @pytest.mark.parametrize('path', sorted((ROOT/'nbs'/'experiments').glob('*.ipynb')), ids=name)
 def test_an_experiment_can_be_asked_for_its_parameters_and_each_is_explained(path):
-    signature = run.declared(path)
-    assert set(run.OURS) <= set(signature)
+    signature = declared(path)
+    assert set(OURS) <= set(signature)
     assert not [p.name for p in signature.values() if not p.help]
 
 
 def test_every_budget_file_fits_its_notebook():
     files = sorted((ROOT/'nbs'/'experiments').glob('*/*.yaml'))
-    assert files and all(run.from_file(f) for f in files)
+    assert files and all(from_file(f) for f in files)
 
 
 def test_published_json_is_valid():
@@ -65,9 +67,10 @@ def test_published_json_is_valid():
 
 
 def test_the_front_page_names_effects_that_the_demonstration_makes():
-    from collectionlora import data, world
-    from collectionlora.demo import differences
-    made = set(data.pick_effects(differences('effects', 'demo')['effects'], 0))
+    from collectionlora import world
+    from collectionlora.files import drawn
+    from collectionlora.run.chain import differences
+    made = set(drawn.pick_effects(differences('effects', 'demo')['effects'], 0))
     page = (ROOT/'README.md').read_text()
     named = {word for word in re.findall(r"[a-z]+_[a-z]+(?:_[a-z]+)*", ' '.join(re.findall(r'collection\.edit\(.*|collectionlora edit .*', page))) if word in world.EFFECTS}
     assert len(named) >= 3 and named <= made

@@ -9,7 +9,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from collectionlora import core, run
+from collectionlora import core
+from collectionlora.run.execute import execute, RunFailed
+from collectionlora.run.sweep import from_file, sweep
 
 HEAD = "out: str = ''\nrun: str = 'run'\nseed: int = 0\nn: int = 3\nname: str = 'x'\nsource: str = ''"
 BODY = """from pathlib import Path
@@ -25,7 +27,7 @@ def notebook(path: Path, body=BODY, head=HEAD, tags=('parameters',)):
 
 
 def refused(*args, **kw) -> str:
-    with pytest.raises(core.UserError) as e: run.execute(*args, **kw)
+    with pytest.raises(core.UserError) as e: execute(*args, **kw)
     return str(e.value)
 
 
@@ -57,7 +59,7 @@ def test_a_notebook_must_declare_its_parameters(tmp_path, head, tags, words):
 
 def test_a_kernel_that_is_killed_is_a_sentence_and_a_failed_record(tmp_path):
     path = notebook(tmp_path/'a.ipynb', 'import os, signal\nos.kill(os.getpid(), signal.SIGKILL)')
-    with pytest.raises(run.RunFailed, match='a/r failed: its kernel died without a word: killed, or out of memory; the same command'): run.execute(path, tmp_path/'results', 'r')
+    with pytest.raises(RunFailed, match='a/r failed: its kernel died without a word: killed, or out of memory; the same command'): execute(path, tmp_path/'results', 'r')
     assert core.read_json(tmp_path/'results'/'r.json')['status'] == 'failed'
 
 
@@ -72,7 +74,7 @@ def test_unknown_experiment_absent_input_and_bad_run_name(tmp_path):
 def test_reuse_is_decided_by_content_only(tmp_path):
     path, data = notebook(tmp_path/'a.ipynb'), tmp_path/'data.txt'
     data.write_text('one')
-    go = lambda **kw: run.execute(path, tmp_path/'results', **{'inputs': {'source': data}, **kw})
+    go = lambda **kw: execute(path, tmp_path/'results', **{'inputs': {'source': data}, **kw})
     first = go()
     assert not first['reused'] and first['metrics'] == {'twice': 6} and first['run']['inputs'] == {'source': core.sha256_file(data)}
     os.utime(data)                                             # another time, the same content
@@ -98,21 +100,21 @@ assert n < 10"""
 
 def test_checkpoints_of_a_finished_run_go_and_those_of_an_unfinished_one_stay(tmp_path):
     path = notebook(tmp_path/'a.ipynb', KEEPER)
-    go = lambda n: run.execute(path, tmp_path/'results', parameters={'n': n})
+    go = lambda n: execute(path, tmp_path/'results', parameters={'n': n})
     assert not go(1)['reused'] and not go(2)['reused'] and go(2)['reused']
-    with pytest.raises(run.RunFailed, match='AssertionError'): go(10)
-    with pytest.raises(run.RunFailed, match='checkpoint of another run'): go(3)
+    with pytest.raises(RunFailed, match='AssertionError'): go(10)
+    with pytest.raises(RunFailed, match='checkpoint of another run'): go(3)
     assert (tmp_path/'results'/'.run'/'made_with').read_text() == '10'
 
 
 def test_a_failure_leaves_a_record_that_is_no_result(tmp_path):
     path = notebook(tmp_path/'a.ipynb', BODY + "\nif n < 5: raise OSError(28, 'No space left on device')")
-    with pytest.raises(run.RunFailed, match='No space left'): run.execute(path, tmp_path/'results')
+    with pytest.raises(RunFailed, match='No space left'): execute(path, tmp_path/'results')
     record = core.read_json(tmp_path/'results'/'run.json')
     assert record['status'] == 'failed' and 'OSError' in record['error'] and 'metrics' not in record
     assert any('No space left' in str(c.get('outputs')) for c in nbformat.read(tmp_path/'results'/'run.ipynb', 4).cells)
-    with pytest.raises(run.RunFailed): run.execute(path, tmp_path/'results')   # tried again, not reused
-    assert run.execute(path, tmp_path/'results', parameters={'n': 7})['metrics'] == {'twice': 14}
+    with pytest.raises(RunFailed): execute(path, tmp_path/'results')   # tried again, not reused
+    assert execute(path, tmp_path/'results', parameters={'n': 7})['metrics'] == {'twice': 14}
 
 
 def test_a_user_error_inside_a_notebook_stays_one_sentence(tmp_path):
@@ -122,14 +124,14 @@ def test_a_user_error_inside_a_notebook_stays_one_sentence(tmp_path):
 
 def test_no_machine_paths_and_tidy_bars_in_what_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run.execute(notebook(tmp_path/'a.ipynb', BODY + "\nprint('1%\\r50%\\r100%')"), tmp_path/'results')
+    execute(notebook(tmp_path/'a.ipynb', BODY + "\nprint('1%\\r50%\\r100%')"), tmp_path/'results')
     text = (tmp_path/'results'/'run.ipynb').read_text() + (tmp_path/'results'/'run.json').read_text()
     assert str(tmp_path) not in text and '50%' not in text.split('print(')[-1].split('outputs')[-1]
 
 
 def test_bars_within_bars_are_kept_in_their_last_state(tmp_path):
     bars = "\nimport sys\nfrom tqdm import tqdm\nfor i in tqdm(range(3), desc='outer', mininterval=0):\n    for j in tqdm(range(40), desc=f'inner {i}', mininterval=0, leave=False): sys.stderr.flush()\nprint('said'); print('too')"
-    run.execute(notebook(tmp_path/'a.ipynb', BODY + bars), tmp_path/'results')
+    execute(notebook(tmp_path/'a.ipynb', BODY + bars), tmp_path/'results')
     outputs = [o for c in nbformat.read(tmp_path/'results'/'run.ipynb', 4).cells if c.cell_type == 'code' for o in c.outputs if o.output_type == 'stream']
     said = ''.join(o.text for o in outputs)
     assert said.count('outer') == 1 and 'outer: 100%' in said and '39/40' not in said and '\x1b' not in said and 'said\ntoo' in said and len(outputs) < 4
@@ -137,7 +139,7 @@ def test_bars_within_bars_are_kept_in_their_last_state(tmp_path):
 
 def test_a_notebook_may_hold_the_lock_of_its_own_folder_but_a_second_run_may_not(tmp_path):
     path = notebook(tmp_path/'a.ipynb', f"from collectionlora.core import folder_lock\nwith folder_lock(out):\n{chr(10).join('    ' + s for s in BODY.splitlines())}")
-    assert run.execute(path, tmp_path/'results')['metrics'] == {'twice': 6}
+    assert execute(path, tmp_path/'results')['metrics'] == {'twice': 6}
     with core.folder_lock(tmp_path/'results'): assert 'another run' in refused(path, tmp_path/'results')
 
 
@@ -154,17 +156,17 @@ def test_a_runs_file_is_strict(tmp_path, monkeypatch, text, words):
     notebook(tmp_path/'a.ipynb')
     (tmp_path/'a').mkdir()
     (tmp_path/'a'/'short.yaml').write_text(text)
-    with pytest.raises(core.UserError) as e: run.from_file(tmp_path/'a'/'short.yaml')
+    with pytest.raises(core.UserError) as e: from_file(tmp_path/'a'/'short.yaml')
     assert 'short.yaml' in str(e.value) and all(w in str(e.value) for w in words)
 
 
 def test_sweeps_check_everything_first_and_finish_what_they_can(tmp_path):
     path = notebook(tmp_path/'a.ipynb', BODY + "\nassert n != 2, 'two is bad'")
-    with pytest.raises(core.UserError, match='listed twice'): run.sweep(path, {'n': [1, 1]}, tmp_path/'s')
-    with pytest.raises(core.UserError, match='must be a list'): run.sweep(path, {'n': 1}, tmp_path/'s')
-    with pytest.raises(core.UserError, match='must be int'): run.sweep(path, {'n': [1, 'b']}, tmp_path/'s')
+    with pytest.raises(core.UserError, match='listed twice'): sweep(path, {'n': [1, 1]}, tmp_path/'s')
+    with pytest.raises(core.UserError, match='must be a list'): sweep(path, {'n': 1}, tmp_path/'s')
+    with pytest.raises(core.UserError, match='must be int'): sweep(path, {'n': [1, 'b']}, tmp_path/'s')
     assert not (tmp_path/'s').exists()
-    with pytest.raises(run.RunFailed, match='1 of 3 runs failed.*two is bad'): run.sweep(path, {'n': [1, 2, 3]}, tmp_path/'s')
+    with pytest.raises(RunFailed, match='1 of 3 runs failed.*two is bad'): sweep(path, {'n': [1, 2, 3]}, tmp_path/'s')
     assert [core.read_json(tmp_path/'s'/f'n={n}.json')['status'] for n in (1, 2, 3)] == ['finished', 'failed', 'finished']
 
 
@@ -206,11 +208,11 @@ def test_a_killed_run_is_not_taken_for_a_finished_one_and_frees_its_folder(tmp_p
     process.kill()
     process.wait()
     assert core.read_json(tmp_path/'results'/'run.json')['status'] == 'running'
-    assert not run.execute(notebook(path), tmp_path/'results')['reused']
+    assert not execute(notebook(path), tmp_path/'results')['reused']
 
 
 def test_words_about_code_do_not_make_a_run_stale_and_code_does(tmp_path):
-    from collectionlora.run import code_hash
+    from collectionlora.run.execute import code_hash
     book = lambda name, source: notebook(tmp_path/f"{name}.ipynb", body=source)
     plain = code_hash(book('a', 'def f(x): return x + 1\ny = f(1)'))
     assert plain == code_hash(book('b', '# a remark\ndef f(x):\n    "Adds one."\n    return x + 1\n\ny = f(1)    # two'))

@@ -7,12 +7,17 @@ import sys
 import pytest
 import torch
 
-from collectionlora import core, distill, run, studies
-from collectionlora.backbone import load_base, tiny_base
-from collectionlora.core import UserError, read_yaml, write_yaml
-from collectionlora.data import ConditionCache
-from collectionlora.edit import Method, Recipe
-from collectionlora.evaluate import held_out
+from collectionlora import core, vanishing
+from collectionlora.engine import settings
+from collectionlora.judge import studies as studies_
+from collectionlora.run import execute
+from collectionlora.bases.pipeline import load_base
+from collectionlora.bases.tiny import tiny_base
+from collectionlora.core import read_yaml, UserError, write_yaml
+from collectionlora.files.conditions import ConditionCache
+from collectionlora.judge.methods import Method
+from collectionlora.use.edit import Recipe
+from collectionlora.judge.evaluate import held_out
 
 NAMES = ('vanishing', 'branches', 'dynamics')
 ROOT = core.repo_root()
@@ -28,7 +33,7 @@ def tiny(tmp_path_factory):
 def demo(tiny, tmp_path_factory):
     "A folder such as a demo leaves, in small."
     folder, base = tmp_path_factory.mktemp('demo'), load_base(tiny)
-    sets, _, _ = studies.invent(base, ConditionCache(base, folder/'.cache'), folder, effects=2, pairs=2, teacher_steps=1, seed=0)
+    sets, _, _ = studies_.invent(base, ConditionCache(base, folder/'.cache'), folder, effects=2, pairs=2, teacher_steps=1, seed=0)
     (folder/'effects').rename(folder/'targets')
     for e in sets:
         file = folder/'targets'/e.id/'effect.yaml'
@@ -39,17 +44,17 @@ def demo(tiny, tmp_path_factory):
 def test_the_toy_is_bounded_and_vanishes_where_both_agree():
     x = torch.linspace(-9, 9, 91, dtype=torch.float64)
     for t in (.05, .5, 1.):
-        assert studies.difference(x, t, .86, .86).abs().max() == 0
-        assert studies.difference(x, t, 1e-6, .86).abs().max() <= (studies.PLACES[1] - studies.PLACES[0]) * t**2 / studies.spread_at(t)**2
-    assert 0 == studies.lives_from(1e-60) < studies.lives_from(1e-9) < studies.lives_from(1e-3) < studies.lives_from(.86) < 1
-    fine, coarse = (studies.toy_signal(.86, 1e-6, .86, .4, .6, *n) for n in ((1281, 96), (321, 48)))
+        assert vanishing.difference(x, t, .86, .86).abs().max() == 0
+        assert vanishing.difference(x, t, 1e-6, .86).abs().max() <= (vanishing.PLACES[1] - vanishing.PLACES[0]) * t**2 / vanishing.spread_at(t)**2
+    assert 0 == vanishing.lives_from(1e-60) < vanishing.lives_from(1e-9) < vanishing.lives_from(1e-3) < vanishing.lives_from(.86) < 1
+    fine, coarse = (vanishing.toy_signal(.86, 1e-6, .86, .4, .6, *n) for n in ((1281, 96), (321, 48)))
     assert fine == pytest.approx(coarse, rel=2e-3)
 
 
 def test_a_box_without_points_and_too_few_looks_are_refused():
-    with pytest.raises(UserError, match='no point of the grid'): studies.box_mean([[1.]], [.8], [.3], tau_max=.5)
-    with pytest.raises(UserError, match='give 2 or more'): studies.look_steps(10, 1)
-    assert studies.look_steps(1, 5) == [1] and studies.look_steps(3, 9) == [1, 2, 3]
+    with pytest.raises(UserError, match='no point of the grid'): vanishing.box_mean([[1.]], [.8], [.3], tau_max=.5)
+    with pytest.raises(UserError, match='give 2 or more'): studies_.look_steps(10, 1)
+    assert studies_.look_steps(1, 5) == [1] and studies_.look_steps(3, 9) == [1, 2, 3]
 
 
 def test_the_error_of_a_prediction_depends_on_its_item_alone(tiny):
@@ -57,7 +62,7 @@ def test_the_error_of_a_prediction_depends_on_its_item_alone(tiny):
     base, levels = load_base(tiny), [.1, 1.]
     items = held_out({'oil_painting': 'animal', 'gold_statue': 'portrait'}, 2)
     told = lambda role, shared=True: Method('m', lambda e: role, lambda e: f'make it {e}', Recipe.ode(1, guidance=1.), shared)
-    ask = lambda method, items, **kw: studies.prediction_errors(base, method, items, levels, **kw)
+    ask = lambda method, items, **kw: studies_.prediction_errors(base, method, items, levels, **kw)
     whole = ask(told('base'), items)
     assert whole.shape == (4, 2) and (whole > 0).all()
     assert torch.allclose(whole, ask(told('base', False), items[::-1], batch=1).flip(0), rtol=1e-4)
@@ -67,24 +72,24 @@ def test_the_error_of_a_prediction_depends_on_its_item_alone(tiny):
 
 
 def test_a_stage_is_read_from_a_demo_or_says_what_is_absent(demo, tiny, tmp_path):
-    stage = studies.set_stage(tmp_path, demo, tiny)
+    stage = studies_.set_stage(tmp_path, demo, tiny)
     assert stage.ids == sorted(stage.ids) and len(stage.ids) == 2 and len(stage.stream) == 4 and set(stage.bank.files) == set(stage.ids)
     assert {'base', 'general', *(f'teacher {i}' for i in stage.ids)} <= set(stage.inputs) and all(len(h) == 64 for h in stage.inputs.values())
     stage.bank.close()
-    with pytest.raises(UserError, match='targets: no such folder; run `make demo`'): studies.set_stage(tmp_path, tmp_path/'nowhere', tiny)
+    with pytest.raises(UserError, match='targets: no such folder; run `make demo`'): studies_.set_stage(tmp_path, tmp_path/'nowhere', tiny)
     (tmp_path/'half').mkdir()
     for name in ('targets', 'teachers', 'general'): (tmp_path/'half'/name).mkdir()
-    with pytest.raises(UserError, match='holds no effect'): studies.read_demo(tmp_path/'half')
+    with pytest.raises(UserError, match='holds no effect'): studies_.read_demo(tmp_path/'half')
 
 
 def test_a_run_that_diverges_keeps_what_was_seen_and_says_why(demo, tiny, tmp_path):
-    stage = studies.set_stage(tmp_path, demo, tiny)
-    s = distill.Settings.preset(steps=3, batch=2, rank_student=2, rank_fake=2, few_steps=4, fake_warmup=1, fake_per_generator=1, rollbacks=0, p_switch=1.)
+    stage = studies_.set_stage(tmp_path, demo, tiny)
+    s = settings.Settings.preset(steps=3, batch=2, rank_student=2, rank_fake=2, few_steps=4, fake_warmup=1, fake_per_generator=1, rollbacks=0, p_switch=1.)
     def look(step):
         if step == 2:
             with torch.no_grad(): stage.base.backbone.flat('student').fill_(float('nan'))
         return step
-    history, seen, why = studies.course(stage, s, tmp_path/'run', [1, 2, 3], look)
+    history, seen, why = studies_.course(stage, s, tmp_path/'run', [1, 2, 3], look)
     assert seen == {1: 1, 2: 2} and [h['step'] for h in history] == [1, 2] and 'step 3' in why
     assert 'student' not in stage.base.backbone.roles
     stage.bank.close()
@@ -119,7 +124,7 @@ def test_an_analysis_needs_a_record_and_no_torch(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_a_study_runs_on_a_demo_and_its_analysis_draws_it(name, demo, tiny, tmp_path):
-    record = run.execute(name, tmp_path/name, 'smoke', dict(rank=2), {'base': tiny, 'demo': demo})
+    record = execute.execute(name, tmp_path/name, 'smoke', dict(rank=2), {'base': tiny, 'demo': demo})
     m = record['metrics']
     if name == 'vanishing': assert set(m['grids']['constrained']) == {'1', '2'} and len(m['grids']['constrained']['1']['ts']['signal']) == len(m['t_gens']) == 4
     if name == 'branches': assert {k: list(f['looks']) for k, f in m['runs'].items()} == dict.fromkeys(m['runs'], ['1', '2']) and len(m['runs']) == 5

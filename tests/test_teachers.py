@@ -9,14 +9,23 @@ import torch
 from hypothesis import given, settings as hyp, strategies as st
 from PIL import Image
 
-from collectionlora import lora_files, teachers
-from collectionlora.backbone import TARGETS, load_base, tiny_base
-from collectionlora.core import UserError, rng
-from collectionlora.data import ConditionCache, write_effect
+from collectionlora.files import lora as lora_files
+from collectionlora.flow import sample_ode
+from collectionlora.teachers import teacher_files
+from collectionlora.bases.pipeline import load_base
+from collectionlora.bases.tiny import tiny_base
+from collectionlora.roles import TARGETS
+from collectionlora.core import rng, UserError
+from collectionlora.files.conditions import ConditionCache
+from collectionlora.files.effects import write_effect
 from collectionlora.flow import ode_times
-from collectionlora.lora_files import Lora, lora_hash, read_header, write_lora
-from collectionlora.teachers import (Example, FlowSettings, TeacherBank, balanced_rows, draw_batch, draw_times, examples, finish, flow_data, make_targets,
-                                     sample_targets, target_latents, train_fm, train_teacher)
+from collectionlora.files.dialects import Lora, lora_hash
+from collectionlora.files.header import read_header
+from collectionlora.files.lora import write_lora
+from collectionlora.engine.finetune import (
+    balanced_rows, draw_batch, Example, examples, finish, flow_data, FlowSettings, train_fm, train_teacher)
+from collectionlora.engine.targets import make_targets, sample_targets, target_latents
+from collectionlora.teachers import draw_times, TeacherBank
 
 SMALL = FlowSettings(steps=12, batch=2, lr=5e-3, rank=2, save_every=4)
 
@@ -268,16 +277,16 @@ def test_replaced_and_lost_files(base, bank, files):
 
 
 def test_a_lora_of_ones_own_is_found_by_its_name(base, files, tmp_path):
-    found = teachers.teacher_files([tmp_path], ['wide', 'third'])
+    found = teacher_files([tmp_path], ['wide', 'third'])
     assert found == {'wide': files['wide'], 'third': files['third']}
     write_lora(tmp_path/'third.safetensors', lora_files.read_lora(files['narrow']), {'collectionlora.base': {'hash': base.hash}, 'collectionlora.effects': [dict(id='somebody_elses', category='x', trigger='')]})
-    assert teachers.teacher_files([tmp_path], ['wide', 'third']) == found                 # the name wins over an id that nobody asked for
+    assert teacher_files([tmp_path], ['wide', 'third']) == found                 # the name wins over an id that nobody asked for
     (tmp_path/'empty').mkdir()
-    with pytest.raises(UserError, match='no LoRA files among .*empty; give files'): teachers.teacher_files([tmp_path/'empty'])
-    assert teachers.teacher_files([files['wide'], files['third']]) == {'wide': files['wide'], 'somebody_elses': files['third']}      # nothing asked for: the header's id
-    with pytest.raises(UserError, match="a second teacher for effect 'wide'"): teachers.teacher_files([files['wide'], files['wide']])
+    with pytest.raises(UserError, match='no LoRA files among .*empty; give files'): teacher_files([tmp_path/'empty'])
+    assert teacher_files([files['wide'], files['third']]) == {'wide': files['wide'], 'somebody_elses': files['third']}      # nothing asked for: the header's id
+    with pytest.raises(UserError, match="a second teacher for effect 'wide'"): teacher_files([files['wide'], files['wide']])
     files['wide'].rename(tmp_path/'My Style v2.safetensors')
-    with pytest.raises(UserError, match=r"'wide' has no teacher.*My Style v2.safetensors.*call a LoRA of your own wide.safetensors"): teachers.teacher_files([tmp_path], ['wide'])
+    with pytest.raises(UserError, match=r"'wide' has no teacher.*My Style v2.safetensors.*call a LoRA of your own wide.safetensors"): teacher_files([tmp_path], ['wide'])
 
 
 def test_bad_teachers_are_found_before_anything_runs(base, files, tmp_path):
@@ -409,7 +418,7 @@ def test_targets_are_painted_once_and_survive_interruption(base, bank, world, tm
     latents = target_latents(made)
     assert not torch.equal(latents[0], latents[1])
 
-    calls, original = [], teachers.sample_ode
+    calls, original = [], sample_ode
     def sampler(*args):
         calls.append(1)
         if len(calls) == 2: raise KeyboardInterrupt

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from collectionlora import core, world
-from collectionlora.backbone import load_base, tiny_base
-from collectionlora.core import UserError, rng
+from collectionlora.bases.pipeline import load_base
+from collectionlora.bases.tiny import tiny_base
+from collectionlora.core import rng, UserError
 
 IDS = ['sticker', 'confetti_party', 'little_army']
 
@@ -164,14 +165,14 @@ def test_the_data_card_fits_what_ships():
 @pytest.mark.parametrize('spoil, says', [(lambda d: halve(d/'encoders.safetensors'), 'encoders.safetensors: damaged'), (lambda d: edit_json(d/'encoders.json', lambda v: v.pop('vocab')), 'vocab is None'),
                                          (lambda d: without(d/'encoders.safetensors', 'weight'), 'encoders.safetensors: damaged or of other encoders'), (lambda d: (d/'encoders.safetensors').unlink(), 'encoders.safetensors is absent')])
 def test_a_damaged_second_opinion_is_named(tmp_path, spoil, says):
-    from collectionlora.second import Opinion
+    from collectionlora.judge.second import Opinion
     shutil.copytree(core.data_dir()/'second', tmp_path/'second'); spoil(tmp_path/'second')
     with pytest.raises(UserError, match=says) as told: Opinion(tmp_path/'second')
     assert '\n' not in str(told.value)
 
 
 def test_the_second_opinion_that_ships_tells_true_targets_from_others():
-    from collectionlora.second import Opinion, description
+    from collectionlora.judge.second import description, Opinion
     opinion, ids, near, far, named = Opinion(), list(world.EFFECTS), [], [], []
     for k in range(12):
         r = rng('opinion test', k)

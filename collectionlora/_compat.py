@@ -12,21 +12,29 @@ from pathlib import Path
 
 class TorchvisionOnCPU:
     "A `sys.meta_path` finder that declares torchvision's operators before its first import, where its compiled part cannot load."
-    def __init__(self): self.kept = []
+
+    def __init__(self):
+        self.kept = []
 
     def find_spec(self, name, path=None, target=None):
-        if name != 'torchvision': return None
+        if name != 'torchvision':
+            return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec('torchvision')
-        if spec is not None and spec.origin is not None: self.repair(Path(spec.origin).parent)
+        if spec is not None and spec.origin is not None:
+            self.repair(Path(spec.origin).parent)
         return None
 
     def repair(self, folder: Path):
         import torch
-        if torch.version.cuda is not None or torch.version.hip is not None: return
+
+        if torch.version.cuda is not None or torch.version.hip is not None:
+            return
         for library in folder.glob('_C*.so'):
-            try: torch.ops.load_library(library)
-            except OSError: self.declare(torch)
+            try:
+                torch.ops.load_library(library)
+            except OSError:
+                self.declare(torch)
 
     def declare(self, torch):
         self.kept.append(torch.library.Library('torchvision', 'FRAGMENT'))
@@ -35,5 +43,6 @@ class TorchvisionOnCPU:
                 self.kept[-1].define(f'{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
 
 
-FINDER = TorchvisionOnCPU()                       # a name that lasts: the declarations vanish with their owner
-if 'torchvision' not in sys.modules: sys.meta_path.insert(0, FINDER)
+FINDER = TorchvisionOnCPU()  # a name that lasts: the declarations vanish with their owner
+if 'torchvision' not in sys.modules:
+    sys.meta_path.insert(0, FINDER)

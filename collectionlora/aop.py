@@ -41,11 +41,16 @@ def check_triggers(triggers: Mapping[str, str], taken: Iterable[str] = ()) -> No
     "Raises `UserError` if a trigger repeats or contains another one or a word of `taken`; capitals do not count."
     seen = {}
     for id, t in triggers.items():
-        if not t.strip(): raise UserError(f"effect {id!r}: its trigger is empty; give it a word of its own")
+        if not t.strip():
+            raise UserError(f'effect {id!r}: its trigger is empty; give it a word of its own')
         if other := _clashes(t, seen):
-            raise UserError(f"effect {id!r}: trigger {t!r} cannot be told from {other!r} of effect {seen[other]!r}; change one of them")
+            raise UserError(
+                f'effect {id!r}: trigger {t!r} cannot be told from {other!r} of effect {seen[other]!r}; change one of them'
+            )
         if word := _clashes(t, taken):
-            raise UserError(f"effect {id!r}: trigger {t!r} cannot be told from the word {word!r} of a prompt; choose a word that means nothing")
+            raise UserError(
+                f'effect {id!r}: trigger {t!r} cannot be told from the word {word!r} of a prompt; choose a word that means nothing'
+            )
         seen[t.lower()] = id
 
 
@@ -55,7 +60,8 @@ def make_triggers(ids: Sequence[str], seed: int, taken: Iterable[str] = ()) -> d
     for id in ids:
         r = rng('trigger', seed, id)
         word = _nonsense(r)
-        while _clashes(word, [*taken, *made.values()]): word = _nonsense(r)
+        while _clashes(word, [*taken, *made.values()]):
+            word = _nonsense(r)
         made[id] = word
     return made
 
@@ -64,7 +70,8 @@ def student_prompt(trigger: str, description: str, category: str) -> str:
     """`[trigger, description]` of Eq. 5, e.g. "zorvik, turn the animal into ...". Where the description does not say what is kept, it is said
     that the subject is (named by `category` if that is one word). Raises `UserError` if trigger or description is empty."""
     for name, value in (('trigger', trigger), ('description', description)):
-        if not (value or '').strip(): raise UserError(f"student prompt: {name} is empty; run the AOP step or write it into prompts.yaml")
+        if not (value or '').strip():
+            raise UserError(f'student prompt: {name} is empty; run the AOP step or write it into prompts.yaml')
     text, subject = description.strip().rstrip('.'), category.strip() if category.strip().isalpha() else 'subject'
     kept = re.search(r'\b(keep|keeps|keeping|kept|retain|preserve|maintain|same)\b', text.lower())
     return f'{trigger.strip()}, {text[0].lower() + text[1:]}' + ('' if kept else f', keep the same {subject}')
@@ -77,21 +84,26 @@ def compose(prompts: Sequence[str]) -> str:
 # %% ../nbs/method/06_aop.ipynb #8a76155b
 def trigger_embeddings(base, triggers: Sequence[str], batch: int = 32) -> Tensor:
     "Mean embedding [K, D] over each trigger's own tokens, seen by the base's encoder with a neutral grey image."
-    tokens, grey, found = (lambda text: len(base.pipe.tokenizer(text)['input_ids'])), Image.new('RGB', (64, 64), (128, 128, 128)), []
+    tokens, grey, found = (
+        (lambda text: len(base.pipe.tokenizer(text)['input_ids'])),
+        Image.new('RGB', (64, 64), (128, 128, 128)),
+        [],
+    )
     after = tokens(base.pipe.prompt_template_encode.split('{}')[1])
     for i in range(0, len(triggers), batch):
-        words = list(triggers[i:i + batch])
+        words = list(triggers[i : i + batch])
         emb, mask = base.encode_prompts([grey] * len(words), words)
         for k, (e, word) in enumerate(zip(emb, words)):
             end = (len(e) if mask is None else int(mask[k].sum())) - after
-            found.append(e[end - tokens(word):end].float().mean(0))
+            found.append(e[end - tokens(word) : end].float().mean(0))
     return torch.stack(found)
 
 
 def trigger_cosines(base, triggers: Mapping[str, str] | Sequence[str]) -> Tensor:
     "Cosine matrix [K, K] of the trigger embeddings after their mean is taken away; K >= 2."
     words = list(triggers.values()) if isinstance(triggers, Mapping) else list(triggers)
-    if len(words) < 2: raise UserError(f"trigger_cosines: {len(words)} trigger(s); cosines need at least two")
+    if len(words) < 2:
+        raise UserError(f'trigger_cosines: {len(words)} trigger(s); cosines need at least two')
     e = trigger_embeddings(base, words)
     e = torch.nn.functional.normalize(e - e.mean(0), dim=1)
     return e @ e.T
@@ -100,19 +112,29 @@ def trigger_cosines(base, triggers: Mapping[str, str] | Sequence[str]) -> Tensor
 REFERENCE = 64
 
 
-def choose_triggers(base, ids: Sequence[str], seed: int, taken: Iterable[str] = (), kept: Sequence[str] = (), candidates: int = 24) -> dict[str, str]:
+def choose_triggers(
+    base, ids: Sequence[str], seed: int, taken: Iterable[str] = (), kept: Sequence[str] = (), candidates: int = 24
+) -> dict[str, str]:
     """As `make_triggers`, but of `candidates` words per effect takes the one whose direction on `base` is the least similar to those before it and to `kept`.
 
     Costs one encoding per candidate. Adding effects at the end changes none of the earlier triggers."""
     taken, chosen = set(taken), {}
-    pools = {id: list(make_triggers([f'{id}/{k}' for k in range(candidates)], seed, taken | set(kept)).values()) for id in ids}
-    mean = trigger_embeddings(base, list(make_triggers([f'reference {k}' for k in range(REFERENCE)], 0).values())).mean(0)
+    pools = {
+        id: list(make_triggers([f'{id}/{k}' for k in range(candidates)], seed, taken | set(kept)).values())
+        for id in ids
+    }
+    mean = trigger_embeddings(base, list(make_triggers([f'reference {k}' for k in range(REFERENCE)], 0).values())).mean(
+        0
+    )
     words = [*kept, *(w for pool in pools.values() for w in pool)]
     direction = dict(zip(words, torch.nn.functional.normalize(trigger_embeddings(base, words) - mean, dim=1)))
     for id in ids:
         before = [*kept, *chosen.values()]
         free = [w for w in pools[id] if not _clashes(w, before)]
-        if not free: raise UserError(f"effect {id!r}: all {candidates} drawn triggers are too like others; raise `candidates` or write a trigger yourself")
-        worst = lambda w: max((float(direction[w] @ direction[b]) for b in before), default=0.)
+        if not free:
+            raise UserError(
+                f'effect {id!r}: all {candidates} drawn triggers are too like others; raise `candidates` or write a trigger yourself'
+            )
+        worst = lambda w: max((float(direction[w] @ direction[b]) for b in before), default=0.0)
         chosen[id] = min(free, key=worst)
     return chosen

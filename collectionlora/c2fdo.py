@@ -23,7 +23,10 @@ def anchor_loss(v: Tensor, y: Tensor, eps: Tensor) -> Tensor:
 def generator_times(times: Sequence[float], tau_max: float) -> list[float]:
     "The points of the few-step schedule below tau_max (Eq. 7). Raises UserError if none is."
     below = [t for t in times if t < tau_max]
-    if not below: raise UserError(f'tau_max is {tau_max} but the schedule has no point below {min(times):.4f}; raise tau_max or take more steps')
+    if not below:
+        raise UserError(
+            f'tau_max is {tau_max} but the schedule has no point below {min(times):.4f}; raise tau_max or take more steps'
+        )
     return below
 
 
@@ -38,7 +41,7 @@ def doubly_shifted(t_critic: Tensor, u: Tensor, shift: float) -> Tensor:
     return shift_time(t_critic + u * (1 - t_critic), shift)
 
 # %% ../nbs/method/07_c2fdo.ipynb #c641fe6d
-TERMS = ('bs', 'ts', 'fm')      # backward simulation, target simulation, trajectory anchoring: Eq. 8
+TERMS = ('bs', 'ts', 'fm')  # backward simulation, target simulation, trajectory anchoring: Eq. 8
 
 
 def total(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

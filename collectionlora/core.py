@@ -40,24 +40,27 @@ def nearest(name: str, options) -> str:
     "`did you mean 'x'?` for the option closest to `name`, else the list of options (at most twelve)."
     options = sorted(map(str, options))
     close = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
-    if close: return f"did you mean {close[0]!r}?"
+    if close:
+        return f'did you mean {close[0]!r}?'
     shown = ', '.join(options[:12]) + (', ...' if len(options) > 12 else '')
-    return f"known: {shown or 'none'}."
+    return f'known: {shown or "none"}.'
 
 
 def check_keys(given, allowed, where: str) -> None:
     "Raises `UserError` if `given` holds a key outside `allowed`; `where` names the file or section."
     allowed = list(allowed)
     for key in given:
-        if key not in allowed: raise UserError(f"{where}: unknown key {key!r}; {nearest(key, allowed)}")
+        if key not in allowed:
+            raise UserError(f'{where}: unknown key {key!r}; {nearest(key, allowed)}')
 
 # %% ../nbs/run/core.ipynb #1a526740
-def _package() -> Path: return Path(collectionlora.__file__).resolve().parent
+def _package() -> Path:
+    return Path(collectionlora.__file__).resolve().parent
 
 
 def in_checkout() -> bool:
     "Whether the package lies in a checkout, i.e. beside the notebooks it was exported from."
-    return (_package().parent/'nbs'/'run'/'core.ipynb').is_file()
+    return (_package().parent / 'nbs' / 'run' / 'core.ipynb').is_file()
 
 
 def repo_root() -> Path:
@@ -67,36 +70,43 @@ def repo_root() -> Path:
 
 def data_dir() -> Path:
     "The folder of shipped data."
-    return repo_root()/('data' if in_checkout() else '_data')
+    return repo_root() / ('data' if in_checkout() else '_data')
 
 
 def nano_dir() -> Path:
     "The miniature Qwen-Image-Edit pipeline that ships with the package."
-    return data_dir()/'nano'
+    return data_dir() / 'nano'
 
 
 def notebooks_dir() -> Path:
     "The papermill notebooks that `run.execute` runs."
-    return repo_root()/'nbs'/'experiments' if in_checkout() else repo_root()/'_nbs'
+    return repo_root() / 'nbs' / 'experiments' if in_checkout() else repo_root() / '_nbs'
 
 
 def results_dir() -> Path:
     "Where runs write: the checkout's `results/`, else `results/` below the current directory."
-    return repo_root()/'results' if in_checkout() else Path.cwd()/'results'
+    return repo_root() / 'results' if in_checkout() else Path.cwd() / 'results'
 
 # %% ../nbs/run/core.ipynb #0b465090
 def plain(obj):
     "`obj` as plain JSON data: numpy numbers and arrays become numbers and lists, paths strings, non-finite numbers `None`."
-    if isinstance(obj, dict): return {str(k): plain(v) for k, v in obj.items()}
-    if isinstance(obj, (list, tuple)): return [plain(v) for v in obj]
-    if isinstance(obj, (np.generic, np.ndarray)): return plain(obj.tolist())
-    if isinstance(obj, Path): return obj.as_posix()
-    if isinstance(obj, float) and not math.isfinite(obj): return None
-    if obj is None or isinstance(obj, (str, bool, int, float)): return obj
-    raise TypeError(f"{type(obj).__name__} is not JSON data")
+    if isinstance(obj, dict):
+        return {str(k): plain(v) for k, v in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [plain(v) for v in obj]
+    if isinstance(obj, (np.generic, np.ndarray)):
+        return plain(obj.tolist())
+    if isinstance(obj, Path):
+        return obj.as_posix()
+    if isinstance(obj, float) and not math.isfinite(obj):
+        return None
+    if obj is None or isinstance(obj, (str, bool, int, float)):
+        return obj
+    raise TypeError(f'{type(obj).__name__} is not JSON data')
 
 
-def _canonical(obj) -> bytes: return json.dumps(plain(obj), sort_keys=True, separators=(',', ':')).encode()
+def _canonical(obj) -> bytes:
+    return json.dumps(plain(obj), sort_keys=True, separators=(',', ':')).encode()
 
 
 def sha256_json(obj) -> str:
@@ -108,15 +118,20 @@ def sha256_file(path) -> str:
     "Hex sha256 of the bytes of a file."
     digest = hashlib.sha256()
     with open(path, 'rb') as f:
-        while block := f.read(1 << 20): digest.update(block)
+        while block := f.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
 def sha256_folder(path, ignore: tuple[str, ...] = ()) -> str:
     "Hex sha256 of a folder's file names and contents; hidden, lock and unfinished files do not count, nor those with a suffix in `ignore`."
     path = Path(path)
-    if not path.is_dir(): raise UserError(f"{path}: no such folder; give a folder that exists")
-    skip = lambda p: any(s.startswith('.') or s == '__pycache__' for s in p.relative_to(path).parts) or p.suffix in ('.lock', '.part', *ignore)
+    if not path.is_dir():
+        raise UserError(f'{path}: no such folder; give a folder that exists')
+    skip = lambda p: (
+        any(s.startswith('.') or s == '__pycache__' for s in p.relative_to(path).parts)
+        or p.suffix in ('.lock', '.part', *ignore)
+    )
     files = sorted(p for p in path.rglob('*') if p.is_file() and not skip(p))
     return sha256_json([[p.relative_to(path).as_posix(), sha256_file(p)] for p in files])
 
@@ -140,7 +155,8 @@ def replacing(path):
     try:
         yield part
         os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -151,85 +167,121 @@ def folder_lock(folder):
         yield folder
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder/'.run.lock', timeout=0)
-    try: lock.acquire()
+    lock = filelock.FileLock(folder / '.run.lock', timeout=0)
+    try:
+        lock.acquire()
     except filelock.Timeout as e:
-        raise UserError(f"{folder}: another run is writing here; wait for it or choose another output folder") from e
-    try: yield folder
-    finally: lock.release()
+        raise UserError(f'{folder}: another run is writing here; wait for it or choose another output folder') from e
+    try:
+        yield folder
+    finally:
+        lock.release()
 
 # %% ../nbs/run/core.ipynb #95ed7c3e
-class _Loader(yaml.SafeLoader): pass
+class _Loader(yaml.SafeLoader):
+    pass
 
 
 def _mapping(loader, node):
     keys = [loader.construct_object(k, deep=True) for k, _ in node.value]
     for key in keys:
-        if not isinstance(key, (str, int, float, bool)): raise UserError(f"{node.start_mark.name}: key {key!r} is no word; write name: value")
-        if keys.count(key) > 1: raise UserError(f"{node.start_mark.name}: key {key!r} is given twice; keep one")
+        if not isinstance(key, (str, int, float, bool)):
+            raise UserError(f'{node.start_mark.name}: key {key!r} is no word; write name: value')
+        if keys.count(key) > 1:
+            raise UserError(f'{node.start_mark.name}: key {key!r} is given twice; keep one')
     return {k: loader.construct_object(v, deep=True) for k, (_, v) in zip(keys, node.value)}
 
 
 def _number(loader, node):
-    try: return float(node.value)
-    except ValueError: return loader.construct_scalar(node)
+    try:
+        return float(node.value)
+    except ValueError:
+        return loader.construct_scalar(node)
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 _Loader.yaml_implicit_resolvers = copy.deepcopy(yaml.SafeLoader.yaml_implicit_resolvers)
 _Loader.add_constructor('!number', _number)
-yaml.add_implicit_resolver('!number', re.compile(r'^[-+]?\d+(\.\d*)?[eE][-+]?\d+$'), list('-+0123456789'), Loader=_Loader)
+yaml.add_implicit_resolver(
+    '!number', re.compile(r'^[-+]?\d+(\.\d*)?[eE][-+]?\d+$'), list('-+0123456789'), Loader=_Loader
+)
 
 
 def parse_yaml(text: str, where: str):
     "The value that a YAML text holds; `where` names it in the `UserError` for text that is no YAML or gives a key twice."
     loader = _Loader(text)
     loader.name = where
-    try: return loader.get_single_data()
-    except yaml.YAMLError as e: raise UserError(f"{where}: not valid YAML ({' '.join(str(e).split())})") from e
-    finally: loader.dispose()
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as e:
+        raise UserError(f'{where}: not valid YAML ({" ".join(str(e).split())})') from e
+    finally:
+        loader.dispose()
 
 
 def read_yaml(path) -> dict:
     "The mapping in a YAML file. Raises `UserError` if the file is absent, unreadable, no mapping, or gives a key twice."
     path = Path(path)
-    if not path.is_file(): raise UserError(f"{path}: no such file")
-    try: found = parse_yaml(path.read_text(encoding='utf-8'), str(path))
-    except UnicodeDecodeError as e: raise UserError(f"{path}: not valid YAML (not UTF-8 text)") from e
-    if not isinstance(found, dict): raise UserError(f"{path}: must hold `key: value` lines, but holds {type(found).__name__}")
+    if not path.is_file():
+        raise UserError(f'{path}: no such file')
+    try:
+        found = parse_yaml(path.read_text(encoding='utf-8'), str(path))
+    except UnicodeDecodeError as e:
+        raise UserError(f'{path}: not valid YAML (not UTF-8 text)') from e
+    if not isinstance(found, dict):
+        raise UserError(f'{path}: must hold `key: value` lines, but holds {type(found).__name__}')
     return found
 
 
 def write_yaml(path, obj) -> None:
     "Writes `obj` as YAML in its own order, at once."
-    with replacing(path) as part: part.write_text(yaml.safe_dump(plain(obj), sort_keys=False, allow_unicode=True), encoding='utf-8')
+    with replacing(path) as part:
+        part.write_text(yaml.safe_dump(plain(obj), sort_keys=False, allow_unicode=True), encoding='utf-8')
 
 
 def read_json(path):
     "The value in a JSON file. Raises `UserError` if it is absent or no JSON."
     path = Path(path)
-    if not path.is_file(): raise UserError(f"{path}: no such file")
-    try: return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e: raise UserError(f"{path}: not valid JSON ({e})") from e
+    if not path.is_file():
+        raise UserError(f'{path}: no such file')
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e:
+        raise UserError(f'{path}: not valid JSON ({e})') from e
 
 
 def write_json(path, obj) -> None:
     "Writes `obj` as JSON, at once; numpy numbers are plain numbers and non-finite ones null."
-    with replacing(path) as part: part.write_text(json.dumps(plain(obj), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    with replacing(path) as part:
+        part.write_text(json.dumps(plain(obj), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
 
 # %% ../nbs/run/core.ipynb #bc8b2762
 def bar(iterable=None, total=None, desc='', **kw) -> tqdm:
     "A tqdm bar with ETA on stderr, shown once the work has taken a second."
-    kw = {'delay': 1, 'leave': False, 'dynamic_ncols': True, 'mininterval': .2 if sys.stderr.isatty() else 1, **kw}
+    kw = {'delay': 1, 'leave': False, 'dynamic_ncols': True, 'mininterval': 0.2 if sys.stderr.isatty() else 1, **kw}
     return tqdm(iterable, total=total, desc=desc, file=sys.stderr, **kw)
 
 # %% ../nbs/run/core.ipynb #e5e2027a
-PACKAGES = ('collectionlora', 'torch', 'diffusers', 'transformers', 'peft', 'accelerate', 'safetensors', 'numpy', 'scipy', 'pillow', 'papermill')
+PACKAGES = (
+    'collectionlora',
+    'torch',
+    'diffusers',
+    'transformers',
+    'peft',
+    'accelerate',
+    'safetensors',
+    'numpy',
+    'scipy',
+    'pillow',
+    'papermill',
+)
 
 
 def _version(name):
-    try: return metadata.version(name)
-    except metadata.PackageNotFoundError: return None
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def versions() -> dict:
@@ -239,36 +291,66 @@ def versions() -> dict:
 
 
 def _git(*args) -> str:
-    if not (in_checkout() and (repo_root()/'.git').exists()): return ''
-    try: return subprocess.run(['git', '-C', str(repo_root()), *args], capture_output=True, text=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError): return ''
+    if not (in_checkout() and (repo_root() / '.git').exists()):
+        return ''
+    try:
+        return subprocess.run(
+            ['git', '-C', str(repo_root()), *args], capture_output=True, text=True, timeout=20
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ''
 
 
 def hardware() -> dict:
     "Processor, cores, memory and, where torch is loaded and sees one, the GPU. No host name."
-    names = [s.split(':')[1].strip() for s in Path('/proc/cpuinfo').read_text().splitlines() if s.startswith('model name')] \
-        if Path('/proc/cpuinfo').is_file() else []
-    memory = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2**30 if hasattr(os, 'sysconf') else None
+    names = (
+        [s.split(':')[1].strip() for s in Path('/proc/cpuinfo').read_text().splitlines() if s.startswith('model name')]
+        if Path('/proc/cpuinfo').is_file()
+        else []
+    )
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30 if hasattr(os, 'sysconf') else None
     torch = sys.modules.get('torch')
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch and torch.cuda.is_available() else []
-    return {'machine': platform.machine(), 'cpu': (names or [platform.processor()])[0], 'cores': os.cpu_count(),
-            'memory_gib': memory and round(memory, 1), 'gpus': gpus, 'threads': torch.get_num_threads() if torch else None}
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch and torch.cuda.is_available()
+        else []
+    )
+    return {
+        'machine': platform.machine(),
+        'cpu': (names or [platform.processor()])[0],
+        'cores': os.cpu_count(),
+        'memory_gib': memory and round(memory, 1),
+        'gpus': gpus,
+        'threads': torch.get_num_threads() if torch else None,
+    }
 
 
 def command() -> str:
     "The command line of this process, without machine paths; inside a notebook, what started it."
-    if told := os.environ.get('COLLECTIONLORA_COMMAND'): return told
-    if any('ipykernel' in a for a in sys.argv[:1]): return 'notebook'
+    if told := os.environ.get('COLLECTIONLORA_COMMAND'):
+        return told
+    if any('ipykernel' in a for a in sys.argv[:1]):
+        return 'notebook'
     return shlex.join([Path(sys.argv[0]).name, *(a.replace(f'{repo_root()}/', '') for a in sys.argv[1:])])
 
 
 def run_info(parameters: dict, seed: int, inputs: dict) -> dict:
     "The blocks `run` and `meta` of a record; `inputs` maps names to content hashes."
     for name, digest in inputs.items():
-        if not isinstance(digest, str): raise UserError(f"run record: input {name!r} must be a hash, got {type(digest).__name__}")
-    return {'run': {'parameters': plain(parameters), 'seed': seed, 'inputs': dict(inputs)},
-            'meta': {'commit': _git('rev-parse', 'HEAD') or None, 'dirty': bool(_git('status', '--porcelain', '--', 'collectionlora', 'nbs', 'data', 'settings.ini', 'constraints.txt')),
-                     'versions': versions(), 'hardware': hardware(), 'command': command()}}
+        if not isinstance(digest, str):
+            raise UserError(f'run record: input {name!r} must be a hash, got {type(digest).__name__}')
+    return {
+        'run': {'parameters': plain(parameters), 'seed': seed, 'inputs': dict(inputs)},
+        'meta': {
+            'commit': _git('rev-parse', 'HEAD') or None,
+            'dirty': bool(
+                _git('status', '--porcelain', '--', 'collectionlora', 'nbs', 'data', 'settings.ini', 'constraints.txt')
+            ),
+            'versions': versions(),
+            'hardware': hardware(),
+            'command': command(),
+        },
+    }
 
 
 def save_run(path, info: dict, metrics: dict, cost: dict) -> dict:

@@ -28,10 +28,10 @@ def mixture_x0(x_t: Tensor, t, means: Tensor, std: float, weights: Tensor | None
 
     x_t [B, D], t float or [B], means [K, D], std of each part, weights [K] (default equal). Returns [B, D]."""
     t = torch.as_tensor(t, dtype=x_t.dtype).reshape(-1, 1)
-    var = (1 - t)**2 * std**2 + t**2                                                     # [B, 1] of x_t within a part
-    away = x_t[:, None] - (1 - t)[:, None] * means                                       # [B, K, D]
+    var = (1 - t) ** 2 * std**2 + t**2  # [B, 1] of x_t within a part
+    away = x_t[:, None] - (1 - t)[:, None] * means  # [B, K, D]
     prior = torch.zeros(len(means), dtype=x_t.dtype) if weights is None else weights.log()
-    share = (prior - away.square().sum(-1) / (2 * var)).softmax(-1)                      # [B, K] responsibilities
+    share = (prior - away.square().sum(-1) / (2 * var)).softmax(-1)  # [B, K] responsibilities
     return (share[..., None] * (means + ((1 - t) * std**2 / var)[:, None] * away)).sum(1)
 
 # %% ../nbs/method/04_dmd.ipynb #e08b53eb
@@ -71,14 +71,15 @@ def fake_loss(v_fake: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
 def _strata(n: int, generator: torch.Generator) -> Tensor:
     "n numbers in [0, 1), one in each n-th, in random order: each alone is uniform."
     exact = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
-    return exact.clamp(max=1 - 2**-24)                   # for fp32 may round the last n-th up to 1
+    return exact.clamp(max=1 - 2**-24)  # for fp32 may round the last n-th up to 1
 
 
 def draw_times(n: int, generator: torch.Generator, shift: float = 1.0, lo: float = 0.0, hi: float = 1.0) -> Tensor:
     """n noise levels [n] in [lo, hi], stratified: uniform draws shifted by `shift`, restricted to the interval.
 
     Raises UserError unless 0 <= lo < hi <= 1."""
-    if not 0 <= lo < hi <= 1: raise UserError(f'draw_times: noise levels need 0 <= lo < hi <= 1, got lo={lo}, hi={hi}')
+    if not 0 <= lo < hi <= 1:
+        raise UserError(f'draw_times: noise levels need 0 <= lo < hi <= 1, got lo={lo}, hi={hi}')
     a, b = shift_time(lo, 1 / shift), shift_time(hi, 1 / shift)
     return shift_time(a + (b - a) * _strata(n, generator), shift).clamp(lo, hi)
 
@@ -88,13 +89,19 @@ def draw_exits(n: int, steps: int, generator: torch.Generator) -> list[int]:
     return sorted((_strata(n, generator) * steps).long().tolist(), reverse=True)
 
 # %% ../nbs/method/04_dmd.ipynb #6960baa3
-def rollout_each(v_fn: Callable[[Tensor, Tensor, slice], Tensor], x1: Tensor, times: Sequence[float], exits: Sequence[int],
-                 noise_fn: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
+def rollout_each(
+    v_fn: Callable[[Tensor, Tensor, slice], Tensor],
+    x1: Tensor,
+    times: Sequence[float],
+    exits: Sequence[int],
+    noise_fn: Callable[[int], Tensor],
+) -> tuple[Tensor, Tensor]:
     """Backward simulation with one exit step per sample: (x_t [B, ...], t [B]), the input of the step to be trained.
 
     v_fn(x_t, t, rows) predicts the samples `rows` (a prefix slice), noise_fn(k) is fresh noise [B, ...] for times[k],
     exits must be sorted, largest first. Costs sum(exits) single-sample forwards and builds no graph."""
-    if sorted(exits, reverse=True) != list(exits): raise UserError('rollout_each: exits must be sorted, largest first')
+    if sorted(exits, reverse=True) != list(exits):
+        raise UserError('rollout_each: exits must be sorted, largest first')
     x, time_of = x1.clone(), torch.tensor([times[k] for k in exits], dtype=torch.float32, device=x1.device)
     with torch.no_grad():
         for k in range(exits[0]):

@@ -49,7 +49,8 @@ def shift_time(t, s: float):
 
 def few_step_times(n: int = 8, shift: float = 3.0) -> list[float]:
     "The n times at which a few-step student is asked: 1, (n-1)/n, ..., 1/n, shifted. 1.0 first, no 0."
-    if n < 1: raise UserError(f'few_step_times: n is {n}; a schedule has at least 1 step.')
+    if n < 1:
+        raise UserError(f'few_step_times: n is {n}; a schedule has at least 1 step.')
     return [float(shift_time((n - i) / n, shift)) for i in range(n)]
 
 
@@ -63,7 +64,8 @@ def guide(v_cond: Tensor, v_uncond: Tensor, w: float, rescale: bool = False) -> 
 
     rescale: give every token the norm over channels that v_cond has there, as the stock edit pipeline does."""
     v = v_uncond + w * (v_cond - v_uncond)
-    if not rescale: return v
+    if not rescale:
+        return v
     return v * (v_cond.norm(dim=-1, keepdim=True) / v.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
 # %% ../nbs/method/01_flow.ipynb #c3e83d91
@@ -88,18 +90,21 @@ def sample_few(v_fn: VelocityFn, x1: Tensor, times: Sequence[float], noise_fn: C
     times as from `few_step_times` (no 0); noise_fn(i) -> eps [B, N, C] for times[i], i >= 1 (x1 is the noise of 0)."""
     x0 = x = x1
     for i, t in enumerate(times):
-        if i: x = add_noise(x0, noise_fn(i), t)
+        if i:
+            x = add_noise(x0, noise_fn(i), t)
         x0 = to_x0(x, v_fn(x, _batch_time(t, x)), t)
     return x0
 
 
-def rollout(v_fn: VelocityFn, x1: Tensor, times: Sequence[float], exit_step: int,
-            noise_fn: Callable[[int], Tensor]) -> Tensor:
+def rollout(
+    v_fn: VelocityFn, x1: Tensor, times: Sequence[float], exit_step: int, noise_fn: Callable[[int], Tensor]
+) -> Tensor:
     """The state x_t at times[exit_step] that `sample_few` would reach, without gradient: the input of the step that is
     then taken with gradient (backward simulation with early exit). Costs exit_step forwards; exit_step 0 is x1."""
     if not 0 <= exit_step < len(times):
         raise UserError(f'rollout: exit_step is {exit_step}; the schedule has steps 0 to {len(times) - 1}.')
-    if exit_step == 0: return x1
+    if exit_step == 0:
+        return x1
     with torch.no_grad():
         x0 = sample_few(v_fn, x1, times[:exit_step], noise_fn)
         return add_noise(x0, noise_fn(exit_step), times[exit_step])
@@ -110,6 +115,7 @@ def noise_like(shape: Sequence[int], seeds: Sequence[int], step: int = 0) -> Ten
     depends neither on its place in the batch nor on its neighbours. `step` separates the draws of one sample."""
     if len(seeds) != shape[0]:
         raise UserError(f'noise_like: {len(seeds)} seeds for a batch of {shape[0]}; give one seed per sample.')
-    rows = [torch.randn(tuple(shape[1:]), generator=torch.Generator().manual_seed(seed_of(s, 'noise', step)))
-            for s in seeds]
+    rows = [
+        torch.randn(tuple(shape[1:]), generator=torch.Generator().manual_seed(seed_of(s, 'noise', step))) for s in seeds
+    ]
     return torch.stack(rows)

@@ -15,8 +15,10 @@ def route(p_switch: float, seed: int, step: int, every: int = 1) -> str:
     """'effect' with probability p_switch, else 'general' (Sec. 4.2); redrawn every `every` steps.
 
     A pure function of its arguments. Raises UserError if p_switch is outside [0, 1] or `every` below 1."""
-    if not 0 <= p_switch <= 1: raise UserError(f'route: p_switch is a probability in [0, 1], got {p_switch}')
-    if every < 1: raise UserError(f'route: every is {every}; redraw at least every 1 step')
+    if not 0 <= p_switch <= 1:
+        raise UserError(f'route: p_switch is a probability in [0, 1], got {p_switch}')
+    if every < 1:
+        raise UserError(f'route: every is {every}; redraw at least every 1 step')
     return 'effect' if rng(seed, 'route', step // every).random() < p_switch else 'general'
 
 # %% ../nbs/method/05_pdsr.ipynb #d3c57927
@@ -24,15 +26,19 @@ def schedule(ids: Sequence[str], steps: int, seed: int, balanced: bool = True) -
     """The effect of each of `steps` effect steps. balanced: every effect equally often to within one at any moment;
     otherwise independent uniform draws. Raises UserError without effects or with a repeated id."""
     ids = list(ids)
-    if len(set(ids)) < len(ids): raise UserError('schedule: an effect id is given twice; ids must be unique')
-    if not ids and steps: raise UserError('schedule: no effects to draw from; give at least one or set p_switch to 0')
-    if not balanced: return [ids[rng(seed, 'effect', k).integers(len(ids))] for k in range(steps)]
+    if len(set(ids)) < len(ids):
+        raise UserError('schedule: an effect id is given twice; ids must be unique')
+    if not ids and steps:
+        raise UserError('schedule: no effects to draw from; give at least one or set p_switch to 0')
+    if not balanced:
+        return [ids[rng(seed, 'effect', k).integers(len(ids))] for k in range(steps)]
     decks = -(-steps // len(ids)) if ids else 0
     return [ids[i] for d in range(decks) for i in rng(seed, 'deck', d).permutation(len(ids))][:steps]
 
 # %% ../nbs/method/05_pdsr.ipynb #71e7d93f
-def timetable(ids: Sequence[str], steps: int, seed: int, p_switch: float = .5, every: int = 1,
-              balanced: bool = True) -> list[str | None]:
+def timetable(
+    ids: Sequence[str], steps: int, seed: int, p_switch: float = 0.5, every: int = 1, balanced: bool = True
+) -> list[str | None]:
     "The effect id of every generator step, None where the general stream runs (Eq. 9's indicator functions)."
     streams = [route(p_switch, seed, k, every) for k in range(steps)]
     effects = iter(schedule(ids, streams.count('effect'), seed, balanced))

@@ -18,16 +18,31 @@ from torch import nn, Tensor
 from .core import nearest, read_json, seed_of, UserError
 
 # %% ../nbs/method/02_roles.ipynb #1d8b1c4c
-TARGETS = ('img_mod.1', 'txt_mod.1', 'attn.to_q', 'attn.to_k', 'attn.to_v', 'attn.add_q_proj', 'attn.add_k_proj',
-           'attn.add_v_proj', 'attn.to_out.0', 'attn.to_add_out', 'img_mlp.net.0.proj', 'img_mlp.net.2',
-           'txt_mlp.net.0.proj', 'txt_mlp.net.2')
+TARGETS = (
+    'img_mod.1',
+    'txt_mod.1',
+    'attn.to_q',
+    'attn.to_k',
+    'attn.to_v',
+    'attn.add_q_proj',
+    'attn.add_k_proj',
+    'attn.add_v_proj',
+    'attn.to_out.0',
+    'attn.to_add_out',
+    'img_mlp.net.0.proj',
+    'img_mlp.net.2',
+    'txt_mlp.net.0.proj',
+    'txt_mlp.net.2',
+)
 BASE = 'base'
 Role = str | Sequence[str] | Mapping[str, float]
 
 
 class _CastLinear(nn.Linear):
     "A LoRA factor with an fp32 master weight, multiplied in the dtype of its input."
-    def forward(self, x: Tensor) -> Tensor: return F.linear(x, self.weight.to(x.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 def _sizes(transformer: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -39,12 +54,16 @@ def layer_sizes(folder, targets: Sequence[str] = TARGETS) -> dict[str, tuple[int
     """Dotted name -> (in, out) of every Linear that a LoRA may sit on, of the base in `folder`, from its config alone: no weights are read.
     Raises `UserError` if there is no such config."""
     from diffusers import QwenImageTransformer2DModel
+
     config = Path(folder) / 'transformer' / 'config.json'
-    if not config.is_file(): raise UserError(f'{config}: no such file; give the folder of a Qwen-Image-Edit pipeline.')
-    with torch.device('meta'): return _sizes(QwenImageTransformer2DModel.from_config(read_json(config)), targets)
+    if not config.is_file():
+        raise UserError(f'{config}: no such file; give the folder of a Qwen-Image-Edit pipeline.')
+    with torch.device('meta'):
+        return _sizes(QwenImageTransformer2DModel.from_config(read_json(config)), targets)
 
 
-def _aligned(n: int) -> int: return -(-n // 16) * 16      # 64-byte boundaries for fp32
+def _aligned(n: int) -> int:
+    return -(-n // 16) * 16  # 64-byte boundaries for fp32
 
 # %% ../nbs/method/02_roles.ipynb #eb0b80e9
 class Roles:
@@ -55,13 +74,14 @@ class Roles:
     never touches `requires_grad`. Adapters' master weights are fp32 slices of one flat tensor per role."""
 
     def __init__(self, transformer: nn.Module, dtype: torch.dtype | None = None):
-        if dtype is not None: transformer.to(dtype)
+        if dtype is not None:
+            transformer.to(dtype)
         self.transformer = transformer.requires_grad_(False).eval()
         self.roles: dict[str, dict] = {}
         self._layers: list[nn.Module] = []
-        self._active: list[str] = []               # shared by every LoRA layer
-        self._scaling: dict[str, float] = {}       # shared by every LoRA layer
-        self._full: dict[str, float] = {}          # alpha / rank of each role
+        self._active: list[str] = []  # shared by every LoRA layer
+        self._scaling: dict[str, float] = {}  # shared by every LoRA layer
+        self._full: dict[str, float] = {}  # alpha / rank of each role
         self._merged: dict[str, float] | None = None
 
     @property
@@ -78,22 +98,30 @@ class Roles:
         "Dotted name -> (in, out) of every Linear that a LoRA may sit on, in the model's order."
         return _sizes(self.transformer, targets)
 
-    def add_role(self, name: str, rank: int, alpha: float | None = None, targets: Sequence[str] = TARGETS,
-                 seed: int = 0) -> None:
+    def add_role(
+        self, name: str, rank: int, alpha: float | None = None, targets: Sequence[str] = TARGETS, seed: int = 0
+    ) -> None:
         """Injects adapter `name`: A [rank, in] ~ N(0, 1/rank²), B [out, rank] = 0, factor alpha / rank (alpha None = rank).
 
         A depends on (seed, module) alone: not on the role's name, other roles, or any global random state."""
         self._check_new(name, rank, targets)
         from peft import LoraConfig
-        config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=0.0, target_modules=list(targets))
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []), warnings.catch_warnings():
+
+        config = LoraConfig(
+            r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=0.0, target_modules=list(targets)
+        )
+        with (
+            torch.random.fork_rng(devices=[self.device] if self.device.type == 'cuda' else []),
+            warnings.catch_warnings(),
+        ):
             warnings.filterwarnings('ignore', message='Already found a `peft_config`')
             self.transformer.add_adapter(config, adapter_name=name)
         layers = {n: m for n, m in self.transformer.named_modules() if name in getattr(m, 'lora_A', ())}
         self._full[name] = config.lora_alpha / rank
         self._bind()
-        self.roles[name] = dict(rank=rank, alpha=config.lora_alpha, targets=tuple(targets), layers=layers,
-                                flat=self._flatten(name, layers))
+        self.roles[name] = dict(
+            rank=rank, alpha=config.lora_alpha, targets=tuple(targets), layers=layers, flat=self._flatten(name, layers)
+        )
         with torch.no_grad():
             for n, m in layers.items():
                 g = torch.Generator().manual_seed(seed_of(seed, 'lora_A', n))
@@ -104,9 +132,11 @@ class Roles:
     def _check_new(self, name: str, rank: int, targets: Sequence[str]) -> None:
         if name == BASE or name in self.roles or hasattr(nn.ModuleDict(), name) or not name.replace('_', 'a').isalnum():
             raise UserError(f'role name {name!r}: taken, reserved or not a plain word; choose another.')
-        if rank < 1: raise UserError(f'role {name!r}: rank is {rank}; give at least 1.')
+        if rank < 1:
+            raise UserError(f'role {name!r}: rank is {rank}; give at least 1.')
         for t in targets:
-            if t not in TARGETS: raise UserError(f'role {name!r}: unknown module type {t!r}; {nearest(t, TARGETS)}')
+            if t not in TARGETS:
+                raise UserError(f'role {name!r}: unknown module type {t!r}; {nearest(t, TARGETS)}')
 
     def _bind(self) -> None:
         "Makes every LoRA layer read the shared list and dict; undoes PEFT's changes of requires_grad and of the active role."
@@ -119,7 +149,8 @@ class Roles:
             m.cast_input_dtype_enabled = not low
             for f in (*m.lora_A.values(), *m.lora_B.values()):
                 f.weight.requires_grad_(True)
-                if low: f.__class__ = _CastLinear
+                if low:
+                    f.__class__ = _CastLinear
         self.transformer.eval()
 
     def _flatten(self, name: str, layers: Mapping[str, nn.Module]) -> Tensor:
@@ -127,12 +158,13 @@ class Roles:
         flat = torch.zeros(sum(_aligned(w.numel()) for w in weights), device=self.device)
         at = 0
         for w in weights:
-            w.data = flat[at:at + w.numel()].view(w.shape)
+            w.data = flat[at : at + w.numel()].view(w.shape)
             at += _aligned(w.numel())
         return flat
 
     def _role(self, name: str) -> dict:
-        if name not in self.roles: raise UserError(f'role {name!r} is not on this backbone; {nearest(name, self.roles)}')
+        if name not in self.roles:
+            raise UserError(f'role {name!r} is not on this backbone; {nearest(name, self.roles)}')
         return self.roles[name]
 
     def remove(self, role: str) -> None:
@@ -148,24 +180,32 @@ class Roles:
         before = self._active[:], dict(self._scaling)
         self._active[:] = names
         self._scaling.update(scaling)
-        try: yield
+        try:
+            yield
         finally:
             self._active[:] = before[0]
             self._scaling.update(before[1])
 
     def _scalings(self, role: Role) -> dict[str, float]:
         "Adapter name -> factor of B A for a role as the caller writes it."
-        if type(role) is str: weights = {} if role == BASE else {role: 1.0}
-        elif isinstance(role, Mapping): weights = role
-        else: weights = dict.fromkeys(role, 1.0)
+        if type(role) is str:
+            weights = {} if role == BASE else {role: 1.0}
+        elif isinstance(role, Mapping):
+            weights = role
+        else:
+            weights = dict.fromkeys(role, 1.0)
         for name in weights:
-            if name not in self.roles: raise UserError(f'role {name!r} is not on this backbone; {nearest(name, [BASE, *self.roles])}')
+            if name not in self.roles:
+                raise UserError(f'role {name!r} is not on this backbone; {nearest(name, [BASE, *self.roles])}')
         return {n: w * self._full[n] for n, w in weights.items()}
 
     def using(self, role: Role):
         "Context in which the transformer plays `role`; on leaving, whatever was active before is active again."
         scalings = self._scalings(role)
-        if self._merged is None: return self._entered(tuple(scalings), scalings)
+        if self._merged is None:
+            return self._entered(tuple(scalings), scalings)
         if scalings != self._merged or torch.is_grad_enabled():
-            raise UserError(f'role {role!r} inside merged({list(self._merged)}): only that role runs there, and without gradient.')
+            raise UserError(
+                f'role {role!r} inside merged({list(self._merged)}): only that role runs there, and without gradient.'
+            )
         return nullcontext()

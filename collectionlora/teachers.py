@@ -33,7 +33,8 @@ TIMES = ('uniform', 'logit_normal')
 
 def draw_times(n: int, kind: str, shift: float, generator: torch.Generator) -> Tensor:
     "n training times in [0, 1]: uniform, or the sigmoid of a standard normal (more in the middle), then shifted by `shift` (1 = not)."
-    if kind not in TIMES: raise UserError(f"times: unknown distribution {kind!r}; {nearest(kind, TIMES)}")
+    if kind not in TIMES:
+        raise UserError(f'times: unknown distribution {kind!r}; {nearest(kind, TIMES)}')
     t = torch.rand(n, generator=generator) if kind == 'uniform' else torch.randn(n, generator=generator).sigmoid()
     return shift_time(t, shift)
 
@@ -44,56 +45,77 @@ def teacher_files(paths, effects=None) -> dict[str, Path]:
     found, unnamed = {}, []
     for file in [f for p in map(Path, paths) for f in (sorted(p.glob('*.safetensors')) if p.is_dir() else [p])]:
         ids = [e['id'] for e in read_header(file).get('collectionlora.effects', [{'id': file.stem}])]
-        if len(ids) != 1: raise UserError(f"{file}: is no single-effect teacher, its header lists {len(ids)} effects; give files with one each")
+        if len(ids) != 1:
+            raise UserError(
+                f'{file}: is no single-effect teacher, its header lists {len(ids)} effects; give files with one each'
+            )
         if effects is not None and ids[0] not in effects:
-            if file.stem in effects: ids = [file.stem]
-            else: unnamed.append(file.name)
-        if ids[0] in found: raise UserError(f"{file}: a second teacher for effect {ids[0]!r} beside {found[ids[0]]}; name one of them")
+            if file.stem in effects:
+                ids = [file.stem]
+            else:
+                unnamed.append(file.name)
+        if ids[0] in found:
+            raise UserError(f'{file}: a second teacher for effect {ids[0]!r} beside {found[ids[0]]}; name one of them')
         found[ids[0]] = file
-    if not found and effects is None: raise UserError(f"no LoRA files among {', '.join(map(str, paths))}; give files, or folders that hold *.safetensors")
+    if not found and effects is None:
+        raise UserError(
+            f'no LoRA files among {", ".join(map(str, paths))}; give files, or folders that hold *.safetensors'
+        )
     for id in effects or ():
         if id not in found:
-            others = f" (here are {', '.join(unnamed[:5])})" if unnamed else ''
-            raise UserError(f"effect {id!r} has no teacher among the given files{others}; call a LoRA of your own {id}.safetensors, or train one with `collectionlora teach`")
+            others = f' (here are {", ".join(unnamed[:5])})' if unnamed else ''
+            raise UserError(
+                f'effect {id!r} has no teacher among the given files{others}; call a LoRA of your own {id}.safetensors, or train one with `collectionlora teach`'
+            )
     return found if effects is None else {id: found[id] for id in effects}
-
 
 # %% ../nbs/method/03_teachers.ipynb #b2eb65ad
 class _Ahead:
     "Teachers laid out by a background thread, at most `room` of them; `lay_out(id, buffer or None)` returns the flat tensor."
+
     def __init__(self, lay_out: Callable[[str, Tensor | None], Tensor], room: int):
         self.lay_out, self.room, self.coming, self.buffers, self.pool = lay_out, room, OrderedDict(), [], None
 
     def expect(self, ids: Sequence[str]) -> None:
         "Begins to lay out the first `room` of `ids` and forgets all others."
-        wanted = list(dict.fromkeys(ids))[:self.room]
-        for id in [i for i in self.coming if i not in wanted]: self._forget(self.coming.pop(id))
-        if wanted and self.pool is None: self.pool = ThreadPoolExecutor(1, 'teachers')
+        wanted = list(dict.fromkeys(ids))[: self.room]
+        for id in [i for i in self.coming if i not in wanted]:
+            self._forget(self.coming.pop(id))
+        if wanted and self.pool is None:
+            self.pool = ThreadPoolExecutor(1, 'teachers')
         for id in wanted:
-            if id not in self.coming: self.coming[id] = self.pool.submit(self._work, id)
+            if id not in self.coming:
+                self.coming[id] = self.pool.submit(self._work, id)
 
     def _work(self, id: str) -> Tensor:
         buffer, event = self.buffers.pop() if self.buffers else (None, None)
-        if event is not None: event.synchronize()               # the GPU has fetched what was in it
+        if event is not None:
+            event.synchronize()  # the GPU has fetched what was in it
         return self.lay_out(id, buffer)
 
     def _forget(self, job: Future) -> None:
-        if not job.cancel(): job.add_done_callback(lambda j: j.exception() or self.give(j.result()))
+        if not job.cancel():
+            job.add_done_callback(lambda j: j.exception() or self.give(j.result()))
 
-    def ready(self, id: str) -> bool: return id in self.coming and self.coming[id].done()
+    def ready(self, id: str) -> bool:
+        return id in self.coming and self.coming[id].done()
 
     def take(self, id: str) -> Tensor | None:
         "What was laid out for `id`, once it is there; None if it was not expected, or its file could not be read."
         job = self.coming.pop(id, None)
-        try: return job and job.result()
-        except (UserError, OSError): return None
+        try:
+            return job and job.result()
+        except (UserError, OSError):
+            return None
 
     def give(self, buffer: Tensor, event=None) -> None:
         "Takes a buffer back, to be filled again when `event` has passed."
-        if len(self.buffers) < self.room: self.buffers.append((buffer, event))
+        if len(self.buffers) < self.room:
+            self.buffers.append((buffer, event))
 
     def close(self) -> None:
-        if self.pool: self.pool.shutdown(wait=True, cancel_futures=True)
+        if self.pool:
+            self.pool.shutdown(wait=True, cancel_futures=True)
         self.pool, self.coming, self.buffers = None, OrderedDict(), []
 
 # %% ../nbs/method/03_teachers.ipynb #eb81a4ad
@@ -103,21 +125,52 @@ class TeacherBank:
 
     All files are read and checked by the constructor. `allow_missing` as in `read_lora`; True because a teacher may lack modules."""
 
-    def __init__(self, backbone: Backbone, files: Mapping[str, Path], rank: int | None = None, capacity: int = 64, role: str = 'teacher', allow_missing=True,
-                 memory: int = 8 << 30, ahead: int = 2):
-        if not files: raise UserError('TeacherBank: no teachers; give a mapping of effect id to LoRA file')
-        self.backbone, self.files, self.capacity, self.memory, self.role, self.allow_missing = backbone, {k: Path(p) for k, p in files.items()}, max(1, capacity), memory, role, allow_missing
-        self.modules, self._kept, self._lock, self.shas, self._stats, self.current, self.copies = backbone.modules(), OrderedDict(), threading.RLock(), {}, {}, None, 0
+    def __init__(
+        self,
+        backbone: Backbone,
+        files: Mapping[str, Path],
+        rank: int | None = None,
+        capacity: int = 64,
+        role: str = 'teacher',
+        allow_missing=True,
+        memory: int = 8 << 30,
+        ahead: int = 2,
+    ):
+        if not files:
+            raise UserError('TeacherBank: no teachers; give a mapping of effect id to LoRA file')
+        self.backbone, self.files, self.capacity, self.memory, self.role, self.allow_missing = (
+            backbone,
+            {k: Path(p) for k, p in files.items()},
+            max(1, capacity),
+            memory,
+            role,
+            allow_missing,
+        )
+        self.modules, self._kept, self._lock, self.shas, self._stats, self.current, self.copies = (
+            backbone.modules(),
+            OrderedDict(),
+            threading.RLock(),
+            {},
+            {},
+            None,
+            0,
+        )
         ranks = {id: self._read(id).rank for id in bar(self.files, desc='reading teachers')}
         largest = max(ranks, key=ranks.get)
         if rank is not None and rank < ranks[largest]:
-            raise UserError(f"{self.files[largest]}: has rank {ranks[largest]}, the teacher slot {rank}; give the slot at least {ranks[largest]}")
+            raise UserError(
+                f'{self.files[largest]}: has rank {ranks[largest]}, the teacher slot {rank}; give the slot at least {ranks[largest]}'
+            )
         backbone.add_role(role, rank or ranks[largest])
-        self._ahead, self._stream = _Ahead(self._lay_out, ahead), torch.cuda.Stream(backbone.device) if backbone.device.type == 'cuda' else None
+        self._ahead, self._stream = (
+            _Ahead(self._lay_out, ahead),
+            torch.cuda.Stream(backbone.device) if backbone.device.type == 'cuda' else None,
+        )
 
     @staticmethod
     def _stat(path: Path):
-        if not path.is_file(): raise UserError(f"{path}: no such file; the bank's teachers must stay where they are while it is used")
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; the bank's teachers must stay where they are while it is used")
         stat = path.stat()
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
@@ -125,64 +178,82 @@ class TeacherBank:
         "Reads a file strictly, into the LRU; refuses one whose content is not what it was."
         path, stat = self.files[id], self._stat(self.files[id])
         if self.shas.setdefault(id, sha := sha256_file(path)) != sha:
-            raise UserError(f"{path}: was replaced while the bank is in use (now {sha[:12]}, was {self.shas[id][:12]}); start again with the new file")
+            raise UserError(
+                f'{path}: was replaced while the bank is in use (now {sha[:12]}, was {self.shas[id][:12]}); start again with the new file'
+            )
         lora = read_lora(path, self.modules, allow_missing=self.allow_missing, base=self.backbone.hash)
         with self._lock:
             self._stats[id], self._kept[id] = stat, lora
-            while len(self._kept) > self.capacity or (len(self._kept) > 1 and self.held > self.memory): self._kept.popitem(last=False)
+            while len(self._kept) > self.capacity or (len(self._kept) > 1 and self.held > self.memory):
+                self._kept.popitem(last=False)
         return lora
 
     @property
     def held(self) -> int:
         "Bytes of the teachers on the host."
-        with self._lock: return sum(t.nbytes for lora in self._kept.values() for factors in lora.factors.values() for t in factors)
+        with self._lock:
+            return sum(t.nbytes for lora in self._kept.values() for factors in lora.factors.values() for t in factors)
 
-    def __contains__(self, id: str) -> bool: return id in self.files
+    def __contains__(self, id: str) -> bool:
+        return id in self.files
 
-    def __len__(self) -> int: return len(self.files)
+    def __len__(self) -> int:
+        return len(self.files)
 
     def _known(self, id: str) -> None:
-        if id not in self.files: raise UserError(f"teacher bank: no teacher for effect {id!r}; {nearest(id, self.files)}")
+        if id not in self.files:
+            raise UserError(f'teacher bank: no teacher for effect {id!r}; {nearest(id, self.files)}')
 
-    def _fresh(self, id: str) -> bool: return self._stat(self.files[id]) == self._stats[id]
+    def _fresh(self, id: str) -> bool:
+        return self._stat(self.files[id]) == self._stats[id]
 
     def get(self, id: str) -> Lora:
         "The teacher of an effect, from the host's memory or its file. Raises `UserError` for an unknown id, a replaced or absent file."
         self._known(id)
         with self._lock:
             lora = self._kept.get(id) if self._fresh(id) else None
-            if lora is not None: self._kept.move_to_end(id)
+            if lora is not None:
+                self._kept.move_to_end(id)
         return lora or self._read(id)
 
     def _lay_out(self, id: str, buffer: Tensor | None) -> Tensor:
-        if buffer is None: buffer = torch.empty(self.backbone.flat(self.role).shape, pin_memory=self._stream is not None)
+        if buffer is None:
+            buffer = torch.empty(self.backbone.flat(self.role).shape, pin_memory=self._stream is not None)
         return self.backbone.pack(self.role, self.get(id), buffer)
 
     def expect(self, ids: Sequence[str]) -> None:
         "Says which teachers will be used next, so that they are read and laid out meanwhile. Changes nothing else."
-        for id in ids: self._known(id)
+        for id in ids:
+            self._known(id)
         self._ahead.expect([i for i in ids if i != self.current])
 
     def move(self, id: str) -> None:
         "On a GPU: starts to copy a teacher that lies ready into the slot, beside what the GPU is doing. The slot may be read again after `use(id)` only."
-        if self._stream is None or id == self.current or not self._ahead.ready(id): return
+        if self._stream is None or id == self.current or not self._ahead.ready(id):
+            return
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream): self._fill(id)
+        with torch.cuda.stream(self._stream):
+            self._fill(id)
 
     def _fill(self, id: str) -> None:
         laid = self._ahead.take(id)
-        if not self._fresh(id): self._read(id)               # touched is fine, replaced is an error
+        if not self._fresh(id):
+            self._read(id)  # touched is fine, replaced is an error
         self.current = None
         self.backbone.put(self.role, self._lay_out(id, None) if laid is None else laid)
         self.current, self.copies = id, self.copies + 1
-        if laid is not None: self._ahead.give(laid, self._stream and torch.cuda.current_stream().record_event())
+        if laid is not None:
+            self._ahead.give(laid, self._stream and torch.cuda.current_stream().record_event())
 
     def use(self, id: str) -> str:
         "Puts teacher `id` into the slot (no copy if it is there) and returns the slot's role."
         self._known(id)
-        if self._stream is not None: torch.cuda.current_stream().wait_stream(self._stream)
-        if id != self.current: self._fill(id)
-        elif not self._fresh(id): self._read(id)
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        if id != self.current:
+            self._fill(id)
+        elif not self._fresh(id):
+            self._read(id)
         return self.role
 
     def stack(self, id: str, *roles: str) -> tuple[str, ...]:

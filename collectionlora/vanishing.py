@@ -18,7 +18,7 @@ from .core import UserError
 from .dmd import mixture_x0
 
 # %% ../nbs/method/09_vanishing.ipynb #7fef4822
-PLACES, SPREAD = (-3., 3.), .5
+PLACES, SPREAD = (-3.0, 3.0), 0.5
 
 
 def logit(share: float) -> float:
@@ -28,18 +28,23 @@ def logit(share: float) -> float:
 
 def spread_at(t):
     "Standard deviation of a place's points at noise level t."
-    return ((1 - t)**2 * SPREAD**2 + t**2)**.5
+    return ((1 - t) ** 2 * SPREAD**2 + t**2) ** 0.5
 
 
 def evidence(x: Tensor, t: float) -> Tensor:
     "How much a point x at noise level t speaks for the second place: the log likelihood ratio a(x)."
-    return (1 - t) * (PLACES[1] - PLACES[0]) / spread_at(t)**2 * (x - (1 - t) * sum(PLACES) / 2)
+    return (1 - t) * (PLACES[1] - PLACES[0]) / spread_at(t) ** 2 * (x - (1 - t) * sum(PLACES) / 2)
 
 
 def difference(x: Tensor, t: float, fake: float, real: float) -> Tensor:
     "D_F - D_R of two laws, given by their shares of the second place: Eq. 1 before its normaliser."
     a = evidence(x, t)
-    return (PLACES[1] - PLACES[0]) * t**2 / spread_at(t)**2 * (torch.sigmoid(a + logit(fake)) - torch.sigmoid(a + logit(real)))
+    return (
+        (PLACES[1] - PLACES[0])
+        * t**2
+        / spread_at(t) ** 2
+        * (torch.sigmoid(a + logit(fake)) - torch.sigmoid(a + logit(real)))
+    )
 
 
 def denoised(x: Tensor, t: float, share: float) -> Tensor:
@@ -50,35 +55,48 @@ def denoised(x: Tensor, t: float, share: float) -> Tensor:
 # %% ../nbs/method/09_vanishing.ipynb #6ec4382a
 def lives_from(share: float) -> float:
     "The noise level t* at which a sample at a place has as much evidence as a law of this share has prior odds; below, both models agree."
-    q2 = (PLACES[1] - PLACES[0])**2 / (2 * max(abs(logit(share)), 1e-12)) - SPREAD**2
-    return 0. if q2 <= 0 else q2**.5 / (1 + q2**.5)
+    q2 = (PLACES[1] - PLACES[0]) ** 2 / (2 * max(abs(logit(share)), 1e-12)) - SPREAD**2
+    return 0.0 if q2 <= 0 else q2**0.5 / (1 + q2**0.5)
 
 # %% ../nbs/method/09_vanishing.ipynb #ce254bc9
 def noised_density(u: Tensor, t: float, share: float) -> Tensor:
     "The density of a law noised to t."
     s = spread_at(t)
-    part = lambda place: torch.exp(-.5 * ((u - (1 - t) * place) / s)**2) / (s * math.sqrt(2 * math.pi))
+    part = lambda place: torch.exp(-0.5 * ((u - (1 - t) * place) / s) ** 2) / (s * math.sqrt(2 * math.pi))
     return (1 - share) * part(PLACES[0]) + share * part(PLACES[1])
 
 
-def toy_signal(start: float, student: float, real: float, t_gen: float, t_critic: float, points: int = 321, nodes: int = 48) -> float:
+def toy_signal(
+    start: float, student: float, real: float, t_gen: float, t_critic: float, points: int = 321, nodes: int = 48
+) -> float:
     "S(t_gen, t_critic) by quadrature: laws as shares; the fake score knows the student's law, the start is the student's own (bs) or the teacher's (ts)."
     u = torch.linspace(-8, 8, points, dtype=torch.float64)
     mass = noised_density(u, t_gen, start) * (u[1] - u[0])
     eps, weights = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(nodes))
     x = (1 - t_critic) * denoised(u, t_gen, student)[:, None] + t_critic * eps
-    return (mass[:, None] * weights / math.sqrt(2 * math.pi) * difference(x, t_critic, student, real).abs()).sum().item()
+    return (
+        (mass[:, None] * weights / math.sqrt(2 * math.pi) * difference(x, t_critic, student, real).abs()).sum().item()
+    )
 
 # %% ../nbs/method/09_vanishing.ipynb #141b23c1
-def toy_course(stations: int, t_gens: Sequence[float], t_critics: Sequence[float], first: float = 1e-6, real: float = .86) -> list[dict]:
+def toy_course(
+    stations: int, t_gens: Sequence[float], t_critics: Sequence[float], first: float = 1e-6, real: float = 0.86
+) -> list[dict]:
     "The student's share and the grids [t_gen][t_critic] of both kinds, on the way from `first` to `real` in equal steps of log odds."
     shares = torch.linspace(logit(first), logit(real), stations, dtype=torch.float64).sigmoid().tolist()
     grid = lambda start, student: [[toy_signal(start, student, real, tg, tc) for tc in t_critics] for tg in t_gens]
     return [{'share': s, 'bs': grid(s, s), 'ts': grid(real, s)} for s in shares]
 
 
-def box_mean(grid: Sequence[Sequence[float]], t_gens: Sequence[float], t_critics: Sequence[float], tau_max: float = 2., tau_min: float = -1.) -> float:
+def box_mean(
+    grid: Sequence[Sequence[float]],
+    t_gens: Sequence[float],
+    t_critics: Sequence[float],
+    tau_max: float = 2.0,
+    tau_min: float = -1.0,
+) -> float:
     "The mean of a grid over t_gen < tau_max and t_critic > tau_min. Raises UserError if nothing lies there."
     kept = [v for row, tg in zip(grid, t_gens) if tg < tau_max for v, tc in zip(row, t_critics) if tc > tau_min]
-    if not kept: raise UserError(f'box_mean: no point of the grid has t_gen below {tau_max} and t_critic above {tau_min}')
+    if not kept:
+        raise UserError(f'box_mean: no point of the grid has t_gen below {tau_max} and t_critic above {tau_min}')
     return sum(kept) / len(kept)

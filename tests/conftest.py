@@ -1,20 +1,24 @@
 "Tests run offline, on one thread per process and without a display; set before torch or matplotlib is imported."
+
 import os
 
-for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(name, '1')
+for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'):
+    os.environ.setdefault(name, '1')
 os.environ.update(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', MPLBACKEND='agg', TOKENIZERS_PARALLELISM='false')
 
 import pytest
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory): return tmp_path_factory.mktemp('world')
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp('world')
 
 
 @pytest.fixture(scope='module')
 def world(folder):
     "Base, teachers, effects, general stream and cache of a small world on disk; see test_distill.make_world."
     from test_distill import make_world, open_world
+
     args = open_world(folder, make_world(folder))
     yield args
     args[1].close()
@@ -24,10 +28,14 @@ def world(folder):
 def roles(world):
     "The backbone of `world` with a random student and fake score of rank 2."
     import torch
+
     b = world[0].backbone
     for k, role in enumerate(('student', 'fake')):
         b.add_role(role, 2, seed=k)
-        with torch.no_grad(): b.flat(role).normal_(0, .1, generator=torch.Generator().manual_seed(10 + k))
+        with torch.no_grad():
+            b.flat(role).normal_(0, 0.1, generator=torch.Generator().manual_seed(10 + k))
     yield b
-    b.checkpointing(False); b.offload(False)
-    for role in ('student', 'fake'): b.remove(role)
+    b.checkpointing(False)
+    b.offload(False)
+    for role in ('student', 'fake'):
+        b.remove(role)

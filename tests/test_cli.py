@@ -1,4 +1,5 @@
 "The command line as a user meets it: help, mistakes, exit codes, and an installed wheel far from the checkout."
+
 import json
 import os
 import subprocess
@@ -19,23 +20,29 @@ def call(*args):
     return CliRunner().invoke(cli.app, [str(a) for a in args])
 
 
-@pytest.mark.parametrize('args, words', [
-    (['inspect', 'absent.safetensors'], ['absent.safetensors']),
-    (['run', 'nano_bse', '--list'], ["did you mean 'nano_base'?"]),
-    (['run', 'nano_base', '-p', 'stpes=3'], ["did you mean 'steps'?"]),
-    (['run', 'nano_base', '-p', 'steps=three'], ["'steps'", 'must be int']),
-    (['run', 'nano_base', '-p', 'steps=3', '-p', 'steps=4'], ['given twice']),
-    (['run', 'nano_base', '-p', 'steps'], ['name=value']),
-    (['run', 'there/absent.yaml'], ['absent.yaml', 'no such file']),
-    (['teach', 'absent-folder', '--out', 'x'], ['absent-folder', 'effect.yaml']),
-    (['edit', __file__, 'clay', '--collection', 'x', '--base', 'absent-base'], ['test_cli.py']),
-    (['demo', '--budget', 'lavish'], ["'lavish'"]),
-    (['convert', 'absent.safetensors', 'to.safetensors'], ['absent.safetensors']),
-    (['inspect', 'absent.safetensors', '--html', 'page.html'], ['absent.safetensors']),
-    (['run', core.notebooks_dir()/'distill'/'demo.yaml'], ['says nothing about effects']),
-    (['run', 'nano_base', '-p', 'steps={[1]: 2}'], ['is no word']),
-    (['edit', core.repo_root()/'assets'/'readme_1.jpg', 'clay', '--collection', 'x', '--device', 'gpu'], ["'gpu' is unknown"]),
-])
+@pytest.mark.parametrize(
+    'args, words',
+    [
+        (['inspect', 'absent.safetensors'], ['absent.safetensors']),
+        (['run', 'nano_bse', '--list'], ["did you mean 'nano_base'?"]),
+        (['run', 'nano_base', '-p', 'stpes=3'], ["did you mean 'steps'?"]),
+        (['run', 'nano_base', '-p', 'steps=three'], ["'steps'", 'must be int']),
+        (['run', 'nano_base', '-p', 'steps=3', '-p', 'steps=4'], ['given twice']),
+        (['run', 'nano_base', '-p', 'steps'], ['name=value']),
+        (['run', 'there/absent.yaml'], ['absent.yaml', 'no such file']),
+        (['teach', 'absent-folder', '--out', 'x'], ['absent-folder', 'effect.yaml']),
+        (['edit', __file__, 'clay', '--collection', 'x', '--base', 'absent-base'], ['test_cli.py']),
+        (['demo', '--budget', 'lavish'], ["'lavish'"]),
+        (['convert', 'absent.safetensors', 'to.safetensors'], ['absent.safetensors']),
+        (['inspect', 'absent.safetensors', '--html', 'page.html'], ['absent.safetensors']),
+        (['run', core.notebooks_dir() / 'distill' / 'demo.yaml'], ['says nothing about effects']),
+        (['run', 'nano_base', '-p', 'steps={[1]: 2}'], ['is no word']),
+        (
+            ['edit', core.repo_root() / 'assets' / 'readme_1.jpg', 'clay', '--collection', 'x', '--device', 'gpu'],
+            ["'gpu' is unknown"],
+        ),
+    ],
+)
 def test_a_mistake_is_one_sentence_and_code_2(tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)
     result = call(*args)
@@ -49,38 +56,58 @@ def test_every_command_has_help_with_an_example():
         name = command.name or command.callback.__name__
         result = call(name, '--help')
         assert result.exit_code == 0 and command.callback.__doc__.split('.')[0][:40] in result.output
-        if name not in ('info', 'rebase'): assert 'Example' in result.output, name
+        if name not in ('info', 'rebase'):
+            assert 'Example' in result.output, name
 
 
 def test_a_file_is_converted_there_and_back_and_shown_as_a_page(tmp_path):
     import torch
     from collectionlora.files.dialects import Lora, lora_hash
     from collectionlora.files.lora import read_lora, write_lora
+
     g = torch.Generator().manual_seed(0)
-    lora = Lora({'transformer_blocks.0.attn.to_q': (torch.randn(2, 8, generator=g), torch.randn(6, 2, generator=g))}, {})
+    lora = Lora(
+        {'transformer_blocks.0.attn.to_q': (torch.randn(2, 8, generator=g), torch.randn(6, 2, generator=g))}, {}
+    )
     entry = {'id': 'clay', 'category': 'animal', 'trigger': 'zorvik', 'prompt': 'zorvik, clay', 'description': 'clay'}
-    write_lora(tmp_path/'a.safetensors', lora, {'collectionlora.effects': [entry]})
+    write_lora(tmp_path / 'a.safetensors', lora, {'collectionlora.effects': [entry]})
     for source, to, dialect in (('a', 'b', 'kohya'), ('b', 'c', 'canonical')):
-        assert call('convert', tmp_path/f'{source}.safetensors', tmp_path/f'{to}.safetensors', '--dialect', dialect).exit_code == 0
-    assert lora_hash(read_lora(tmp_path/'c.safetensors')) == lora_hash(lora)
-    assert call('convert', tmp_path/'a.safetensors', tmp_path/'d.safetensors', '--dialect', 'koyha').exit_code == 2
-    assert call('inspect', tmp_path/'a.safetensors', '--html', tmp_path/'page.html').exit_code == 0
-    assert 'zorvik' in (tmp_path/'page.html').read_text() and '<html' in (tmp_path/'page.html').read_text()
+        assert (
+            call(
+                'convert', tmp_path / f'{source}.safetensors', tmp_path / f'{to}.safetensors', '--dialect', dialect
+            ).exit_code
+            == 0
+        )
+    assert lora_hash(read_lora(tmp_path / 'c.safetensors')) == lora_hash(lora)
+    assert call('convert', tmp_path / 'a.safetensors', tmp_path / 'd.safetensors', '--dialect', 'koyha').exit_code == 2
+    assert call('inspect', tmp_path / 'a.safetensors', '--html', tmp_path / 'page.html').exit_code == 0
+    assert 'zorvik' in (tmp_path / 'page.html').read_text() and '<html' in (tmp_path / 'page.html').read_text()
 
 
 def test_a_file_cannot_harm_or_deceive_who_looks_at_it(tmp_path):
     import torch
     from collectionlora.files.dialects import Lora
     from collectionlora.files.lora import write_lora
-    lora, file = Lora({'transformer_blocks.0.attn.to_q': (torch.ones(2, 8), torch.ones(6, 2))}, {}), tmp_path/'a.safetensors'
-    write_lora(file, lora, {'collectionlora.effects': [{'id': 'clay', 'category': 'animal', 'trigger': '[red] dog [/x]'}]})
+
+    lora, file = (
+        Lora({'transformer_blocks.0.attn.to_q': (torch.ones(2, 8), torch.ones(6, 2))}, {}),
+        tmp_path / 'a.safetensors',
+    )
+    write_lora(
+        file, lora, {'collectionlora.effects': [{'id': 'clay', 'category': 'animal', 'trigger': '[red] dog [/x]'}]}
+    )
     shown, before = call('inspect', file), file.read_bytes()
     assert shown.exit_code == 0 and '[red] dog [/x]' in shown.output
-    assert call('inspect', file, '--html', file).exit_code == 2 and file.read_bytes() == before      # its own page is not written over it
+    assert (
+        call('inspect', file, '--html', file).exit_code == 2 and file.read_bytes() == before
+    )  # its own page is not written over it
     file.write_bytes(before.replace(b'dog', b'cat'))
-    assert call('inspect', file, '--html', tmp_path/'page.html').exit_code == 2 and not (tmp_path/'page.html').exists()
-    file.write_bytes(before); (tmp_path/'plain').write_text('')
-    refused = call('convert', file, tmp_path/'plain'/'b.safetensors')
+    assert (
+        call('inspect', file, '--html', tmp_path / 'page.html').exit_code == 2 and not (tmp_path / 'page.html').exists()
+    )
+    file.write_bytes(before)
+    (tmp_path / 'plain').write_text('')
+    refused = call('convert', file, tmp_path / 'plain' / 'b.safetensors')
     assert refused.exit_code == 1 and 'plain' in refused.output and isinstance(refused.exception, SystemExit)
 
 
@@ -89,53 +116,123 @@ def test_a_smaller_collection_is_written_with_its_card(tmp_path):
     from collectionlora.files.dialects import Lora
     from collectionlora.files.header import catalogue, read_header
     from collectionlora.files.lora import read_lora, write_lora
+
     g = torch.Generator().manual_seed(0)
-    lora = Lora({f'transformer_blocks.0.attn.{n}': (torch.randn(4, 8, generator=g), torch.randn(6, 4, generator=g)) for n in ('to_q', 'to_k')}, {})
-    whole = write_lora(tmp_path/'a.safetensors', lora, {'collectionlora.effects': [{'id': 'clay', 'category': 'animal', 'trigger': 'zorvik'}],
-                                                        'collectionlora.sampling': {'times': [1., .5], 'steps': 2, 'stochastic': True, 'cfg': 1.}})
-    done = call('resize', tmp_path/'a.safetensors', tmp_path/'b.safetensors', '--rank', 2)
-    assert done.exit_code == 0 and read_lora(tmp_path/'b.safetensors').rank == 2 and catalogue(tmp_path/'b.safetensors')[0]['id'] == 'clay'
-    assert read_header(tmp_path/'b.safetensors')['collectionlora.parents'][0]['sha256'] == whole and 'zorvik' in (tmp_path/'b.README.md').read_text()
-    assert (tmp_path/'b.comfyui.json').is_file() and call('resize', tmp_path/'a.safetensors', tmp_path/'c.safetensors').exit_code == 2
-    assert call('resize', tmp_path/'a.safetensors', tmp_path/'c.safetensors', '--energy', .9).exit_code == 0
+    lora = Lora(
+        {
+            f'transformer_blocks.0.attn.{n}': (torch.randn(4, 8, generator=g), torch.randn(6, 4, generator=g))
+            for n in ('to_q', 'to_k')
+        },
+        {},
+    )
+    whole = write_lora(
+        tmp_path / 'a.safetensors',
+        lora,
+        {
+            'collectionlora.effects': [{'id': 'clay', 'category': 'animal', 'trigger': 'zorvik'}],
+            'collectionlora.sampling': {'times': [1.0, 0.5], 'steps': 2, 'stochastic': True, 'cfg': 1.0},
+        },
+    )
+    done = call('resize', tmp_path / 'a.safetensors', tmp_path / 'b.safetensors', '--rank', 2)
+    assert (
+        done.exit_code == 0
+        and read_lora(tmp_path / 'b.safetensors').rank == 2
+        and catalogue(tmp_path / 'b.safetensors')[0]['id'] == 'clay'
+    )
+    assert (
+        read_header(tmp_path / 'b.safetensors')['collectionlora.parents'][0]['sha256'] == whole
+        and 'zorvik' in (tmp_path / 'b.README.md').read_text()
+    )
+    assert (tmp_path / 'b.comfyui.json').is_file() and call(
+        'resize', tmp_path / 'a.safetensors', tmp_path / 'c.safetensors'
+    ).exit_code == 2
+    assert call('resize', tmp_path / 'a.safetensors', tmp_path / 'c.safetensors', '--energy', 0.9).exit_code == 0
 
 
 def test_alpha_may_be_told_where_the_file_is_silent(tmp_path):
     import safetensors.torch, torch
     from collectionlora.files.lora import read_lora
+
     name = 'transformer_blocks.0.attn.to_q'
-    safetensors.torch.save_file({f'base_model.model.{name}.lora_A.weight': torch.ones(2, 8), f'base_model.model.{name}.lora_B.weight': torch.ones(6, 2)}, tmp_path/'p.safetensors')
-    assert call('convert', tmp_path/'p.safetensors', tmp_path/'q.safetensors').exit_code == 2
-    assert call('convert', tmp_path/'p.safetensors', tmp_path/'q.safetensors', '--alpha', 8).exit_code == 0
-    assert torch.equal(read_lora(tmp_path/'q.safetensors').factors[name][1], torch.full((6, 2), 4.))
+    safetensors.torch.save_file(
+        {
+            f'base_model.model.{name}.lora_A.weight': torch.ones(2, 8),
+            f'base_model.model.{name}.lora_B.weight': torch.ones(6, 2),
+        },
+        tmp_path / 'p.safetensors',
+    )
+    assert call('convert', tmp_path / 'p.safetensors', tmp_path / 'q.safetensors').exit_code == 2
+    assert call('convert', tmp_path / 'p.safetensors', tmp_path / 'q.safetensors', '--alpha', 8).exit_code == 0
+    assert torch.equal(read_lora(tmp_path / 'q.safetensors').factors[name][1], torch.full((6, 2), 4.0))
 
 
 def test_files_given_to_a_run_are_known_by_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path/'a.txt').write_text('a')
+    (tmp_path / 'a.txt').write_text('a')
     from collectionlora.run.sweep import files_among
-    assert files_among({'collection': 'a.txt', 'steps': 3, 'fm': '', 'effects': [], 'teachers': ['a.txt', '.'], 'preset': 'default', 'ranks': [1, 2], 'other': ['a.txt', 'b.txt']}) \
-        == {'collection': 'a.txt', 'teachers': ['a.txt', '.']}
+
+    assert files_among(
+        {
+            'collection': 'a.txt',
+            'steps': 3,
+            'fm': '',
+            'effects': [],
+            'teachers': ['a.txt', '.'],
+            'preset': 'default',
+            'ranks': [1, 2],
+            'other': ['a.txt', 'b.txt'],
+        }
+    ) == {'collection': 'a.txt', 'teachers': ['a.txt', '.']}
 
 
 def test_given_name_seed_and_single_settings_win_over_a_run_file(tmp_path, monkeypatch):
     from collectionlora.run import sweep
-    asked, folder = {}, tmp_path/'rates'
+
+    asked, folder = {}, tmp_path / 'rates'
     folder.mkdir()
-    (folder/'mine.yaml').write_text('seed: 2\nsteps: 3\nsettings: {fake_warmup: 1, fake_per_generator: 2}\n')
-    monkeypatch.setattr(run, 'execute', lambda experiment, out, name, values, inputs, seed, processes: asked.update(name=name, seed=seed, values=values) or {'metrics': {}})
-    assert call('run', folder/'mine.yaml', '-o', tmp_path).exit_code == 0 and (asked['name'], asked['seed']) == ('mine', 2)
-    assert call('run', folder/'mine.yaml', '-o', tmp_path, '--seed', 0, '--name', 'yours', '-p', 'settings={fake_warmup: 4}').exit_code == 0
-    assert asked == {'name': 'yours', 'seed': 0, 'values': {'steps': 3, 'settings': {'fake_warmup': 4, 'fake_per_generator': 2}}}
+    (folder / 'mine.yaml').write_text('seed: 2\nsteps: 3\nsettings: {fake_warmup: 1, fake_per_generator: 2}\n')
+    monkeypatch.setattr(
+        run,
+        'execute',
+        lambda experiment, out, name, values, inputs, seed, processes: (
+            asked.update(name=name, seed=seed, values=values) or {'metrics': {}}
+        ),
+    )
+    assert call('run', folder / 'mine.yaml', '-o', tmp_path).exit_code == 0 and (asked['name'], asked['seed']) == (
+        'mine',
+        2,
+    )
+    assert (
+        call(
+            'run',
+            folder / 'mine.yaml',
+            '-o',
+            tmp_path,
+            '--seed',
+            0,
+            '--name',
+            'yours',
+            '-p',
+            'settings={fake_warmup: 4}',
+        ).exit_code
+        == 0
+    )
+    assert asked == {
+        'name': 'yours',
+        'seed': 0,
+        'values': {'steps': 3, 'settings': {'fake_warmup': 4, 'fake_per_generator': 2}},
+    }
 
 
 def test_a_sweep_knows_its_files_by_content(tmp_path, monkeypatch):
     from collectionlora.run import sweep
+
     asked = []
-    monkeypatch.chdir(tmp_path); (tmp_path/'a.txt').write_text('a')
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.txt').write_text('a')
     monkeypatch.setattr(run, 'execute', lambda experiment, out, name, point, inputs, *more: asked.append(inputs))
-    sweep.sweep('evaluate', {'collection': ['a.txt'], 'images': [1, 2]}, tmp_path/'out')
-    assert asked == [{'collection': 'a.txt'}]*2
+    sweep.sweep('evaluate', {'collection': ['a.txt'], 'images': [1, 2]}, tmp_path / 'out')
+    assert asked == [{'collection': 'a.txt'}] * 2
 
 
 def test_help_and_mistakes_do_not_load_torch():
@@ -146,7 +243,13 @@ def test_help_and_mistakes_do_not_load_torch():
 
 
 def test_assignments_read_values_as_yaml():
-    assert cli.assignments(['a=1e-4', 'b=x', 'c=[1, 2]', "d=''", 'e=true']) == {'a': 1e-4, 'b': 'x', 'c': [1, 2], 'd': '', 'e': True}
+    assert cli.assignments(['a=1e-4', 'b=x', 'c=[1, 2]', "d=''", 'e=true']) == {
+        'a': 1e-4,
+        'b': 'x',
+        'c': [1, 2],
+        'd': '',
+        'e': True,
+    }
 
 
 @pytest.fixture(scope='module')
@@ -154,62 +257,97 @@ def wheel_site(tmp_path_factory):
     "A folder that holds what the wheel installs, and nothing of the checkout."
     folder = tmp_path_factory.mktemp('wheel')
     pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q']
-    subprocess.run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '--no-index', '-w', folder/'dist', copy_of_checkout(folder)], check=True)
-    wheel, = (folder/'dist').glob('*.whl')
-    subprocess.run([*pip, 'install', '--no-deps', '--no-index', '--target', folder/'site', wheel], check=True)
-    return folder/'site'
+    subprocess.run(
+        [
+            *pip,
+            'wheel',
+            '--no-deps',
+            '--no-build-isolation',
+            '--no-index',
+            '-w',
+            folder / 'dist',
+            copy_of_checkout(folder),
+        ],
+        check=True,
+    )
+    (wheel,) = (folder / 'dist').glob('*.whl')
+    subprocess.run([*pip, 'install', '--no-deps', '--no-index', '--target', folder / 'site', wheel], check=True)
+    return folder / 'site'
 
 
 def copy_of_checkout(folder: Path) -> Path:
     "What git tracks or would track, so that building leaves nothing in the checkout."
-    listed = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    listed = subprocess.run(
+        ['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, capture_output=True, check=True
+    ).stdout.decode()
     for name in filter(None, listed.split('\0')):
-        if not (ROOT/name).is_file(): continue
-        (folder/'src'/name).parent.mkdir(parents=True, exist_ok=True)
-        (folder/'src'/name).write_bytes((ROOT/name).read_bytes())
-    return folder/'src'
+        if not (ROOT / name).is_file():
+            continue
+        (folder / 'src' / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / 'src' / name).write_bytes((ROOT / name).read_bytes())
+    return folder / 'src'
 
 
 def in_wheel(site: Path, cwd: Path, code: str):
     "Runs code with the wheel's files first, without the environment's own start-up files (so not the editable checkout)."
     path = [str(site), sysconfig.get_path('purelib')]
-    return subprocess.run([sys.executable, '-S', '-c', f'import sys; sys.path[:0] = {path!r}\n{code}'], cwd=cwd, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, '-S', '-c', f'import sys; sys.path[:0] = {path!r}\n{code}'],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_a_wheel_carries_notebooks_and_data_and_no_development_tools(wheel_site, tmp_path):
-    done = in_wheel(wheel_site, tmp_path, """
+    done = in_wheel(
+        wheel_site,
+        tmp_path,
+        """
 from collectionlora import core, run
 assert not core.in_checkout() and core.results_dir().parent == __import__('pathlib').Path.cwd()
 print(sorted(p.stem for p in core.notebooks_dir().glob('*.ipynb')))
 print(sorted(p.relative_to(core.data_dir()).as_posix() for p in core.data_dir().rglob('*') if p.is_file()))
 assert run.declared('nano_base')['steps'].type == 'int'
 assert not {'nbdev', 'fastcore'} & {n.split('.')[0] for n in sys.modules}
-""")
+""",
+    )
     assert done.returncode == 0, done.stderr
     notebooks, data = map(eval, done.stdout.splitlines())
-    assert notebooks == sorted(p.stem for p in (ROOT/'nbs'/'experiments').glob('*.ipynb'))
-    listed = subprocess.run(['git', 'ls-files', '-z', 'data'], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    assert notebooks == sorted(p.stem for p in (ROOT / 'nbs' / 'experiments').glob('*.ipynb'))
+    listed = subprocess.run(
+        ['git', 'ls-files', '-z', 'data'], cwd=ROOT, capture_output=True, check=True
+    ).stdout.decode()
     assert set(data) == {name.removeprefix('data/') for name in listed.split('\0')[:-1]}
 
 
 def test_a_wheels_command_works_far_from_the_checkout(wheel_site, tmp_path):
-    done = in_wheel(wheel_site, tmp_path, "from collectionlora.cli import app\nsys.argv = ['collectionlora', '--help']\napp()")
+    done = in_wheel(
+        wheel_site, tmp_path, "from collectionlora.cli import app\nsys.argv = ['collectionlora', '--help']\napp()"
+    )
     assert done.returncode == 0 and 'distill' in done.stdout, done.stderr
-    metadata = (next(wheel_site.glob('collectionlora-*.dist-info'))/'METADATA').read_text()
+    metadata = (next(wheel_site.glob('collectionlora-*.dist-info')) / 'METADATA').read_text()
     required = [line for line in metadata.splitlines() if line.startswith('Requires-Dist') and 'extra' not in line]
-    assert any('peft>=0.21.2' in line for line in required) and not any(name in line for line in required for name in ('nbdev', 'fastcore'))
+    assert any('peft>=0.21.2' in line for line in required) and not any(
+        name in line for line in required for name in ('nbdev', 'fastcore')
+    )
 
 
 def test_a_wheel_runs_its_notebooks_in_a_folder_of_the_users(wheel_site, tmp_path):
     "The kernel, too, must find the wheel's package: PYTHONPATH reaches it, and goes before the editable checkout."
     args = ['run', 'effects', '-o', 'mine', '-p', 'effects=1', '-p', 'pairs=2', '-p', 'general=2']
-    go = lambda: subprocess.run([sys.executable, '-c', 'from collectionlora.cli import main; main()', *args], cwd=tmp_path, capture_output=True, text=True,
-                                env={**os.environ, 'PYTHONPATH': str(wheel_site)})
+    go = lambda: subprocess.run(
+        [sys.executable, '-c', 'from collectionlora.cli import main; main()', *args],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': str(wheel_site)},
+    )
     done = go()
     assert done.returncode == 0, done.stderr
-    record = core.read_json(tmp_path/'mine'/'run.json')
-    assert record['status'] == 'finished' and record['meta']['commit'] is None            # a wheel knows no checkout
-    assert len(list((tmp_path/'mine'/'effects').glob('*/effect.yaml'))) == 1
+    record = core.read_json(tmp_path / 'mine' / 'run.json')
+    assert record['status'] == 'finished' and record['meta']['commit'] is None  # a wheel knows no checkout
+    assert len(list((tmp_path / 'mine' / 'effects').glob('*/effect.yaml'))) == 1
     again = go()
     assert 'reused' in again.stderr and again.stdout == done.stdout
 
@@ -219,15 +357,20 @@ def test_a_lora_is_compared_with_a_bases_layers(tmp_path):
     from collectionlora.roles import layer_sizes
     from collectionlora.files.dialects import Lora
     from collectionlora.files.lora import read_lora, write_lora
+
     sizes = layer_sizes(core.nano_dir())
     some = {n: (torch.ones(2, i), torch.ones(o, 2)) for n, (i, o) in sizes.items() if not n.endswith('_mod.1')}
-    file, to = tmp_path/'some.safetensors', tmp_path/'to.safetensors'
+    file, to = tmp_path / 'some.safetensors', tmp_path / 'to.safetensors'
     write_lora(file, Lora(some))
     assert 'not counted' in call('inspect', file).stdout
-    assert json.loads(call('inspect', file, '--json', '--base', 'nano').stdout)['report']['missing'] == len(sizes) - len(some)
+    assert json.loads(call('inspect', file, '--json', '--base', 'nano').stdout)['report']['missing'] == len(
+        sizes
+    ) - len(some)
     refused = call('convert', file, to, '--base', 'nano')
     assert refused.exit_code == 2 and '_mod.1' in refused.stderr and not to.exists()
-    assert call('convert', file, to, '--base', 'nano', '--allow-missing', '*_mod.1', '--dtype', 'bfloat16').exit_code == 0
+    assert (
+        call('convert', file, to, '--base', 'nano', '--allow-missing', '*_mod.1', '--dtype', 'bfloat16').exit_code == 0
+    )
     assert len(read_lora(to).factors) == len(some) and read_lora(to).meta['dtype'] == 'BF16'
     assert call('convert', file, to, '--dtype', 'float8').exit_code == 2
     assert call('inspect', file, '--base', tmp_path).exit_code == 2

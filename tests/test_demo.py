@@ -1,4 +1,5 @@
 "The chain's order and the commands around it: what is asked wrongly is said before anything is made."
+
 import shutil
 
 import pytest
@@ -13,137 +14,314 @@ from collectionlora.files.dialects import Lora
 from collectionlora.files.lora import read_lora, write_lora
 
 
-def call(*args): return CliRunner().invoke(cli.app, [str(a) for a in args])
+def call(*args):
+    return CliRunner().invoke(cli.app, [str(a) for a in args])
 
 
 @pytest.fixture(scope='module', autouse=True)
 def named(world, folder):
     "The small world's teachers with the effect in their header, as `teach` writes them."
-    (folder/'named').mkdir()
-    for id in ('one', 'two'): write_lora(folder/'named'/f'{id}.safetensors', read_lora(folder/'teachers'/f'{id}.safetensors'), {'collectionlora.base': {'hash': world[0].hash}, 'collectionlora.effects': [dict(id=id, category='animal', trigger='')]})
+    (folder / 'named').mkdir()
+    for id in ('one', 'two'):
+        write_lora(
+            folder / 'named' / f'{id}.safetensors',
+            read_lora(folder / 'teachers' / f'{id}.safetensors'),
+            {
+                'collectionlora.base': {'hash': world[0].hash},
+                'collectionlora.effects': [dict(id=id, category='animal', trigger='')],
+            },
+        )
 
 
 def distil(folder, out, *more):
-    return call('distill', folder/'effects', '-t', folder/'named', '-g', folder/'general', '--out', out, '--base', folder/'base', *more)
+    return call(
+        'distill',
+        folder / 'effects',
+        '-t',
+        folder / 'named',
+        '-g',
+        folder / 'general',
+        '--out',
+        out,
+        '--base',
+        folder / 'base',
+        *more,
+    )
 
 
 @pytest.fixture
 def collection(world, folder, tmp_path):
     "A collection file of one effect for the small world's base."
     base = world[0]
-    factors = {n: (torch.full((2, i), .01), torch.full((o, 2), .01)) for n, (i, o) in base.backbone.modules().items()}
-    header = {'collectionlora.effects': [dict(id='three', category='animal', trigger='zorvik', prompt='zorvik, do it', description='do it')],
-              'collectionlora.base': {'hash': base.hash}, 'collectionlora.sampling': {'steps': 2, 'shift': 1.0, 'times': [1.0, .5], 'cfg': 1.0, 'stochastic': True}}
-    write_lora(tmp_path/'collection.safetensors', Lora(factors), header)
-    return tmp_path/'collection.safetensors'
+    factors = {n: (torch.full((2, i), 0.01), torch.full((o, 2), 0.01)) for n, (i, o) in base.backbone.modules().items()}
+    header = {
+        'collectionlora.effects': [
+            dict(id='three', category='animal', trigger='zorvik', prompt='zorvik, do it', description='do it')
+        ],
+        'collectionlora.base': {'hash': base.hash},
+        'collectionlora.sampling': {'steps': 2, 'shift': 1.0, 'times': [1.0, 0.5], 'cfg': 1.0, 'stochastic': True},
+    }
+    write_lora(tmp_path / 'collection.safetensors', Lora(factors), header)
+    return tmp_path / 'collection.safetensors'
 
 
 def test_a_plan_is_printed_and_nothing_made(world, folder, tmp_path, collection, monkeypatch):
     monkeypatch.setattr(demo, 'results_dir', lambda: tmp_path)
-    said = distil(folder, tmp_path/'out', '--dry-run', '-p', 'steps=7', '-p', 'batch=2', '-p', 'rank=2', '-p', 'settings={fake_warmup: 3}')
-    assert said.exit_code == 0 and 'nothing was trained' in said.stdout and 'frozen base' in said.stdout and not (tmp_path/'out').exists(), said.output
-    values, s = chain.distill_settings(chain.Job(tmp_path/'out', folder/'base', 'demo'), collection, {'settings': {}}, 'extend')
-    assert s.few_steps == 2 and s.rank_student == 2 and s.steps == values['steps'] == chain.differences('extend', 'demo')['steps']            # an extension's own budget, its parent's rank and few steps
-    assert distil(folder, tmp_path/'out', '--dry-run', '--extend', collection, '-p', 'steps=3', '-p', 'batch=2', '-p', 'settings={fake_warmup: 3}').exit_code == 0
+    said = distil(
+        folder,
+        tmp_path / 'out',
+        '--dry-run',
+        '-p',
+        'steps=7',
+        '-p',
+        'batch=2',
+        '-p',
+        'rank=2',
+        '-p',
+        'settings={fake_warmup: 3}',
+    )
+    assert (
+        said.exit_code == 0
+        and 'nothing was trained' in said.stdout
+        and 'frozen base' in said.stdout
+        and not (tmp_path / 'out').exists()
+    ), said.output
+    values, s = chain.distill_settings(
+        chain.Job(tmp_path / 'out', folder / 'base', 'demo'), collection, {'settings': {}}, 'extend'
+    )
+    assert (
+        s.few_steps == 2
+        and s.rank_student == 2
+        and s.steps == values['steps'] == chain.differences('extend', 'demo')['steps']
+    )  # an extension's own budget, its parent's rank and few steps
+    assert (
+        distil(
+            folder,
+            tmp_path / 'out',
+            '--dry-run',
+            '--extend',
+            collection,
+            '-p',
+            'steps=3',
+            '-p',
+            'batch=2',
+            '-p',
+            'settings={fake_warmup: 3}',
+        ).exit_code
+        == 0
+    )
 
 
-@pytest.mark.parametrize('more, words', [(['-p', 'settings={tau_max: 750}'], 'write 0.75'), (['-p', 'settings={anchor_first: 5000}'], 'anchor_first'), (['-p', 'stesp=3'], "did you mean 'steps'"),
-                                         (['--budget', 'more'], "'more'"), (['--old', 'x'], '--extend')])
+@pytest.mark.parametrize(
+    'more, words',
+    [
+        (['-p', 'settings={tau_max: 750}'], 'write 0.75'),
+        (['-p', 'settings={anchor_first: 5000}'], 'anchor_first'),
+        (['-p', 'stesp=3'], "did you mean 'steps'"),
+        (['--budget', 'more'], "'more'"),
+        (['--old', 'x'], '--extend'),
+    ],
+)
 def test_wrong_settings_are_refused_before_words_and_targets_are_made(world, folder, tmp_path, collection, more, words):
     for kind in ([], ['--extend', collection]):
-        if '--old' in more and kind: continue
-        said = distil(folder, tmp_path/'out', *kind, *more)
-        assert said.exit_code == 2 and words in said.output and not (tmp_path/'out').exists(), said.output
+        if '--old' in more and kind:
+            continue
+        said = distil(folder, tmp_path / 'out', *kind, *more)
+        assert said.exit_code == 2 and words in said.output and not (tmp_path / 'out').exists(), said.output
 
 
 def test_a_job_puts_every_stage_on_its_device_and_keeps_the_budgets_other_settings(folder, tmp_path, monkeypatch):
     asked, found = {}, {e: {'by': 'effect.yaml'} for e in ('one', 'two')}
-    monkeypatch.setattr(demo, 'execute', lambda experiment, out, run, values, inputs, seed: asked.update({experiment: values}) or {'metrics': {'prompts': found}})
-    job = chain.Job(tmp_path, folder/'base', 'full', device='cuda')
-    chain.distill(job, chain.checked_effects([folder/'effects']), {}, None, None, {'settings': {'p_switch': 1.0}})
+    monkeypatch.setattr(
+        demo,
+        'execute',
+        lambda experiment, out, run, values, inputs, seed: (
+            asked.update({experiment: values}) or {'metrics': {'prompts': found}}
+        ),
+    )
+    job = chain.Job(tmp_path, folder / 'base', 'full', device='cuda')
+    chain.distill(job, chain.checked_effects([folder / 'effects']), {}, None, None, {'settings': {'p_switch': 1.0}})
     assert {e: v['device'] for e, v in asked.items()} == dict(prompts='cuda', targets='cuda', distill='cuda')
     assert asked['distill']['settings'] == {**chain.differences('distill', 'full')['settings'], 'p_switch': 1.0}
-    with pytest.raises(UserError, match='--general: 20% of the steps'): chain.distill(job, chain.checked_effects([folder/'effects']), {})
+    with pytest.raises(UserError, match='--general: 20% of the steps'):
+        chain.distill(job, chain.checked_effects([folder / 'effects']), {})
 
 
 def test_teachers_paint_as_many_general_pictures_as_the_budget_borrows(world, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, 'results_dir', lambda: tmp_path)
     budget = chain.differences
-    monkeypatch.setattr(demo, 'differences', lambda experiment, name: {'steps': 2, 'guidance': 1.0, 'borrow': 2} if experiment == 'targets' else budget(experiment, name))
-    job, effects = chain.Job(tmp_path/'out', folder/'base', 'demo'), chain.checked_effects([folder/'effects'])
-    teachers = {id: folder/'named'/f'{id}.safetensors' for id in effects}
+    monkeypatch.setattr(
+        demo,
+        'differences',
+        lambda experiment, name: (
+            {'steps': 2, 'guidance': 1.0, 'borrow': 2} if experiment == 'targets' else budget(experiment, name)
+        ),
+    )
+    job, effects = chain.Job(tmp_path / 'out', folder / 'base', 'demo'), chain.checked_effects([folder / 'effects'])
+    teachers = {id: folder / 'named' / f'{id}.safetensors' for id in effects}
     own = {id: len(load_effect(p)) for id, p in effects.items()}
-    painted = {id: load_effect(p) for id, p in chain.paint(job, effects, teachers, folder/'general').items()}
-    assert {id: len(e) for id, e in painted.items()} == {id: n + 2 for id, n in own.items()} and all(sum(s.startswith('general-') for s in e.stems) == 2 for e in painted.values())
-    assert {id: r['targets'] for id, r in core.read_json(job.record('targets'))['metrics'].items()} == {id: n + 2 for id, n in own.items()}
+    painted = {id: load_effect(p) for id, p in chain.paint(job, effects, teachers, folder / 'general').items()}
+    assert {id: len(e) for id, e in painted.items()} == {id: n + 2 for id, n in own.items()} and all(
+        sum(s.startswith('general-') for s in e.stems) == 2 for e in painted.values()
+    )
+    assert {id: r['targets'] for id, r in core.read_json(job.record('targets'))['metrics'].items()} == {
+        id: n + 2 for id, n in own.items()
+    }
     asked = {}
-    monkeypatch.setattr(demo, 'execute', lambda experiment, out, run, values, inputs, seed: asked.update(values=values, inputs=inputs))
+    monkeypatch.setattr(
+        demo, 'execute', lambda experiment, out, run, values, inputs, seed: asked.update(values=values, inputs=inputs)
+    )
     chain.paint(job, effects, teachers)
     assert asked['values']['borrow'] == 0 and 'general' not in asked['inputs']
 
 
 def test_the_budget_follows_the_base(folder, tmp_path):
-    assert cli.job_of(tmp_path, 'nano', None, 0).budget == 'full' and cli.job_of(tmp_path, str(folder/'base'), None, 0).budget == 'paper'
-    with pytest.raises(UserError, match='gpu'): cli.job_of(tmp_path, 'nano', None, 0, given={'device': 'gpu'})
+    assert (
+        cli.job_of(tmp_path, 'nano', None, 0).budget == 'full'
+        and cli.job_of(tmp_path, str(folder / 'base'), None, 0).budget == 'paper'
+    )
+    with pytest.raises(UserError, match='gpu'):
+        cli.job_of(tmp_path, 'nano', None, 0, given={'device': 'gpu'})
 
 
 @pytest.mark.slow
 def test_ones_own_loras_without_targets_or_general_pictures_become_a_collection(folder, tmp_path, monkeypatch):
     from collectionlora.files.header import catalogue
+
     monkeypatch.setattr(demo, 'results_dir', lambda: tmp_path)
-    for id, name in (('one', 'my_one'), ('two', 'blueprint')):                       # the second shares its name with an effect of the world
-        shutil.copytree(folder/'effects'/id/'source', tmp_path/'effects'/name/'source')
-        (tmp_path/'effects'/name/'effect.yaml').write_text(f'id: {name}\ncategory: animal\nprompt: do {id}\n')
-        (tmp_path/'loras').mkdir(exist_ok=True)
-        assert call('convert', folder/'teachers'/f'{id}.safetensors', tmp_path/'loras'/f'{name}.safetensors', '--dialect', 'kohya').exit_code == 0
-    said = call('distill', tmp_path/'effects', '-t', tmp_path/'loras', '--out', tmp_path/'out', '--base', folder/'base', '--budget', 'demo', '-p', 'steps=2', '-p', 'batch=2', '-p', 'rank=2',
-                '-p', 'settings={p_switch: 1, anchor_first: 1, fake_warmup: 1}', '-p', 'val_every=0')
+    for id, name in (('one', 'my_one'), ('two', 'blueprint')):  # the second shares its name with an effect of the world
+        shutil.copytree(folder / 'effects' / id / 'source', tmp_path / 'effects' / name / 'source')
+        (tmp_path / 'effects' / name / 'effect.yaml').write_text(f'id: {name}\ncategory: animal\nprompt: do {id}\n')
+        (tmp_path / 'loras').mkdir(exist_ok=True)
+        assert (
+            call(
+                'convert',
+                folder / 'teachers' / f'{id}.safetensors',
+                tmp_path / 'loras' / f'{name}.safetensors',
+                '--dialect',
+                'kohya',
+            ).exit_code
+            == 0
+        )
+    said = call(
+        'distill',
+        tmp_path / 'effects',
+        '-t',
+        tmp_path / 'loras',
+        '--out',
+        tmp_path / 'out',
+        '--base',
+        folder / 'base',
+        '--budget',
+        'demo',
+        '-p',
+        'steps=2',
+        '-p',
+        'batch=2',
+        '-p',
+        'rank=2',
+        '-p',
+        'settings={p_switch: 1, anchor_first: 1, fake_warmup: 1}',
+        '-p',
+        'val_every=0',
+    )
     assert said.exit_code == 0, said.output
-    planned = call('distill', tmp_path/'effects', '-t', tmp_path/'loras', '--out', tmp_path/'out', '--base', folder/'base', '--budget', 'demo', '--dry-run', '-p', 'steps=2', '-p', 'batch=2', '-p', 'settings={p_switch: 1, anchor_first: 1}')
+    planned = call(
+        'distill',
+        tmp_path / 'effects',
+        '-t',
+        tmp_path / 'loras',
+        '--out',
+        tmp_path / 'out',
+        '--base',
+        folder / 'base',
+        '--budget',
+        'demo',
+        '--dry-run',
+        '-p',
+        'steps=2',
+        '-p',
+        'batch=2',
+        '-p',
+        'settings={p_switch: 1, anchor_first: 1}',
+    )
     assert planned.exit_code == 0 and 'nothing was trained' in planned.stdout, planned.output
-    assert {e['id']: e['description'] for e in catalogue(tmp_path/'out'/'collection.safetensors')} == {'my_one': 'do one', 'blueprint': 'do two'}
+    assert {e['id']: e['description'] for e in catalogue(tmp_path / 'out' / 'collection.safetensors')} == {
+        'my_one': 'do one',
+        'blueprint': 'do two',
+    }
 
 
 def test_a_start_of_larger_rank_is_refused_before_anything_loads(folder, tmp_path, collection):
-    with pytest.raises(UserError, match='has rank 2, more than the 1'): chain.distill_settings(chain.Job(tmp_path, folder/'base', 'demo'), collection, {'rank': 1})
+    with pytest.raises(UserError, match='has rank 2, more than the 1'):
+        chain.distill_settings(chain.Job(tmp_path, folder / 'base', 'demo'), collection, {'rank': 1})
 
 
 def test_budgets_are_those_of_the_distillation():
-    assert {'demo', 'full'} <= set(chain.budgets()) and all((core.notebooks_dir()/'distill'/f'{b}.yaml').is_file() for b in chain.budgets())
-    with pytest.raises(UserError, match="'more'"): chain.differences('distill', 'more')
+    assert {'demo', 'full'} <= set(chain.budgets()) and all(
+        (core.notebooks_dir() / 'distill' / f'{b}.yaml').is_file() for b in chain.budgets()
+    )
+    with pytest.raises(UserError, match="'more'"):
+        chain.differences('distill', 'more')
 
 
 def test_the_papers_budget_is_the_papers_preset(folder, tmp_path):
     from collectionlora.engine.settings import Settings
-    values, s = chain.distill_settings(chain.Job(tmp_path, folder/'base', 'paper'))
+
+    values, s = chain.distill_settings(chain.Job(tmp_path, folder / 'base', 'paper'))
     assert values['checkpointing'] and chain.differences('teacher', 'paper')['checkpointing']
-    assert s == Settings.preset('paper') and values['steps'] == s.steps == 5000 and (s.rank_student, s.rank_fake, s.batch) == (128, 128, 8)
+    assert (
+        s == Settings.preset('paper')
+        and values['steps'] == s.steps == 5000
+        and (s.rank_student, s.rank_fake, s.batch) == (128, 128, 8)
+    )
     teacher, fm = chain.differences('teacher', 'paper'), chain.differences('baseline_fm', 'paper')
     assert (teacher['steps'], teacher['lr'], fm['lr'], fm['steps']) == (2000, 1e-4, 1e-4, 30000)
 
 
 def test_editing_says_what_is_absent_and_writes_nothing(world, folder, tmp_path, collection):
-    picture = next((folder/'general'/'images').glob('*.png'))
-    for args, words in ((('three', '--base', tmp_path/'nowhere'), 'no base here'), (('thre', '--base', folder/'base'), "did you mean 'three'")):
-        said = call('edit', picture, *args, '--collection', collection, '--out', tmp_path/'edits')
-        assert said.exit_code == 2 and words in said.output and not (tmp_path/'edits').exists(), said.output
-    assert call('edit', picture, 'three', '--base', folder/'base', '--collection', collection, '--out', tmp_path/'edits').exit_code == 0
-    assert len(list((tmp_path/'edits').glob('*-three-0.png'))) == 1
+    picture = next((folder / 'general' / 'images').glob('*.png'))
+    for args, words in (
+        (('three', '--base', tmp_path / 'nowhere'), 'no base here'),
+        (('thre', '--base', folder / 'base'), "did you mean 'three'"),
+    ):
+        said = call('edit', picture, *args, '--collection', collection, '--out', tmp_path / 'edits')
+        assert said.exit_code == 2 and words in said.output and not (tmp_path / 'edits').exists(), said.output
+    assert (
+        call(
+            'edit', picture, 'three', '--base', folder / 'base', '--collection', collection, '--out', tmp_path / 'edits'
+        ).exit_code
+        == 0
+    )
+    assert len(list((tmp_path / 'edits').glob('*-three-0.png'))) == 1
 
 
-@pytest.mark.parametrize('spoil, words', [(lambda e: (e/'target'/'0.png').unlink(), '0.png'), (lambda e: (e/'effect.yaml').write_text("id: one\ncategory: a\nprompt: ''\n"), 'prompt'),
-                                          (lambda e: (e/'effect.yaml').write_text('id: one\ncategory: a\nprompt: p\nprompts: q\n'), "did you mean 'prompt'"), (lambda e: (e/'source'/'0.png').write_bytes(b'x'), '0.png')])
+@pytest.mark.parametrize(
+    'spoil, words',
+    [
+        (lambda e: (e / 'target' / '0.png').unlink(), '0.png'),
+        (lambda e: (e / 'effect.yaml').write_text("id: one\ncategory: a\nprompt: ''\n"), 'prompt'),
+        (
+            lambda e: (e / 'effect.yaml').write_text('id: one\ncategory: a\nprompt: p\nprompts: q\n'),
+            "did you mean 'prompt'",
+        ),
+        (lambda e: (e / 'source' / '0.png').write_bytes(b'x'), '0.png'),
+    ],
+)
 def test_a_spoilt_effect_folder_stops_the_command_with_its_name(folder, tmp_path, world, spoil, words):
-    effect = shutil.copytree(folder/'effects'/'one', tmp_path/'one')
-    names = sorted(p.name for p in (effect/'source').iterdir())
-    for part in ('source', 'target'): (effect/part/names[0]).rename(effect/part/'0.png')
+    effect = shutil.copytree(folder / 'effects' / 'one', tmp_path / 'one')
+    names = sorted(p.name for p in (effect / 'source').iterdir())
+    for part in ('source', 'target'):
+        (effect / part / names[0]).rename(effect / part / '0.png')
     spoil(effect)
-    said = call('teach', effect, '--out', tmp_path/'out', '--base', folder/'base')
-    assert said.exit_code == 2 and words in said.output and not (tmp_path/'out').exists(), said.output
+    said = call('teach', effect, '--out', tmp_path / 'out', '--base', folder / 'base')
+    assert said.exit_code == 2 and words in said.output and not (tmp_path / 'out').exists(), said.output
 
 
 def test_an_extension_keeps_its_parents_schedule_and_a_budget_without_a_file_is_refused(folder, tmp_path, collection):
-    job = chain.Job(tmp_path, folder/'base', 'demo')
-    with pytest.raises(UserError, match='few_steps 2, the settings ask for 4'): chain.distill_settings(job, collection, {'settings': {'few_steps': 4}}, 'extend')
+    job = chain.Job(tmp_path, folder / 'base', 'demo')
+    with pytest.raises(UserError, match='few_steps 2, the settings ask for 4'):
+        chain.distill_settings(job, collection, {'settings': {'few_steps': 4}}, 'extend')
     assert chain.differences('extend', 'paper')['steps'] > 100 and chain.differences('prompts', 'paper') == {}
-    with pytest.raises(UserError, match="acceleration: has no budget 'paper'.*take full"): chain.differences('acceleration', 'paper')
+    with pytest.raises(UserError, match="acceleration: has no budget 'paper'.*take full"):
+        chain.differences('acceleration', 'paper')

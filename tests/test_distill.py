@@ -1,4 +1,5 @@
 "The loop: equality with three copies, the zero of the gradient, exact resume, presets, faults."
+
 import copy
 import errno
 import os
@@ -38,7 +39,9 @@ from collectionlora.files.header import catalogue, read_header
 from collectionlora.files.lora import read_lora, write_lora
 from collectionlora.teachers import TeacherBank
 
-SMALL = Settings.preset(steps=5, batch=3, fake_per_generator=2, fake_warmup=3, rank_student=3, rank_fake=3, ema=.8, p_switch=.6, seed=1)
+SMALL = Settings.preset(
+    steps=5, batch=3, fake_per_generator=2, fake_warmup=3, rank_student=3, rank_fake=3, ema=0.8, p_switch=0.6, seed=1
+)
 
 
 def picture(seed, size=(64, 64)):
@@ -48,31 +51,43 @@ def picture(seed, size=(64, 64)):
 
 def make_world(folder, sizes=((64, 64),)):
     "Two effects of three pairs, a general stream, and random teachers, as files; every other picture has the second of `sizes`."
-    base = load_base(tiny_base(folder/'base'))
+    base = load_base(tiny_base(folder / 'base'))
     size = lambda i: sizes[i % len(sizes)]
     triggers = aop.make_triggers(['one', 'two'], 0)
     for k, id in enumerate(triggers):
-        write_effect(folder/'effects'/id, id=id, category='animal', prompt=f'apply {id}', trigger=triggers[id], description=f'Turn it into {id}.',
-                     pairs=[(picture(10 * k + i, size(i)), picture(100 + 10 * k + i, size(i))) for i in range(3)])
+        write_effect(
+            folder / 'effects' / id,
+            id=id,
+            category='animal',
+            prompt=f'apply {id}',
+            trigger=triggers[id],
+            description=f'Turn it into {id}.',
+            pairs=[(picture(10 * k + i, size(i)), picture(100 + 10 * k + i, size(i))) for i in range(3)],
+        )
         base.backbone.add_role('drawn', 2, seed=k)
-        with torch.no_grad(): base.backbone.flat('drawn').normal_(0, .15, generator=torch.Generator().manual_seed(k))
-        (folder/'teachers').mkdir(exist_ok=True)
-        write_lora(folder/'teachers'/f'{id}.safetensors', base.backbone.lora('drawn'), {'collectionlora.base': {'hash': base.hash}})
+        with torch.no_grad():
+            base.backbone.flat('drawn').normal_(0, 0.15, generator=torch.Generator().manual_seed(k))
+        (folder / 'teachers').mkdir(exist_ok=True)
+        write_lora(
+            folder / 'teachers' / f'{id}.safetensors',
+            base.backbone.lora('drawn'),
+            {'collectionlora.base': {'hash': base.hash}},
+        )
         base.backbone.remove('drawn')
-    write_general(folder/'general', [(picture(200 + i, size(i)), f'change {i % 3}') for i in range(4)])
+    write_general(folder / 'general', [(picture(200 + i, size(i)), f'change {i % 3}') for i in range(4)])
     return base
 
 
 def open_world(folder, base=None):
-    base = base or load_base(folder/'base')
-    effects = load_effects(folder/'effects')
-    bank = TeacherBank(base.backbone, {e.id: folder/'teachers'/f'{e.id}.safetensors' for e in effects})
-    return base, bank, effects, load_general(folder/'general'), ConditionCache(base, folder/'cache')
+    base = base or load_base(folder / 'base')
+    effects = load_effects(folder / 'effects')
+    bank = TeacherBank(base.backbone, {e.id: folder / 'teachers' / f'{e.id}.safetensors' for e in effects})
+    return base, bank, effects, load_general(folder / 'general'), ConditionCache(base, folder / 'cache')
 
 
 def engine_of(world, s, backbone=None):
     base, bank, effects, general, cache = world
-    s = resolved(s, 1.)
+    s = resolved(s, 1.0)
     return Engine(backbone or base.backbone, bank, load_pools(cache, samples_of(effects, general)), s, schedule_of(s))
 
 
@@ -81,39 +96,56 @@ def gradients(engine, id, role='student'):
     return {name: engine.flat_gradient(loss, role) for name, loss, _ in engine.terms(engine.batch(id, 0), g)}
 
 
-def run(world, s, out, **kw): return list(distill(*world, s, out, **kw))
+def run(world, s, out, **kw):
+    return list(distill(*world, s, out, **kw))
 
 
 def fails(*args, **kw):
-    with pytest.raises(UserError) as e: run(*args, **kw)
+    with pytest.raises(UserError) as e:
+        run(*args, **kw)
     return str(e.value)
 
 
 # --- mathematics
 class ThreeCopies:
     "What the authors do: a whole network per role, loaded anew, with one adapter each. Stands in for a Backbone."
+
     def __init__(self, folder, backbone):
-        self.copies = {role: load_base(folder/'base').backbone for role in ('student', 'fake', 'teacher', 'base')}
+        self.copies = {role: load_base(folder / 'base').backbone for role in ('student', 'fake', 'teacher', 'base')}
         for role in ('student', 'fake', 'teacher'):
             self.copies[role].add_role(role, backbone.roles[role]['rank'])
-            with torch.no_grad(): self.copies[role].flat(role).copy_(backbone.flat(role))
+            with torch.no_grad():
+                self.copies[role].flat(role).copy_(backbone.flat(role))
+
     device, dtype = torch.device('cpu'), torch.float32
-    def merged(self, role): return self.copies[role].merged(role)
-    def velocity(self, role, *args): return self.copies[role].velocity(role, *args)
-    def guided(self, role, *args): return self.copies[role].guided(role, *args)
-    def parameters(self, role): return self.copies[role].parameters(role)
-    def flat(self, role): return self.copies[role].flat(role)
+
+    def merged(self, role):
+        return self.copies[role].merged(role)
+
+    def velocity(self, role, *args):
+        return self.copies[role].velocity(role, *args)
+
+    def guided(self, role, *args):
+        return self.copies[role].guided(role, *args)
+
+    def parameters(self, role):
+        return self.copies[role].parameters(role)
+
+    def flat(self, role):
+        return self.copies[role].flat(role)
 
 
 @pytest.mark.parametrize('checkpointing', [False, True])
 @pytest.mark.parametrize('id', [None, 'one'])
 def test_one_base_equals_three_copies(folder, world, roles, id, checkpointing):
     one = engine_of(world, SMALL)
-    one.batch(id, 0)                                   # puts the teacher into the slot before the copies are made
+    one.batch(id, 0)  # puts the teacher into the slot before the copies are made
     three = engine_of(world, SMALL, ThreeCopies(folder, roles))
     roles.checkpointing(checkpointing)
-    try: shared = gradients(one, id)
-    finally: roles.checkpointing(False)
+    try:
+        shared = gradients(one, id)
+    finally:
+        roles.checkpointing(False)
     apart = gradients(three, id)
     assert set(shared) == ({'bs'} if id is None else {'bs', 'ts', 'fm'}) == set(apart)
     for name in shared:
@@ -122,23 +154,25 @@ def test_one_base_equals_three_copies(folder, world, roles, id, checkpointing):
 
 def test_folded_forwards_change_nothing_but_rounding(world, roles):
     folded, plain = (gradients(engine_of(world, replace(SMALL, fold_adapters=f)), 'one') for f in (True, False))
-    for name in folded: assert torch.allclose(folded[name], plain[name], rtol=1e-3, atol=1e-3 * plain[name].abs().max().item())
+    for name in folded:
+        assert torch.allclose(folded[name], plain[name], rtol=1e-3, atol=1e-3 * plain[name].abs().max().item())
 
 
 def test_nothing_moves_when_student_fake_and_teacher_agree(world, roles):
     "All three are the teacher, asked with the same words and no guidance: matching has no gradient at all."
     base, bank, effects, general, cache = world
-    engine = engine_of(world, replace(SMALL, guidance=1., weight_fm=0.))
+    engine = engine_of(world, replace(SMALL, guidance=1.0, weight_fm=0.0))
     batch = engine.batch('one', 0)
     teacher = base.backbone.lora(bank.role)
-    for role in ('student', 'fake'): base.backbone.load(role, teacher)
+    for role in ('student', 'fake'):
+        base.backbone.load(role, teacher)
     same = replace(batch, student=batch.teacher)
     grads = {n: engine.flat_gradient(l, 'student') for n, l, _ in engine.terms(same, torch.Generator().manual_seed(0))}
     assert set(grads) == {'bs', 'ts'} and all(g.abs().max() == 0 for g in grads.values())
 
 
 def test_a_term_of_weight_zero_is_not_computed(world, roles):
-    engine = engine_of(world, replace(SMALL, weight_ts=0., weight_fm=0.))
+    engine = engine_of(world, replace(SMALL, weight_ts=0.0, weight_fm=0.0))
     assert set(gradients(engine, 'one')) == {'bs'}
     bs_only = engine.passes['gradient']
     assert bs_only == SMALL.batch
@@ -146,8 +180,12 @@ def test_a_term_of_weight_zero_is_not_computed(world, roles):
 
 def test_passes_are_what_is_computed(world, roles):
     "Expected work of a cycle against the mean of many, for the rollout's random exits."
-    for s in (SMALL, replace(SMALL, shared_rollout=True, fake_per_generator=3), replace(SMALL, fake_batch='same', guidance=1.)):
-        s = replace(s, batch=8, p_switch=1.)
+    for s in (
+        SMALL,
+        replace(SMALL, shared_rollout=True, fake_per_generator=3),
+        replace(SMALL, fake_batch='same', guidance=1.0),
+    ):
+        s = replace(s, batch=8, p_switch=1.0)
         engine = engine_of(world, s)
         for update in range(s.fake_warmup, s.fake_warmup + s.fake_per_generator):
             x0, cond = engine.fake_samples('one', update)
@@ -155,56 +193,64 @@ def test_passes_are_what_is_computed(world, roles):
         gradients(engine, 'one')
         expected = passes(s)
         assert engine.passes['gradient'] + s.batch * s.fake_per_generator == expected['gradient']
-        assert abs(engine.passes['forward'] / expected['forward'] - 1) < .25
+        assert abs(engine.passes['forward'] / expected['forward'] - 1) < 0.25
 
 
 def test_mixed_batches_do_not_tie_streams_to_exit_steps(world):
     "Exits are sorted, so rows must come in random order: the first row of a mixed batch is sometimes general, sometimes an effect's."
     pool = engine_of(world, SMALL).pools[0]
     import numpy as np
+
     firsts, counts = set(), {i: 0 for i in range(len(pool))}
     for k in range(60):
-        rows, ts = mixed_rows(pool, 6, .5, {'one': 1., 'two': 1.}, .5, np.random.default_rng(k))
-        assert len(rows) == 6 and all(r < 6 for r in rows[6 - ts:])       # targets exist only for effect rows
+        rows, ts = mixed_rows(pool, 6, 0.5, {'one': 1.0, 'two': 1.0}, 0.5, np.random.default_rng(k))
+        assert len(rows) == 6 and all(r < 6 for r in rows[6 - ts :])  # targets exist only for effect rows
         firsts.add(rows[0] < 6)
-        for r in rows: counts[r] += 1
+        for r in rows:
+            counts[r] += 1
     assert firsts == {True, False} and min(counts.values()) > 0
 
 
 def test_every_stream_gets_its_due_however_its_rows_are_spread_over_shapes():
     "Effects in one shape, a large general stream over two: drawn by row counts, effects would be 6 of 100."
     import numpy as np
-    pools = [Pool([0] * 46, None, None, None, {'a': tuple(range(4)), 'b': tuple(range(4, 6)), None: tuple(range(6, 46))}),
-             Pool([0] * 54, None, None, None, {'b': (0, 1), None: tuple(range(2, 54))})]
+
+    pools = [
+        Pool([0] * 46, None, None, None, {'a': tuple(range(4)), 'b': tuple(range(4, 6)), None: tuple(range(6, 46))}),
+        Pool([0] * 54, None, None, None, {'b': (0, 1), None: tuple(range(2, 54))}),
+    ]
     r, drawn = np.random.default_rng(0), {'a': 0, 'b': 0, None: 0}
     for _ in range(3000):
-        pool, p, weights = mixed_pool(pools, .6, r)
+        pool, p, weights = mixed_pool(pools, 0.6, r)
         owner = {row: id for id, rows in pool.rows.items() for row in rows}
-        for row in mixed_rows(pool, 4, p, weights, 0., r)[0]: drawn[owner[row]] += 1
+        for row in mixed_rows(pool, 4, p, weights, 0.0, r)[0]:
+            drawn[owner[row]] += 1
     share = {id: n / sum(drawn.values()) for id, n in drawn.items()}
-    assert abs(share[None] - .4) < .02 and abs(share['a'] - .3) < .02 and abs(share['b'] - .3) < .02
+    assert abs(share[None] - 0.4) < 0.02 and abs(share['a'] - 0.3) < 0.02 and abs(share['b'] - 0.3) < 0.02
 
 
 def test_the_fake_score_sees_no_targets_where_no_term_asks_it_there(world, roles):
     assert engine_of(world, SMALL).fake_targets == SMALL.fake_targets > 0
-    without = replace(SMALL, weight_ts=0.)
+    without = replace(SMALL, weight_ts=0.0)
     assert engine_of(world, without).fake_targets == 0 and len(engine_of(world, without).fake_rows(None, 3)[1]) == 0
-    assert passes(without)['forward'] > passes(replace(without, fake_targets=0.))['forward'] - 1e-9
+    assert passes(without)['forward'] > passes(replace(without, fake_targets=0.0))['forward'] - 1e-9
 
 
 def test_effects_are_dealt_in_balance_in_both_stages(world):
-    s = replace(SMALL, steps=40, anchor_first=23, p_switch=.5)
+    s = replace(SMALL, steps=40, anchor_first=23, p_switch=0.5)
     table = Training(None, engine_of(world, s), None, ['one', 'two'], None, None, None, None, 1, None, 0, 0).table()
     coarse, fine = table[:23], [id for id in table[23:] if id]
     assert None not in coarse and None in table[23:] and len(table) == 40
-    for part in (coarse, fine): assert abs(part.count('one') - part.count('two')) <= 1
+    for part in (coarse, fine):
+        assert abs(part.count('one') - part.count('two')) <= 1
 
 
 # --- starting weights
 def test_a_smaller_lora_starts_a_larger_student_without_dead_rank(world):
     b = world[0].backbone
     b.add_role('small', 2, seed=5)
-    with torch.no_grad(): b.flat('small').normal_(0, .1, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        b.flat('small').normal_(0, 0.1, generator=torch.Generator().manual_seed(5))
     lora = b.lora('small')
     b.add_role('student', 5, seed=6)
     try:
@@ -214,21 +260,24 @@ def test_a_smaller_lora_starts_a_larger_student_without_dead_rank(world):
         assert torch.allclose(wide.delta(name), lora.delta(name), atol=1e-6)
         A, B = wide.factors[name]
         assert A[2:].abs().max() > 0 and B[:, 2:].abs().max() == 0
-        with pytest.raises(UserError, match='rank'): start_from(b, 'small', wide)
+        with pytest.raises(UserError, match='rank'):
+            start_from(b, 'small', wide)
     finally:
-        for role in ('small', 'student'): b.remove(role)
+        for role in ('small', 'student'):
+            b.remove(role)
 
 
 def test_extension_keeps_the_parents_effects(world, tmp_path):
     base, bank, effects, general, cache = world
     short = replace(SMALL, steps=1, fake_warmup=0)
-    run((base, bank, effects[:1], general, cache), short, tmp_path/'a')
-    parent = tmp_path/'a'/'collection.safetensors'
-    run((base, bank, effects[1:], general, cache), replace(short, init=str(parent)), tmp_path/'b')
-    child = tmp_path/'b'/'collection.safetensors'
+    run((base, bank, effects[:1], general, cache), short, tmp_path / 'a')
+    parent = tmp_path / 'a' / 'collection.safetensors'
+    run((base, bank, effects[1:], general, cache), replace(short, init=str(parent)), tmp_path / 'b')
+    child = tmp_path / 'b' / 'collection.safetensors'
     assert [e['id'] for e in catalogue(child)] == ['one', 'two']
     header = read_header(child)
     from collectionlora.core import sha256_file
+
     assert sha256_file(parent) in [p['sha256'] for p in header['collectionlora.parents']]
     assert header['collectionlora.base']['hash'] == base.hash
     assert header['collectionlora.sampling']['times'] == schedule_of(resolved(SMALL, base.info['shift']))
@@ -237,19 +286,23 @@ def test_extension_keeps_the_parents_effects(world, tmp_path):
 def test_anchor_first_is_the_anchor_alone(world, tmp_path):
     "Coarse steps have no matching and no fake updates, every step an effect; they resume to the same bits."
     s = replace(SMALL, steps=4, anchor_first=2)
-    history = run(world, s, tmp_path/'whole')
+    history = run(world, s, tmp_path / 'whole')
     assert all('loss_fm' in h and 'loss_bs' not in h and 'loss_fake' not in h and h['effect'] for h in history[:2])
     assert 'loss_bs' in history[2] and len(history[2]['warmup']) == SMALL.fake_warmup
-    it = distill(*world, s, tmp_path/'halves', save_every=1); next(it); it.close()
-    run(world, s, tmp_path/'halves')
-    assert (tmp_path/'whole'/'collection.safetensors').read_bytes() == (tmp_path/'halves'/'collection.safetensors').read_bytes()
+    it = distill(*world, s, tmp_path / 'halves', save_every=1)
+    next(it)
+    it.close()
+    run(world, s, tmp_path / 'halves')
+    assert (tmp_path / 'whole' / 'collection.safetensors').read_bytes() == (
+        tmp_path / 'halves' / 'collection.safetensors'
+    ).read_bytes()
 
 
 def test_the_fake_score_takes_over_the_student_once(world, roles):
     s = replace(SMALL, fake_init='student', lr_fake=1e-30)
-    engine, guard = engine_of(world, s), Guard(0.)
+    engine, guard = engine_of(world, s), Guard(0.0)
     state = State.fresh(world[0].backbone, s)
-    state.student.data.normal_(0, .1, generator=torch.Generator().manual_seed(7))
+    state.student.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(7))
     learnt = state.student.detach().clone()
     fake_update(engine, state, 'one', guard)
     assert torch.allclose(state.fake, learnt, atol=1e-20)
@@ -259,85 +312,129 @@ def test_the_fake_score_takes_over_the_student_once(world, roles):
 
 
 def test_anchor_first_needs_an_anchor():
-    with pytest.raises(UserError, match='anchor_first needs effects'): replace(SMALL, anchor_first=2, weight_fm=0.)
-    with pytest.raises(UserError, match='matching never begins'): replace(SMALL, anchor_first=5)
+    with pytest.raises(UserError, match='anchor_first needs effects'):
+        replace(SMALL, anchor_first=2, weight_fm=0.0)
+    with pytest.raises(UserError, match='matching never begins'):
+        replace(SMALL, anchor_first=5)
 
 
 # --- presets: one quirk, one test
 AUTHORS = Settings.preset('authors')
 
 
-def test_quirk_schedule_is_cut_to_thousandths(): assert schedule_of(AUTHORS) == [1., .954, .9, .833, .75, .642, .5, .3]
+def test_quirk_schedule_is_cut_to_thousandths():
+    assert schedule_of(AUTHORS) == [1.0, 0.954, 0.9, 0.833, 0.75, 0.642, 0.5, 0.3]
 
 
-def test_paper_schedule_is_not(): assert schedule_of(Settings.preset('paper')) == few_step_times(8, 3.)
+def test_paper_schedule_is_not():
+    assert schedule_of(Settings.preset('paper')) == few_step_times(8, 3.0)
 
 
 def test_quirk_generator_bound_keeps_the_last_five():
-    assert c2fdo.generator_times(schedule_of(AUTHORS), AUTHORS.tau_max) == [.833, .75, .642, .5, .3]
-    assert c2fdo.generator_times(schedule_of(Settings.preset('paper')), .75) == pytest.approx([.642857, .5, .3], abs=1e-6)
+    assert c2fdo.generator_times(schedule_of(AUTHORS), AUTHORS.tau_max) == [0.833, 0.75, 0.642, 0.5, 0.3]
+    assert c2fdo.generator_times(schedule_of(Settings.preset('paper')), 0.75) == pytest.approx(
+        [0.642857, 0.5, 0.3], abs=1e-6
+    )
 
 
 def test_quirk_critic_bound_is_shifted():
     "Uniform in [500, 1000) and then shifted by 3 is the shifted law from 0.75 up."
     from collectionlora.dmd import draw_times
     from collectionlora.flow import shift_time
+
     g = torch.Generator().manual_seed(0)
-    ours = draw_times(4000, g, 3., AUTHORS.tau_min)
-    theirs = shift_time(.5 + .5 * torch.rand(4000, generator=g), 3.)
-    assert torch.quantile(ours, torch.tensor([.1, .5, .9])) .sub(torch.quantile(theirs, torch.tensor([.1, .5, .9]))).abs().max() < .01
+    ours = draw_times(4000, g, 3.0, AUTHORS.tau_min)
+    theirs = shift_time(0.5 + 0.5 * torch.rand(4000, generator=g), 3.0)
+    assert (
+        torch.quantile(ours, torch.tensor([0.1, 0.5, 0.9]))
+        .sub(torch.quantile(theirs, torch.tensor([0.1, 0.5, 0.9])))
+        .abs()
+        .max()
+        < 0.01
+    )
 
 
-def test_quirk_guidance_is_five(): assert AUTHORS.guidance == 5. and not AUTHORS.rescale
+def test_quirk_guidance_is_five():
+    assert AUTHORS.guidance == 5.0 and not AUTHORS.rescale
 
 
 def test_quirk_route_is_kept_for_twenty_passes_of_their_loop_which_are_four_generator_steps():
     from collectionlora.pdsr import timetable
+
     assert AUTHORS.route_every * AUTHORS.fake_per_generator == 20 and not AUTHORS.balanced
-    streams = [id is None for id in timetable(['a', 'b'], 200, 0, AUTHORS.p_switch, AUTHORS.route_every, AUTHORS.balanced)]
-    assert all(len(set(streams[k:k + 4])) == 1 for k in range(0, 200, 4)) and len(set(streams)) == 2
+    streams = [
+        id is None for id in timetable(['a', 'b'], 200, 0, AUTHORS.p_switch, AUTHORS.route_every, AUTHORS.balanced)
+    ]
+    assert all(len(set(streams[k : k + 4])) == 1 for k in range(0, 200, 4)) and len(set(streams)) == 2
 
 
 def test_quirk_adam_decays_and_rates_are_constant():
-    assert AUTHORS.weight_decay == .01 and {rate_at(AUTHORS, k, k) for k in (0, 7, 4999)} == {1.}
+    assert AUTHORS.weight_decay == 0.01 and {rate_at(AUTHORS, k, k) for k in (0, 7, 4999)} == {1.0}
 
 
-def test_quirk_fake_score_never_sees_targets_and_is_not_warmed(): assert AUTHORS.fake_targets == 0 == AUTHORS.fake_warmup and AUTHORS.fake_batch == 'same'
+def test_quirk_fake_score_never_sees_targets_and_is_not_warmed():
+    assert AUTHORS.fake_targets == 0 == AUTHORS.fake_warmup and AUTHORS.fake_batch == 'same'
 
 
 def test_quirk_anchor_is_shifted_twice(world, roles):
     engine = engine_of(world, replace(AUTHORS, batch=3))
-    t = engine.anchor_times(2000, torch.full((2000,), .75), torch.Generator().manual_seed(0))
-    assert t.min() >= .9 and t.median() > .95
-    plain = engine_of(world, replace(Settings.preset('paper'), batch=3)).anchor_times(2000, None, torch.Generator().manual_seed(0))
-    assert plain.min() < .1
+    t = engine.anchor_times(2000, torch.full((2000,), 0.75), torch.Generator().manual_seed(0))
+    assert t.min() >= 0.9 and t.median() > 0.95
+    plain = engine_of(world, replace(Settings.preset('paper'), batch=3)).anchor_times(
+        2000, None, torch.Generator().manual_seed(0)
+    )
+    assert plain.min() < 0.1
 
 
 def test_quirk_weights_and_optimiser_in_bf16(world, tmp_path):
-    s = replace(AUTHORS, steps=2, batch=2, rank_student=2, rank_fake=2, fake_per_generator=2, normaliser_eps=1e-6, p_switch=0.)
+    s = replace(
+        AUTHORS, steps=2, batch=2, rank_student=2, rank_fake=2, fake_per_generator=2, normaliser_eps=1e-6, p_switch=0.0
+    )
     base, _, _, general, cache = world
     run((base, None, [], general, cache), s, tmp_path)
-    for A, B in read_lora(tmp_path/'collection.safetensors').factors.values():
+    for A, B in read_lora(tmp_path / 'collection.safetensors').factors.values():
         assert torch.equal(A, A.bfloat16().float()) and torch.equal(B, B.bfloat16().float())
 
 
-def test_quirk_normaliser_has_no_eps(): assert AUTHORS.normaliser_eps == 0
+def test_quirk_normaliser_has_no_eps():
+    assert AUTHORS.normaliser_eps == 0
 
 
 def test_presets_and_fields_have_help():
-    for name in PRESETS: assert Settings.from_dict({'preset': name}) == Settings.preset(name)
+    for name in PRESETS:
+        assert Settings.from_dict({'preset': name}) == Settings.preset(name)
     assert all(f.metadata.get('help') for f in fields(Settings))
     assert Settings.from_dict({k: v for k, v in asdict(SMALL).items()}) == SMALL
 
 
-@pytest.mark.parametrize('given, words', [
-    (dict(step=3), "did you mean 'steps'"), (dict(preset='autors'), "did you mean 'authors'"), (dict(tau_max=750), 'not 750'), (dict(batch=0), 'batch'),
-    (dict(batch=2.5), 'batch'), (dict(lr_fake=0), 'lr_fake'), (dict(lr_fake='fast'), 'lr_fake'), (dict(betas=[.9]), 'betas'), (dict(ema=1.), 'ema'),
-    (dict(p_switch=.5, weight_bs=0), 'weight_bs'), (dict(few_shift=3., tau_max=.2), 'tau_max'), (dict(critic_min=.5, critic_max=.4), 'critic_min'),
-    (dict(fake_batch='both'), 'fake_batch'), (dict(fake_init='zero'), 'fake_init'), (dict(fake_init='student', rank_fake=4), 'rank_fake 4 equal'), (dict(anchor_after_critic=True, anchor_min=.2), 'anchor'),
-    (dict(lr_student=float('nan')), 'lr_student'), (dict(balanced=1), 'balanced'), (dict(tau_min=1.), 'tau_min'), (dict(seed=-1), 'seed')])
+@pytest.mark.parametrize(
+    'given, words',
+    [
+        (dict(step=3), "did you mean 'steps'"),
+        (dict(preset='autors'), "did you mean 'authors'"),
+        (dict(tau_max=750), 'not 750'),
+        (dict(batch=0), 'batch'),
+        (dict(batch=2.5), 'batch'),
+        (dict(lr_fake=0), 'lr_fake'),
+        (dict(lr_fake='fast'), 'lr_fake'),
+        (dict(betas=[0.9]), 'betas'),
+        (dict(ema=1.0), 'ema'),
+        (dict(p_switch=0.5, weight_bs=0), 'weight_bs'),
+        (dict(few_shift=3.0, tau_max=0.2), 'tau_max'),
+        (dict(critic_min=0.5, critic_max=0.4), 'critic_min'),
+        (dict(fake_batch='both'), 'fake_batch'),
+        (dict(fake_init='zero'), 'fake_init'),
+        (dict(fake_init='student', rank_fake=4), 'rank_fake 4 equal'),
+        (dict(anchor_after_critic=True, anchor_min=0.2), 'anchor'),
+        (dict(lr_student=float('nan')), 'lr_student'),
+        (dict(balanced=1), 'balanced'),
+        (dict(tau_min=1.0), 'tau_min'),
+        (dict(seed=-1), 'seed'),
+    ],
+)
 def test_settings_refuse(given, words):
-    with pytest.raises(UserError, match=words): Settings.from_dict(given)
+    with pytest.raises(UserError, match=words):
+        Settings.from_dict(given)
 
 
 # --- resume
@@ -346,7 +443,7 @@ def straight(world, tmp_path_factory):
     "The uninterrupted run: history and bytes."
     out = tmp_path_factory.mktemp('straight')
     history = run(world, SMALL, out)
-    return history, (out/'collection.safetensors').read_bytes()
+    return history, (out / 'collection.safetensors').read_bytes()
 
 
 def same_history(a, b):
@@ -358,17 +455,21 @@ def same_history(a, b):
 def test_run_k_and_resume_is_run(world, straight, tmp_path, stop):
     first = distill(*world, SMALL, tmp_path, save_every=2)
     for info in first:
-        if info['step'] == stop: break
+        if info['step'] == stop:
+            break
     first.close()
-    assert not (tmp_path/'collection.safetensors').exists()
+    assert not (tmp_path / 'collection.safetensors').exists()
     history = run(world, SMALL, tmp_path, save_every=2)
-    assert same_history(history, straight[0]) and (tmp_path/'collection.safetensors').read_bytes() == straight[1]
+    assert same_history(history, straight[0]) and (tmp_path / 'collection.safetensors').read_bytes() == straight[1]
 
 
 def test_twice_finished_is_the_same_file(world, straight, tmp_path):
     run(world, SMALL, tmp_path)
-    (tmp_path/'collection.safetensors').unlink()
-    assert len(run(world, SMALL, tmp_path)) == SMALL.steps and (tmp_path/'collection.safetensors').read_bytes() == straight[1]
+    (tmp_path / 'collection.safetensors').unlink()
+    assert (
+        len(run(world, SMALL, tmp_path)) == SMALL.steps
+        and (tmp_path / 'collection.safetensors').read_bytes() == straight[1]
+    )
 
 
 def test_fewer_steps_first_then_more(world, straight, tmp_path):
@@ -376,57 +477,78 @@ def test_fewer_steps_first_then_more(world, straight, tmp_path):
     history = run(world, SMALL, tmp_path)
     assert same_history(history, straight[0])
     from collectionlora.files.dialects import lora_hash
-    (tmp_path/'x.safetensors').write_bytes(straight[1])
-    assert lora_hash(read_lora(tmp_path/'x.safetensors')) == lora_hash(read_lora(tmp_path/'collection.safetensors'))
+
+    (tmp_path / 'x.safetensors').write_bytes(straight[1])
+    assert lora_hash(read_lora(tmp_path / 'x.safetensors')) == lora_hash(read_lora(tmp_path / 'collection.safetensors'))
     assert 'beyond steps' in fails(world, replace(SMALL, steps=3), tmp_path)
 
 
-@pytest.mark.parametrize('variant', [dict(shared_rollout=True), dict(fake_batch='same', lr_cosine=True), dict(low_precision=True, balanced=False)])
+@pytest.mark.parametrize(
+    'variant',
+    [dict(shared_rollout=True), dict(fake_batch='same', lr_cosine=True), dict(low_precision=True, balanced=False)],
+)
 def test_resume_within_a_cycle(world, tmp_path, variant, monkeypatch):
     "Ctrl-C during a fake update in the middle of a cycle: it is finished, saved, and continued to the same bits."
     s = replace(SMALL, **variant)
-    whole = run(world, s, tmp_path/'whole')
+    whole = run(world, s, tmp_path / 'whole')
     calls, true = [], fake_loss
 
     def interrupted(*args):
         calls.append(1)
-        if len(calls) == 6: os.kill(os.getpid(), signal.SIGINT)       # warm-up 3, cycle of 2, then the first of the next cycle
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGINT)  # warm-up 3, cycle of 2, then the first of the next cycle
         return true(*args)
+
     monkeypatch.setattr(loop, 'fake_loss', interrupted)
-    with pytest.raises(KeyboardInterrupt): run(world, s, tmp_path/'cut')
+    with pytest.raises(KeyboardInterrupt):
+        run(world, s, tmp_path / 'cut')
     monkeypatch.setattr(loop, 'fake_loss', true)
-    assert [p.name for p in (tmp_path/'cut'/'checkpoints').glob('*.pt')] == ['0000001-00000006.pt']
-    assert same_history(run(world, s, tmp_path/'cut'), whole)
-    assert (tmp_path/'cut'/'collection.safetensors').read_bytes() == (tmp_path/'whole'/'collection.safetensors').read_bytes()
+    assert [p.name for p in (tmp_path / 'cut' / 'checkpoints').glob('*.pt')] == ['0000001-00000006.pt']
+    assert same_history(run(world, s, tmp_path / 'cut'), whole)
+    assert (tmp_path / 'cut' / 'collection.safetensors').read_bytes() == (
+        tmp_path / 'whole' / 'collection.safetensors'
+    ).read_bytes()
 
 
 def test_a_second_interrupt_does_not_save_half_an_update(world, tmp_path, monkeypatch):
     def twice(*args):
-        for _ in range(2): os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(.2)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
         return None
+
     monkeypatch.setattr(loop, 'fake_loss', twice)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell starts background jobs with Ctrl-C ignored
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell starts background jobs with Ctrl-C ignored
     try:
-        with pytest.raises(KeyboardInterrupt): run(world, SMALL, tmp_path)
-        assert not list((tmp_path/'checkpoints').glob('*.pt')) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally: signal.signal(signal.SIGINT, before)
+        with pytest.raises(KeyboardInterrupt):
+            run(world, SMALL, tmp_path)
+        assert (
+            not list((tmp_path / 'checkpoints').glob('*.pt'))
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_checkpoints_keep_the_last_k(world, tmp_path):
     run(world, SMALL, tmp_path, save_every=1, keep=2)
-    assert [p.name[:7] for p in sorted((tmp_path/'checkpoints').glob('*'))] == ['0000004', '0000005']
+    assert [p.name[:7] for p in sorted((tmp_path / 'checkpoints').glob('*'))] == ['0000004', '0000005']
 
 
 def test_the_loop_opens_no_picture(world, straight, folder, tmp_path):
     "All pictures, prompts and the cache vanish after the first step; training does not notice."
-    gone = [folder/'effects', folder/'general', folder/'cache']
+    gone = [folder / 'effects', folder / 'general', folder / 'cache']
     training = distill(*world, SMALL, tmp_path)
     history = [next(training)]
-    for path in gone: path.rename(path.with_suffix('.gone'))
-    try: history += list(training)
+    for path in gone:
+        path.rename(path.with_suffix('.gone'))
+    try:
+        history += list(training)
     finally:
-        for path in gone: path.with_suffix('.gone').rename(path)
+        for path in gone:
+            path.with_suffix('.gone').rename(path)
     assert same_history(history, straight[0])
 
 
@@ -434,16 +556,18 @@ def test_pictures_of_two_shapes(tmp_path):
     base = make_world(tmp_path, sizes=((64, 64), (128, 32)))
     args = open_world(tmp_path, base)
     assert len(load_pools(args[4], samples_of(*args[2:4]))) == 2
-    history = run(args, replace(SMALL, steps=3, fake_warmup=0), tmp_path/'out', val_every=2)
-    assert len(history) == 3 and (tmp_path/'out'/'validation'/'0000002.png').is_file()
+    history = run(args, replace(SMALL, steps=3, fake_warmup=0), tmp_path / 'out', val_every=2)
+    assert len(history) == 3 and (tmp_path / 'out' / 'validation' / '0000002.png').is_file()
 
 
 # --- refusals and faults
 def test_a_changed_run_is_refused_by_name(world, straight, folder, tmp_path):
     base, bank, effects, general, cache = world
     run(world, replace(SMALL, steps=1), tmp_path)
-    assert 'tau_min' in fails(world, replace(SMALL, tau_min=.3), tmp_path)
-    assert 'two' in fails((base, bank, [effects[0], replace(effects[1], prompt='other')], general, cache), SMALL, tmp_path)
+    assert 'tau_min' in fails(world, replace(SMALL, tau_min=0.3), tmp_path)
+    assert 'two' in fails(
+        (base, bank, [effects[0], replace(effects[1], prompt='other')], general, cache), SMALL, tmp_path
+    )
     assert 'general stream' in fails((base, bank, effects, general[:-1], cache), SMALL, tmp_path)
     changed = copy.copy(bank)
     changed.shas = {**bank.shas, 'two': '0' * 64}
@@ -454,11 +578,13 @@ def test_inputs_that_do_not_fit(world, tmp_path):
     base, bank, effects, general, cache = world
     assert 'no effects' in fails((base, bank, [], general, cache), SMALL, tmp_path)
     assert 'general data' in fails((base, bank, effects, [], cache), SMALL, tmp_path)
-    assert 'p_switch is 0' in fails(world, replace(SMALL, p_switch=0.), tmp_path)
-    assert "'three' has no teacher" in fails((base, bank, [replace(effects[0], id='three')], general, cache), SMALL, tmp_path)
+    assert 'p_switch is 0' in fails(world, replace(SMALL, p_switch=0.0), tmp_path)
+    assert "'three' has no teacher" in fails(
+        (base, bank, [replace(effects[0], id='three')], general, cache), SMALL, tmp_path
+    )
     assert 'no such file' in fails(world, replace(SMALL, init='nowhere.safetensors'), tmp_path)
     assert 'trigger' in fails((base, bank, [replace(effects[0], trigger=None)], general, cache), SMALL, tmp_path)
-    assert not (tmp_path/'checkpoints').exists() and set(base.backbone.roles) == {bank.role}
+    assert not (tmp_path / 'checkpoints').exists() and set(base.backbone.roles) == {bank.role}
 
 
 def test_two_runs_on_one_folder(world, tmp_path):
@@ -470,26 +596,30 @@ def test_two_runs_on_one_folder(world, tmp_path):
 
 def test_a_damaged_checkpoint_is_passed_over(world, straight, tmp_path, capsys):
     run(world, replace(SMALL, steps=3), tmp_path, save_every=1)
-    last = sorted((tmp_path/'checkpoints').glob('*.pt'))[-1]
+    last = sorted((tmp_path / 'checkpoints').glob('*.pt'))[-1]
     last.write_bytes(last.read_bytes()[:1000])
     assert same_history(run(world, SMALL, tmp_path), straight[0]) and 'damaged' in capsys.readouterr().err
 
 
 def test_one_flipped_bit_in_a_checkpoint_is_noticed_and_so_is_the_loss_of_all(world, straight, tmp_path, capsys):
     run(world, replace(SMALL, steps=3), tmp_path, save_every=1)
-    for path in (tmp_path/'checkpoints').glob('*.pt'):
+    for path in (tmp_path / 'checkpoints').glob('*.pt'):
         raw, weights = bytearray(path.read_bytes()), load_checkpoint(path)['fake'].numpy().tobytes()
         raw[raw.index(weights) + len(weights) // 2] ^= 1
         path.write_bytes(raw)
-        torch.load(path, weights_only=True)                               # torch itself does not mind
-        with pytest.raises(Exception, match='checksum|CRC'): load_checkpoint(path)
+        torch.load(path, weights_only=True)  # torch itself does not mind
+        with pytest.raises(Exception, match='checksum|CRC'):
+            load_checkpoint(path)
     assert same_history(run(world, SMALL, tmp_path), straight[0])
     assert 'starts again from step 0' in capsys.readouterr().err
 
 
 def test_full_disk(world, straight, tmp_path, monkeypatch):
     run(world, replace(SMALL, steps=2), tmp_path, save_every=1)
-    def full(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
     monkeypatch.setattr(torch, 'save', full)
     assert 'make room' in fails(world, SMALL, tmp_path, save_every=1)
     monkeypatch.undo()
@@ -499,17 +629,22 @@ def test_full_disk(world, straight, tmp_path, monkeypatch):
 def test_divergence_stops_with_step_and_term(world, tmp_path):
     wild = replace(SMALL, steps=50, lr_student=1e18, lr_fake=1e18, clip=1e18, lr_warmup=0)
     assert fails(world, wild, tmp_path).startswith('step ')
-    guard = Guard(10.)
-    for k in range(30): guard.check(k, 'loss', 'fm', 1. + k % 2)
-    with pytest.raises(UserError, match='step 32: the loss of trajectory anchoring .fm. is 50'): guard.check(31, 'loss', 'fm', 50.)
-    with pytest.raises(UserError, match='target simulation'): guard.check(31, 'norm', 'ts', float('nan'))
-    Guard(0.).check(1, 'loss', 'fm', 1e30)
+    guard = Guard(10.0)
+    for k in range(30):
+        guard.check(k, 'loss', 'fm', 1.0 + k % 2)
+    with pytest.raises(UserError, match='step 32: the loss of trajectory anchoring .fm. is 50'):
+        guard.check(31, 'loss', 'fm', 50.0)
+    with pytest.raises(UserError, match='target simulation'):
+        guard.check(31, 'norm', 'ts', float('nan'))
+    Guard(0.0).check(1, 'loss', 'fm', 1e30)
 
 
 def test_the_plan_is_measured_and_the_curves_are_drawn(world, straight):
     base, _, effects, general, cache = world
-    made = measured_plan(base, effects, general, cache, resolved(SMALL, 1.))
-    assert made['seconds'] > 0 and made['fake-score updates'] == SMALL.fake_warmup + SMALL.steps * SMALL.fake_per_generator
+    made = measured_plan(base, effects, general, cache, resolved(SMALL, 1.0))
+    assert (
+        made['seconds'] > 0 and made['fake-score updates'] == SMALL.fake_warmup + SMALL.steps * SMALL.fake_per_generator
+    )
     assert len(show_history(straight[0], smooth=2).axes) == 6
 
 
@@ -519,7 +654,7 @@ def test_roles_are_gone_afterwards(world, tmp_path):
 
 
 # --- the real thing: kill -9
-SCRIPT = '''
+SCRIPT = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 from pathlib import Path
@@ -527,27 +662,31 @@ from test_distill import SMALL, open_world
 from dataclasses import replace
 from collectionlora.distill import distill
 for info in distill(*open_world(Path({folder!r})), replace(SMALL, steps=12), {out!r}, save_every=1): print(info['step'], flush=True)
-'''
+"""
 
 
 def launch(folder, out):
-    code = textwrap.dedent(SCRIPT).format(tests=os.path.dirname(os.path.abspath(__file__)), folder=str(folder), out=str(out))
+    code = textwrap.dedent(SCRIPT).format(
+        tests=os.path.dirname(os.path.abspath(__file__)), folder=str(folder), out=str(out)
+    )
     return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
 @pytest.mark.slow
 def test_kill_nine_at_random_moments(folder, world, tmp_path):
-    assert launch(folder, tmp_path/'whole').wait() == 0
+    assert launch(folder, tmp_path / 'whole').wait() == 0
     moments, killed, r = 6, 0, random.Random(seed_of('kill'))
     for _ in range(moments):
-        p = launch(folder, tmp_path/'killed')
-        for line in p.stdout:                     # after some step, somewhere inside the next one
-            if r.random() < .35:
-                time.sleep(r.random() * .3)
+        p = launch(folder, tmp_path / 'killed')
+        for line in p.stdout:  # after some step, somewhere inside the next one
+            if r.random() < 0.35:
+                time.sleep(r.random() * 0.3)
                 break
         if p.poll() is None:
             p.send_signal(signal.SIGKILL)
             killed += 1
         p.wait()
-    assert launch(folder, tmp_path/'killed').wait() == 0 and killed >= 3
-    assert (tmp_path/'killed'/'collection.safetensors').read_bytes() == (tmp_path/'whole'/'collection.safetensors').read_bytes()
+    assert launch(folder, tmp_path / 'killed').wait() == 0 and killed >= 3
+    assert (tmp_path / 'killed' / 'collection.safetensors').read_bytes() == (
+        tmp_path / 'whole' / 'collection.safetensors'
+    ).read_bytes()

@@ -1,4 +1,5 @@
 "Using a collection: strict loading, fixed seeds, mixed batches, composition, strength, and equality with the stock pipeline."
+
 import base64
 import io
 
@@ -20,9 +21,11 @@ from collectionlora.files.lora import read_lora, write_lora
 from collectionlora.files.header import file_sha256
 from collectionlora.judge.gate import Item
 
-SAMPLING = dict(steps=8, shift=3., times=few_step_times(8, 3.), stochastic=True, cfg=1.)
-EFFECTS = [dict(id='oil', category='animal', trigger='zorvik', description='an oil painting with short strokes', strength=1.),
-           dict(id='snow', category='animal', trigger='quompa', description='deep snow', strength=1.)]
+SAMPLING = dict(steps=8, shift=3.0, times=few_step_times(8, 3.0), stochastic=True, cfg=1.0)
+EFFECTS = [
+    dict(id='oil', category='animal', trigger='zorvik', description='an oil painting with short strokes', strength=1.0),
+    dict(id='snow', category='animal', trigger='quompa', description='deep snow', strength=1.0),
+]
 
 
 def picture(k, size=(64, 64)):
@@ -32,8 +35,16 @@ def picture(k, size=(64, 64)):
 def collection_file(path, base, **header):
     "A file of random LoRA weights, strong enough to matter."
     g = torch.Generator().manual_seed(0)
-    factors = {n: (torch.randn(4, i, generator=g) / 4, .1 * torch.randn(o, 4, generator=g)) for n, (i, o) in base.backbone.modules().items()}
-    full = {'collectionlora.base': dict(hash=base.hash), 'collectionlora.effects': EFFECTS, 'collectionlora.sampling': SAMPLING, **header}
+    factors = {
+        n: (torch.randn(4, i, generator=g) / 4, 0.1 * torch.randn(o, 4, generator=g))
+        for n, (i, o) in base.backbone.modules().items()
+    }
+    full = {
+        'collectionlora.base': dict(hash=base.hash),
+        'collectionlora.effects': EFFECTS,
+        'collectionlora.sampling': SAMPLING,
+        **header,
+    }
     write_lora(path, Lora(factors, {}), {k: v for k, v in full.items() if v is not None})
     return path
 
@@ -57,7 +68,12 @@ def collection(base, file):
 
 
 def latents(base, c, images, effects, seeds, batch=16):
-    return torch.stack([o.latents for o in edit.generate(base, c.role, images, [c.prompt(e) for e in effects], seeds, c.recipe, batch=batch)])
+    return torch.stack(
+        [
+            o.latents
+            for o in edit.generate(base, c.role, images, [c.prompt(e) for e in effects], seeds, c.recipe, batch=batch)
+        ]
+    )
 
 
 def test_effects_lists_the_catalogue(collection):
@@ -74,12 +90,14 @@ def test_prompts_and_composition(collection):
 
 def test_one_forward_for_many_effects_and_pictures(base, collection, monkeypatch):
     calls, real = [], base.backbone.transformer.forward
-    monkeypatch.setattr(base.backbone.transformer, 'forward', lambda *a, **k: calls.append(len(k['hidden_states'])) or real(*a, **k))
+    monkeypatch.setattr(
+        base.backbone.transformer, 'forward', lambda *a, **k: calls.append(len(k['hidden_states'])) or real(*a, **k)
+    )
     images = [picture(k) for k in range(4)]
     mixed = latents(base, collection, images, ['oil', 'snow', 'oil+snow', 'snow'], [1, 2, 3, 4])
-    assert calls == [4] * 8                                   # eight steps, all four pictures in each
+    assert calls == [4] * 8  # eight steps, all four pictures in each
     for i, effect in enumerate(['oil', 'snow', 'oil+snow', 'snow']):
-        alone = latents(base, collection, images[i:i + 1], [effect], [i + 1])
+        alone = latents(base, collection, images[i : i + 1], [effect], [i + 1])
         assert (alone[0] - mixed[i]).abs().max() < 1e-4
     small = latents(base, collection, images, ['oil', 'snow', 'oil+snow', 'snow'], [1, 2, 3, 4], batch=3)
     assert (small - mixed).abs().max() < 1e-4
@@ -92,8 +110,12 @@ def test_fixed_seed_fixed_picture(collection):
 
 def test_single_and_list_arguments(collection):
     assert isinstance(collection.edit(picture(0), 'oil'), Image.Image)
-    assert len(collection.edit(picture(0), ['oil', 'snow'])) == 2 and len(collection.edit(picture(0), 'oil', seed=[1, 2, 3])) == 3
-    with pytest.raises(UserError, match='2 effects for 3 pictures'): collection.edit([picture(k) for k in range(3)], ['oil', 'snow'])
+    assert (
+        len(collection.edit(picture(0), ['oil', 'snow'])) == 2
+        and len(collection.edit(picture(0), 'oil', seed=[1, 2, 3])) == 3
+    )
+    with pytest.raises(UserError, match='2 effects for 3 pictures'):
+        collection.edit([picture(k) for k in range(3)], ['oil', 'snow'])
 
 
 def test_pictures_of_different_shapes_keep_their_ratio(base, tmp_path_factory):
@@ -106,39 +128,58 @@ def test_pictures_of_different_shapes_keep_their_ratio(base, tmp_path_factory):
 def test_grey_and_paths_are_read_and_bad_modes_refused(collection, tmp_path):
     picture(0).save(tmp_path / 'a.png')
     assert np.array_equal(collection.edit(tmp_path / 'a.png', 'oil'), collection.edit(picture(0), 'oil'))
-    with pytest.raises(UserError, match='no such file'): collection.edit(tmp_path / 'b.png', 'oil')
-    with pytest.raises(UserError, match='transparent'): collection.edit(Image.new('RGBA', (64, 64), (0, 0, 0, 9)), 'oil')
+    with pytest.raises(UserError, match='no such file'):
+        collection.edit(tmp_path / 'b.png', 'oil')
+    with pytest.raises(UserError, match='transparent'):
+        collection.edit(Image.new('RGBA', (64, 64), (0, 0, 0, 9)), 'oil')
 
 
-@pytest.mark.parametrize('bad, hint', [('oi', "did you mean 'oil'"), ('snow+oik', "did you mean 'oil'"), ('zzz', 'known: oil, snow')])
+@pytest.mark.parametrize(
+    'bad, hint', [('oi', "did you mean 'oil'"), ('snow+oik', "did you mean 'oil'"), ('zzz', 'known: oil, snow')]
+)
 def test_unknown_effect(collection, bad, hint):
-    with pytest.raises(UserError, match='no effect') as e: collection.edit(picture(0), bad)
+    with pytest.raises(UserError, match='no effect') as e:
+        collection.edit(picture(0), bad)
     assert hint in str(e.value) and 'collection.safetensors' in str(e.value)
 
 
 def test_strength(base, collection):
     image, calls = picture(0), []
-    def at(s, neutral=' '): return edit.generate(base, collection.role, [image], [collection.prompt('oil')], [3], collection.recipe, [s], neutral)[0].latents
+
+    def at(s, neutral=' '):
+        return edit.generate(
+            base, collection.role, [image], [collection.prompt('oil')], [3], collection.recipe, [s], neutral
+        )[0].latents
+
     without = edit.generate(base, collection.role, [image], [' '], [3], collection.recipe)[0].latents
     plain = latents(base, collection, [image], ['oil'], [3])[0]
-    assert (at(0.) - without).abs().max() < 1e-4 and torch.equal(at(1.), plain)
+    assert (at(0.0) - without).abs().max() < 1e-4 and torch.equal(at(1.0), plain)
     assert (plain - without).abs().max() > 1e-3
-    mixed = edit.generate(base, collection.role, [image] * 2, [collection.prompt('oil')] * 2, [3, 3], collection.recipe, [0., 1.])
+    mixed = edit.generate(
+        base, collection.role, [image] * 2, [collection.prompt('oil')] * 2, [3, 3], collection.recipe, [0.0, 1.0]
+    )
     assert (mixed[0].latents - without).abs().max() < 1e-4 and (mixed[1].latents - plain).abs().max() < 1e-4
 
 
 def test_blends_ask_their_roles_in_turn_or_all(base, collection, monkeypatch):
-    image, recipe, asked, real = picture(3), edit.Recipe(4, 1.), [], base.backbone.velocity
-    def at(role): return edit.generate(base, role, [image], ['a cat'], [5], recipe)[0].latents
+    image, recipe, asked, real = picture(3), edit.Recipe(4, 1.0), [], base.backbone.velocity
+
+    def at(role):
+        return edit.generate(base, role, [image], ['a cat'], [5], recipe)[0].latents
+
     alone = {role: at(role) for role in ('base', collection.role)}
     monkeypatch.setattr(base.backbone, 'velocity', lambda role, *a: asked.append(role) or real(role, *a))
     both = ('base', collection.role)
     made = {rule: at(edit.Blend(both, rule)) for rule in ('switch', 'composite')}
     assert asked == [*both] * 2 + [*both] * 4
-    assert all((m - a).abs().max() > 1e-3 for m in made.values() for a in alone.values()) and (made['switch'] - made['composite']).abs().max() > 1e-3
+    assert (
+        all((m - a).abs().max() > 1e-3 for m in made.values() for a in alone.values())
+        and (made['switch'] - made['composite']).abs().max() > 1e-3
+    )
     assert (at(edit.Blend((collection.role,) * 3, 'composite')) - alone[collection.role]).abs().max() < 1e-4
     for bad in (lambda: edit.Blend(both, 'mean'), lambda: edit.Blend((), 'switch')):
-        with pytest.raises(UserError, match='composite'): bad()
+        with pytest.raises(UserError, match='composite'):
+            bad()
     assert Method('m', lambda e: edit.Blend(both, 'composite'), str, edit.Recipe.ode(3), passes=2).nfe == 12
 
 
@@ -146,20 +187,33 @@ def test_a_finished_file_shows_and_explains_itself(base, tmp_path):
     file = collection_file(tmp_path / 'c.safetensors', base)
     before = read_lora(file)
     beside = edit.present(base, file, {'oil': picture(1, (80, 64)), 'snow': picture(2)}, side=32, seed=4)
-    assert {p.name for p in beside} == {'c.README.md', 'c.html', 'c.comfyui.json'} == {p.name for p in tmp_path.iterdir()} - {'c.safetensors'}
+    assert (
+        {p.name for p in beside}
+        == {'c.README.md', 'c.html', 'c.comfyui.json'}
+        == {p.name for p in tmp_path.iterdir()} - {'c.safetensors'}
+    )
     entries, sha = {e['id']: e for e in catalogue(file)}, file_sha256(file)
-    assert lora_hash(read_lora(file)) == lora_hash(before) and sha in beside[0].read_text() and 'presented' not in base.backbone.roles
+    assert (
+        lora_hash(read_lora(file)) == lora_hash(before)
+        and sha in beside[0].read_text()
+        and 'presented' not in base.backbone.roles
+    )
     for id, image in (('oil', picture(1, (80, 64))), ('snow', picture(2))):
         shot = Image.open(io.BytesIO(base64.b64decode(entries[id]['thumbnail'].split(',')[1])))
         c = edit.Collection(base, file)
         want = c.edit(image, id, seed=entries[id]['example_seed'])
         c.close()
         want.thumbnail((32, 32), Image.LANCZOS)
-        assert shot.size == want.size and np.abs(np.asarray(shot, int) - np.asarray(want.convert('RGB'), int)).mean() < 20 and entries[id]['example_seed'] == 4
+        assert (
+            shot.size == want.size
+            and np.abs(np.asarray(shot, int) - np.asarray(want.convert('RGB'), int)).mean() < 20
+            and entries[id]['example_seed'] == 4
+        )
         assert entries[id]['thumbnail'] in (tmp_path / 'c.html').read_text()
     edit.present(base, file, {'oil': picture(1, (80, 64)), 'snow': picture(2)}, side=32, seed=4)
     assert file_sha256(file) == sha
-    with pytest.raises(UserError, match="did you mean 'oil'"): edit.present(base, file, {'oi': picture(1)})
+    with pytest.raises(UserError, match="did you mean 'oil'"):
+        edit.present(base, file, {'oi': picture(1)})
     assert 'presented' not in base.backbone.roles
 
 
@@ -168,52 +222,79 @@ def test_same_picture_through_the_stock_pipeline(base, file, collection):
     image, prompt = picture(7), collection.prompt('snow')
     h, w = base.size(image)
     with torch.random.fork_rng(devices=[]):
-        theirs = pipe(image=[image], prompt=prompt, height=h, width=w, num_inference_steps=8, true_cfg_scale=1., output_type='np', **fixed_noise(base, image, 11)).images[0]
+        theirs = pipe(
+            image=[image],
+            prompt=prompt,
+            height=h,
+            width=w,
+            num_inference_steps=8,
+            true_cfg_scale=1.0,
+            output_type='np',
+            **fixed_noise(base, image, 11),
+        ).images[0]
     made = latents(base, collection, [image], ['snow'], [11])
     ours = base.decode(made, base.grid(image), 'np')[0]
     assert np.abs(theirs - ours).max() < 1e-5
     bare = edit.generate(base, 'base', [image], [prompt], [11], collection.recipe)[0].latents
-    assert (bare - made[0]).abs().max() > 1e-3                 # the LoRA was there
+    assert (bare - made[0]).abs().max() > 1e-3  # the LoRA was there
 
 
 def test_irregular_times_need_sigmas(base, tmp_path):
-    file = collection_file(tmp_path / 'c.safetensors', base, **{'collectionlora.sampling': dict(steps=3, times=[1., .8, .1], stochastic=True, cfg=1.)})
+    file = collection_file(
+        tmp_path / 'c.safetensors',
+        base,
+        **{'collectionlora.sampling': dict(steps=3, times=[1.0, 0.8, 0.1], stochastic=True, cfg=1.0)},
+    )
     c = edit.Collection(base, file, role='irregular')
-    assert c.recipe.times == (1., .8, .1) and c.edit(picture(0), 'oil').size == (64, 64)
-    with pytest.raises(UserError, match=r'sigmas=\[1.0, 0.8, 0.1\]'): c.sampler_config()
+    assert c.recipe.times == (1.0, 0.8, 0.1) and c.edit(picture(0), 'oil').size == (64, 64)
+    with pytest.raises(UserError, match=r'sigmas=\[1.0, 0.8, 0.1\]'):
+        c.sampler_config()
     c.close()
 
 
 def test_file_of_another_base(base, file, tmp_path):
     other = load_base(tiny_base(tmp_path / 'other', seed=3))
-    with pytest.raises(UserError) as e: edit.Collection(other, file)
-    assert base.hash[:12] in str(e.value) and other.hash[:12] in str(e.value) and 'collection.safetensors' in str(e.value)
+    with pytest.raises(UserError) as e:
+        edit.Collection(other, file)
+    assert (
+        base.hash[:12] in str(e.value) and other.hash[:12] in str(e.value) and 'collection.safetensors' in str(e.value)
+    )
     assert edit.Collection(other, file, allow_other_base=True).edit(picture(0), 'oil').size == (64, 64)
 
 
-@pytest.mark.parametrize('field, message', [('collectionlora.effects', 'no catalogue'), ('collectionlora.sampling', 'sampling')])
+@pytest.mark.parametrize(
+    'field, message', [('collectionlora.effects', 'no catalogue'), ('collectionlora.sampling', 'sampling')]
+)
 def test_files_without_catalogue_or_recipe(base, tmp_path, field, message):
     before = set(base.backbone.roles)
-    with pytest.raises(UserError, match=message): edit.Collection(base, collection_file(tmp_path / 'c.safetensors', base, **{field: None}), role='incomplete')
+    with pytest.raises(UserError, match=message):
+        edit.Collection(base, collection_file(tmp_path / 'c.safetensors', base, **{field: None}), role='incomplete')
     assert set(base.backbone.roles) == before
 
 
 def test_nan_is_an_error_in_edit_and_a_missing_picture_in_generate(base, collection, monkeypatch):
     real = base.backbone.velocity
+
     def broken(role, x, t, cond):
         v = real(role, x, t, cond).clone()
         v[-1] = float('nan')
         return v
+
     monkeypatch.setattr(base.backbone, 'velocity', broken)
     made = edit.generate(base, collection.role, [picture(0), picture(1)], ['a', 'b'], [0, 1], collection.recipe)
     assert made[0].image is not None and made[1].image is None
-    with pytest.raises(UserError, match="effect 'snow' is not finite"): collection.edit([picture(0), picture(1)], ['oil', 'snow'])
+    with pytest.raises(UserError, match="effect 'snow' is not finite"):
+        collection.edit([picture(0), picture(1)], ['oil', 'snow'])
 
 
 def test_methods_share_noise_and_group_by_effect(base, collection):
     items = [Item(e, 'animal', f'i{k}', 0, np.asarray(picture(k))) for k in range(2) for e in ('oil', 'snow')]
     used = []
-    def role(e): used.append(e); return collection.role
+
+    def role(e):
+        used.append(e)
+        return collection.role
+
     own = Method('own', lambda e: collection.role, collection.prompt, collection.recipe)
     switched = Method('switched', role, collection.prompt, collection.recipe, shared=False)
     a, b = (run_method(base, m, items)[0] for m in (own, switched))
@@ -221,7 +302,10 @@ def test_methods_share_noise_and_group_by_effect(base, collection):
 
 
 def test_recipes():
-    assert edit.Recipe.few().nfe == 8 and edit.Recipe.ode(40).nfe == 80 and edit.Recipe.ode(40).words == '40 steps × CFG'
-    read = edit.Recipe.read({'collectionlora.sampling': dict(times=[1., .5], stochastic=False, cfg=2.)}, 'f')
-    assert read.times == (1., .5, 0.) and read.nfe == 4
-    with pytest.raises(UserError, match='f: header field collectionlora.sampling'): edit.Recipe.read({}, 'f')
+    assert (
+        edit.Recipe.few().nfe == 8 and edit.Recipe.ode(40).nfe == 80 and edit.Recipe.ode(40).words == '40 steps × CFG'
+    )
+    read = edit.Recipe.read({'collectionlora.sampling': dict(times=[1.0, 0.5], stochastic=False, cfg=2.0)}, 'f')
+    assert read.times == (1.0, 0.5, 0.0) and read.nfe == 4
+    with pytest.raises(UserError, match='f: header field collectionlora.sampling'):
+        edit.Recipe.read({}, 'f')

@@ -24,7 +24,7 @@ def test_x0_and_eps_come_back_from_the_velocity(t, seed):
     v = flow.velocity(x0, eps)
     torch.testing.assert_close(flow.to_x0(x_t, v, t), x0, atol=1e-6, rtol=0)
     torch.testing.assert_close(flow.to_eps(x_t, v, t), eps, atol=1e-6, rtol=0)
-    recovered = (x_t - flow.to_x0(x_t, v, t)) / t[:, None, None]     # the velocity through x0 and back
+    recovered = (x_t - flow.to_x0(x_t, v, t)) / t[:, None, None]  # the velocity through x0 and back
     torch.testing.assert_close(recovered, v, atol=1e-6, rtol=0)
 
 
@@ -39,7 +39,7 @@ def test_shift_keeps_order_ends_and_inverts(a, b, s):
 def test_the_papers_schedule():
     published = [1000, 954.5454, 900, 833.3333, 750, 642.8571, 500, 300]
     assert [1000 * t for t in flow.few_step_times(8, 3)] == pytest.approx(published, abs=1e-4)
-    assert flow.ode_times(4, 1) == [1, .75, .5, .25, 0]
+    assert flow.ode_times(4, 1) == [1, 0.75, 0.5, 0.25, 0]
     assert len(flow.ode_times(40, 3)) == 41
 
 
@@ -49,10 +49,13 @@ def test_a_straight_field_is_solved_exactly_in_one_step_by_both_samplers():
     for n in (1, 3, 8):
         torch.testing.assert_close(flow.sample_ode(straight, x1, flow.ode_times(n, 3)), x0, atol=1e-6, rtol=0)
         fresh = lambda i: normal(3, 4, 2, seed=10 + i, dtype=torch.float64)
-        torch.testing.assert_close(flow.sample_few(straight, x1, flow.few_step_times(n, 3), fresh), x0, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            flow.sample_few(straight, x1, flow.few_step_times(n, 3), fresh), x0, atol=1e-6, rtol=0
+        )
 
 
-def curved(x, t): return torch.tanh(x * 1.3) + t[:, None, None] * x.flip(-1)
+def curved(x, t):
+    return torch.tanh(x * 1.3) + t[:, None, None] * x.flip(-1)
 
 
 def test_few_step_sampler_equals_the_stock_stochastic_scheduler():
@@ -62,12 +65,15 @@ def test_few_step_sampler_equals_the_stock_stochastic_scheduler():
     stock.set_begin_index(0)
     g = torch.Generator().manual_seed(7)
     y = x
-    for t in stock.timesteps: y = stock.step(curved(y, t.expand(1) / 1000), t, y, generator=g, return_dict=False)[0]
+    for t in stock.timesteps:
+        y = stock.step(curved(y, t.expand(1) / 1000), t, y, generator=g, return_dict=False)[0]
     g, draws = torch.Generator().manual_seed(7), []
+
     def noise(i):
-        assert i == len(draws) + 1      # asked for once per time point, in order
+        assert i == len(draws) + 1  # asked for once per time point, in order
         draws.append(torch.randn(x.shape, generator=g))
         return draws[-1]
+
     torch.testing.assert_close(flow.sample_few(curved, x, times, noise), y, atol=1e-5, rtol=0)
     assert len(draws) == 7
 
@@ -76,7 +82,8 @@ def test_ode_sampler_equals_the_stock_scheduler():
     x = y = normal(2, 6, 4)
     stock = FlowMatchEulerDiscreteScheduler(shift=3.0)
     stock.set_timesteps(sigmas=flow.few_step_times(10, 1))
-    for t in stock.timesteps: y = stock.step(curved(y, t.expand(2) / 1000), t, y, return_dict=False)[0]
+    for t in stock.timesteps:
+        y = stock.step(curved(y, t.expand(2) / 1000), t, y, return_dict=False)[0]
     torch.testing.assert_close(flow.sample_ode(curved, x, flow.ode_times(10, 3)), y, atol=1e-5, rtol=0)
 
 
@@ -84,9 +91,11 @@ def test_ode_sampler_equals_the_stock_scheduler():
 def test_rollout_is_the_beginning_of_the_sampler(k):
     times, x1, seen = flow.few_step_times(8, 3), normal(2, 6, 4), []
     noise = lambda i: normal(2, 6, 4, seed=100 + i)
+
     def spy(x, t):
         seen.append(x)
         return curved(x, t)
+
     final = flow.sample_few(spy, x1, times, noise)
     states, seen = seen, []
     x_t = flow.rollout(spy, x1, times, k, noise)
@@ -99,8 +108,10 @@ def test_rollout_has_no_gradient_and_names_a_bad_exit():
     w = torch.ones((), requires_grad=True)
     x = flow.rollout(lambda x, t: w * x, normal(1, 2, 2), flow.few_step_times(4), 2, lambda i: normal(1, 2, 2, seed=i))
     assert not x.requires_grad
-    with pytest.raises(UserError, match='exit_step is 8'): flow.rollout(curved, x, flow.few_step_times(8), 8, None)
-    with pytest.raises(UserError, match='n is 0'): flow.few_step_times(0)
+    with pytest.raises(UserError, match='exit_step is 8'):
+        flow.rollout(curved, x, flow.few_step_times(8), 8, None)
+    with pytest.raises(UserError, match='n is 0'):
+        flow.few_step_times(0)
 
 
 def test_guidance():
@@ -122,4 +133,5 @@ def test_noise_of_a_sample_depends_on_its_seed_and_step_alone():
     assert torch.equal(before, torch.get_rng_state())
     big = flow.noise_like((4, 1000, 16), [1, 2, 3, 4])
     assert abs(big.mean()) < 0.02 and abs(big.std() - 1) < 0.02
-    with pytest.raises(UserError, match='2 seeds for a batch of 3'): flow.noise_like((3, 1, 1), [1, 2])
+    with pytest.raises(UserError, match='2 seeds for a batch of 3'):
+        flow.noise_like((3, 1, 1), [1, 2])

@@ -1,6 +1,7 @@
 """Thousands of damaged LoRA files: none may be accepted with a meaning other than an independent decoder's, none may crash.
 
 The quick suite takes a few hundred, `make test-all` ten thousand; with COLLECTIONLORA_FUZZ_RECORD=file.json the long one writes its record there."""
+
 import json, math, os, struct, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
@@ -16,8 +17,18 @@ from collectionlora.files.header import read_header
 
 FEW, MANY = 200, 10_000
 MODULES = {f'transformer_blocks.0.{leaf}': (4 + i % 3, 5 + i % 4) for i, leaf in enumerate(LEAVES)}
-SPELLINGS = [(p, flat, down, up, adapter) for p, flat in (('diffusion_model.', 0), ('transformer.', 0), ('', 0), ('lora_unet_', 1), ('lycoris_', 1), ('lora_transformer_', 1))
-             for down, up, adapter in (('lora_A', 'lora_B', ''), ('lora_A', 'lora_B', '.default'), ('lora_down', 'lora_up', ''))]
+SPELLINGS = [
+    (p, flat, down, up, adapter)
+    for p, flat in (
+        ('diffusion_model.', 0),
+        ('transformer.', 0),
+        ('', 0),
+        ('lora_unet_', 1),
+        ('lycoris_', 1),
+        ('lora_transformer_', 1),
+    )
+    for down, up, adapter in (('lora_A', 'lora_B', ''), ('lora_A', 'lora_B', '.default'), ('lora_down', 'lora_up', ''))
+]
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DIFFUSERS = {'lora_adapter_metadata': json.dumps({'transformer.r': 2, 'transformer.lora_alpha': 3})}
 
@@ -37,21 +48,35 @@ def make(spelling, alpha=None, metadata=None, dtype=torch.float32):
 def corpus(tmp):
     g = torch.Generator().manual_seed(0)
     lora = Lora({n: (torch.randn(2, i, generator=g), torch.randn(o, 2, generator=g)) for n, (i, o) in MODULES.items()})
-    write_lora(tmp / 's.safetensors', lora, {'collectionlora.effects': [dict(id='a', trigger='b', category='c'), dict(id='d', trigger='e', category='c')],
-                                             'collectionlora.sampling': dict(steps=8, times=[1., .5], stochastic=True)})
+    write_lora(
+        tmp / 's.safetensors',
+        lora,
+        {
+            'collectionlora.effects': [
+                dict(id='a', trigger='b', category='c'),
+                dict(id='d', trigger='e', category='c'),
+            ],
+            'collectionlora.sampling': dict(steps=8, times=[1.0, 0.5], stochastic=True),
+        },
+    )
     files = [(tmp / 's.safetensors').read_bytes()] * 4
-    files += [make(s) for s in SPELLINGS[::2]] + [make(s, 8.) for s in SPELLINGS[1::2]]
-    return files + [make(SPELLINGS[3], None, DIFFUSERS), make(SPELLINGS[0], dtype=torch.bfloat16), make(SPELLINGS[5], 4., dtype=torch.float16)]
+    files += [make(s) for s in SPELLINGS[::2]] + [make(s, 8.0) for s in SPELLINGS[1::2]]
+    return files + [
+        make(SPELLINGS[3], None, DIFFUSERS),
+        make(SPELLINGS[0], dtype=torch.bfloat16),
+        make(SPELLINGS[5], 4.0, dtype=torch.float16),
+    ]
 
 
 # ---- an independent decoder: try every spelling of every module, use everything, demand everything
+
 
 def decode(raw):
     "Module -> (A, B) or None when the file must be refused; written against the table of dialects, not against our reader."
     try:
         tensors = safetensors.torch.load(raw)
         n = struct.unpack('<Q', raw[:8])[0]
-        meta = json.loads(raw[8:8 + n]).get('__metadata__', {})
+        meta = json.loads(raw[8 : 8 + n]).get('__metadata__', {})
     except Exception:
         return None
     config = {}
@@ -62,7 +87,11 @@ def decode(raw):
             return None
         if config.get('r') != 2:
             return None
-    for prefix, flat, down, up, adapter in SPELLINGS + [(p, f, 'lora_A', 'lora_B', a) for p, f, *_ in SPELLINGS for a in {k.split('.')[-2] for k in tensors if '.lora_A.' in k}]:
+    for prefix, flat, down, up, adapter in SPELLINGS + [
+        (p, f, 'lora_A', 'lora_B', a)
+        for p, f, *_ in SPELLINGS
+        for a in {k.split('.')[-2] for k in tensors if '.lora_A.' in k}
+    ]:
         adapter = adapter if adapter.startswith('.') or not adapter else '.' + adapter
         names = {m: prefix + (m.replace('.', '_') if flat else m) for m in MODULES}
         keys = {m: (f'{s}.{down}{adapter}.weight', f'{s}.{up}{adapter}.weight') for m, s in names.items()}
@@ -75,19 +104,25 @@ def decode(raw):
         out = {}
         for (m, (i, o)), alpha in zip(MODULES.items(), alphas):
             a, b = (tensors[k] for k in keys[m])
-            if a.dtype not in FLOATS or b.dtype not in FLOATS or a.ndim != 2 or b.ndim != 2 or not (a.isfinite().all() and b.isfinite().all()):
+            if (
+                a.dtype not in FLOATS
+                or b.dtype not in FLOATS
+                or a.ndim != 2
+                or b.ndim != 2
+                or not (a.isfinite().all() and b.isfinite().all())
+            ):
                 return None
             if a.shape[1] != i or b.shape[0] != o or a.shape[0] != b.shape[1]:
                 return None
-            scale = 1. if alpha is None else float(alpha) / a.shape[0] if alpha.numel() == 1 else math.nan
+            scale = 1.0 if alpha is None else float(alpha) / a.shape[0] if alpha.numel() == 1 else math.nan
             if config:
-                scale_c = config['lora_alpha'] / (a.shape[0] ** .5 if config.get('use_rslora') else a.shape[0])
+                scale_c = config['lora_alpha'] / (a.shape[0] ** 0.5 if config.get('use_rslora') else a.shape[0])
                 if alpha is not None and not math.isclose(scale, scale_c, rel_tol=1e-5):
                     return None
                 scale = scale_c
             if not math.isfinite(scale) or scale == 0:
                 return None
-            a_scale, b_scale = (scale, 1.) if i < o else (1., scale)               # the smaller factor takes it
+            a_scale, b_scale = (scale, 1.0) if i < o else (1.0, scale)  # the smaller factor takes it
             out[m] = a.float() * a_scale, b.float() * b_scale
         return out
     return None
@@ -95,9 +130,10 @@ def decode(raw):
 
 # ---- mutations: each takes (raw, random generator) and returns new bytes
 
+
 def split(raw):
     n = struct.unpack('<Q', raw[:8])[0]
-    return json.loads(raw[8:8 + n]), raw[8 + n:]
+    return json.loads(raw[8 : 8 + n]), raw[8 + n :]
 
 
 def join(head, payload):
@@ -105,7 +141,8 @@ def join(head, payload):
     return struct.pack('<Q', len(text)) + text + payload
 
 
-def pick(r, xs): return xs[int(r.integers(len(xs)))]
+def pick(r, xs):
+    return xs[int(r.integers(len(xs)))]
 
 
 def flips(r, raw, low, high):
@@ -115,12 +152,28 @@ def flips(r, raw, low, high):
     return bytes(out)
 
 
-def flip_anywhere(raw, r): return flips(r, raw, 0, len(raw))
-def flip_header(raw, r): return flips(r, raw, 8, 8 + struct.unpack('<Q', raw[:8])[0])
-def flip_payload(raw, r): return flips(r, raw, 8 + struct.unpack('<Q', raw[:8])[0], len(raw))
-def flip_length(raw, r): return flips(r, raw, 0, 8)
-def truncate(raw, r): return raw[:int(r.integers(len(raw)))]
-def extend(raw, r): return raw + r.bytes(int(r.integers(1, 40)))
+def flip_anywhere(raw, r):
+    return flips(r, raw, 0, len(raw))
+
+
+def flip_header(raw, r):
+    return flips(r, raw, 8, 8 + struct.unpack('<Q', raw[:8])[0])
+
+
+def flip_payload(raw, r):
+    return flips(r, raw, 8 + struct.unpack('<Q', raw[:8])[0], len(raw))
+
+
+def flip_length(raw, r):
+    return flips(r, raw, 0, 8)
+
+
+def truncate(raw, r):
+    return raw[: int(r.integers(len(raw)))]
+
+
+def extend(raw, r):
+    return raw + r.bytes(int(r.integers(1, 40)))
 
 
 def insert(raw, r):
@@ -130,7 +183,7 @@ def insert(raw, r):
 
 def reorder(raw, r):
     cut = sorted(int(x) for x in r.integers(0, len(raw), 3))
-    return raw[:cut[0]] + raw[cut[1]:cut[2]] + raw[cut[0]:cut[1]] + raw[cut[2]:]
+    return raw[: cut[0]] + raw[cut[1] : cut[2]] + raw[cut[0] : cut[1]] + raw[cut[2] :]
 
 
 ODD = [-1, 0, 1, 2, 3, 1 << 31, 1 << 62, 1 << 70, 1.5, True, None, '4', [], [1], {}, float('nan')]
@@ -140,17 +193,23 @@ def edit_entry(raw, r):
     head, payload = split(raw)
     e = head[pick(r, [k for k in head if k != '__metadata__'])]
     kind = int(r.integers(4))
-    if kind == 0: e['dtype'] = pick(r, ['F32', 'F16', 'BF16', 'I32', 'F64', 'f32', '', 'F8_E4M3', 'BOOL', 7])
-    elif kind == 1 and e['shape']: e['shape'][int(r.integers(len(e['shape'])))] = pick(r, ODD)
-    elif kind == 2: e['data_offsets'][int(r.integers(2))] = pick(r, ODD + [e['data_offsets'][0] + int(r.integers(-8, 9)), len(payload)])
-    else: e[pick(r, ['shape', 'data_offsets', 'dtype', 'more'])] = pick(r, ODD)
+    if kind == 0:
+        e['dtype'] = pick(r, ['F32', 'F16', 'BF16', 'I32', 'F64', 'f32', '', 'F8_E4M3', 'BOOL', 7])
+    elif kind == 1 and e['shape']:
+        e['shape'][int(r.integers(len(e['shape'])))] = pick(r, ODD)
+    elif kind == 2:
+        e['data_offsets'][int(r.integers(2))] = pick(
+            r, ODD + [e['data_offsets'][0] + int(r.integers(-8, 9)), len(payload)]
+        )
+    else:
+        e[pick(r, ['shape', 'data_offsets', 'dtype', 'more'])] = pick(r, ODD)
     return join(head, payload)
 
 
 def transpose_shape(raw, r):
     head, payload = split(raw)
     e = head[pick(r, [k for k in head if k != '__metadata__'])]
-    e['shape'] = e['shape'][::-1] if r.random() < .5 else [math.prod(e['shape'])]
+    e['shape'] = e['shape'][::-1] if r.random() < 0.5 else [math.prod(e['shape'])]
     return join(head, payload)
 
 
@@ -164,16 +223,46 @@ def swap_offsets(raw, r):
 def rename(raw, r):
     head, payload = split(raw)
     old = pick(r, [k for k in head if k != '__metadata__'])
-    new = pick(r, [old + 'x', old[1:], old.replace('to_', 'to'), old.replace('lora_A', 'lora_B'), old.replace('.weight', ''), 'transformer.' + old,
-                   old.replace('.0.', '.1.'), old.replace('.0.', '.٠.'), old.replace('lora_A', 'lora_A.default'), old.upper(), '', old.replace('_blocks', '_block'),
-                   old.replace('weight', 'weight\n'), '\ud800' + old, pick(r, [k for k in head if k != '__metadata__'])])
+    new = pick(
+        r,
+        [
+            old + 'x',
+            old[1:],
+            old.replace('to_', 'to'),
+            old.replace('lora_A', 'lora_B'),
+            old.replace('.weight', ''),
+            'transformer.' + old,
+            old.replace('.0.', '.1.'),
+            old.replace('.0.', '.٠.'),
+            old.replace('lora_A', 'lora_A.default'),
+            old.upper(),
+            '',
+            old.replace('_blocks', '_block'),
+            old.replace('weight', 'weight\n'),
+            '\ud800' + old,
+            pick(r, [k for k in head if k != '__metadata__']),
+        ],
+    )
     return join({new if k == old else k: v for k, v in head.items()}, payload)
 
 
 def rename_all(raw, r):
     head, payload = split(raw)
-    a, b = pick(r, [('to_q', 'to_k'), ('transformer_blocks', 'double_blocks'), ('lora_', 'lora'), ('diffusion_model.', 'transformer.'), ('lora_unet_', ''), ('.weight', '.fx.weight'),
-                    ('lora_A', 'lora_down'), ('lora_B.weight', 'lora_B.default.weight'), ('.0.', '.00.'), ('.0.', '.1.')])
+    a, b = pick(
+        r,
+        [
+            ('to_q', 'to_k'),
+            ('transformer_blocks', 'double_blocks'),
+            ('lora_', 'lora'),
+            ('diffusion_model.', 'transformer.'),
+            ('lora_unet_', ''),
+            ('.weight', '.fx.weight'),
+            ('lora_A', 'lora_down'),
+            ('lora_B.weight', 'lora_B.default.weight'),
+            ('.0.', '.00.'),
+            ('.0.', '.1.'),
+        ],
+    )
     return join({k.replace(a, b): v for k, v in head.items()}, payload)
 
 
@@ -181,7 +270,7 @@ def repeat_key(raw, r):
     n = struct.unpack('<Q', raw[:8])[0]
     head, payload = split(raw)
     k = pick(r, list(head))
-    text = raw[8:8 + n].rstrip()[:-1] + f', {json.dumps(k)}: {json.dumps(head[pick(r, list(head))])}}}'.encode()
+    text = raw[8 : 8 + n].rstrip()[:-1] + f', {json.dumps(k)}: {json.dumps(head[pick(r, list(head))])}}}'.encode()
     return join(text, payload)
 
 
@@ -191,33 +280,80 @@ def drop_entry(raw, r):
     return join(head, payload)
 
 
-METAS = [7, None, '{}', '[]', '{"r":2}', '[' * 3000, '{"transformer.r": 2, "transformer.lora_alpha": 1e999}', '{"transformer.r": 2, "transformer.lora_alpha": 5, "transformer.use_rslora": true}',
-         '{"transformer.r": 2, "transformer.lora_alpha": 5, "transformer.use_dora": true}', '{"transformer.r": 3, "transformer.lora_alpha": 5}', '\ud800', 'x' * 5000, '9', '2.0', 'flux']
+METAS = [
+    7,
+    None,
+    '{}',
+    '[]',
+    '{"r":2}',
+    '[' * 3000,
+    '{"transformer.r": 2, "transformer.lora_alpha": 1e999}',
+    '{"transformer.r": 2, "transformer.lora_alpha": 5, "transformer.use_rslora": true}',
+    '{"transformer.r": 2, "transformer.lora_alpha": 5, "transformer.use_dora": true}',
+    '{"transformer.r": 3, "transformer.lora_alpha": 5}',
+    '\ud800',
+    'x' * 5000,
+    '9',
+    '2.0',
+    'flux',
+]
 
 
 def edit_metadata(raw, r):
     head, payload = split(raw)
     meta = head.setdefault('__metadata__', {})
-    key = pick(r, list(meta) + ['lora_adapter_metadata', 'collectionlora.schema', 'collectionlora.effects', 'collectionlora.base', 'modelspec.architecture', 'format'])
-    if r.random() < .3: meta.pop(key, None)
-    else: meta[key] = pick(r, METAS)
-    if r.random() < .1: head['__metadata__'] = pick(r, ODD)
+    key = pick(
+        r,
+        list(meta)
+        + [
+            'lora_adapter_metadata',
+            'collectionlora.schema',
+            'collectionlora.effects',
+            'collectionlora.base',
+            'modelspec.architecture',
+            'format',
+        ],
+    )
+    if r.random() < 0.3:
+        meta.pop(key, None)
+    else:
+        meta[key] = pick(r, METAS)
+    if r.random() < 0.1:
+        head['__metadata__'] = pick(r, ODD)
     return join(head, payload)
 
 
 def edit_catalogue(raw, r):
-    return raw.replace(pick(r, [b'"b', b'"d', b'effects', b'steps', b'times']), pick(r, [b'"x', b'"y', b'effectz', b'stepz', b'timez']), 1)
+    return raw.replace(
+        pick(r, [b'"b', b'"d', b'effects', b'steps', b'times']),
+        pick(r, [b'"x', b'"y', b'effectz', b'stepz', b'timez']),
+        1,
+    )
 
 
 def bomb(raw, r):
     head, payload = split(raw)
     n = int(r.integers(1000, 60000))
-    return join(pick(r, [b'[' * n, b'{"a":' * n, b'[' + b'[],' * n + b'[]]', b'{"a":"' + b'\\u0041' * n + b'"}', b'{"a":' + b'9' * n + b'}', b' ' * n, b'{' + b' ' * n + b'}']), payload)
+    return join(
+        pick(
+            r,
+            [
+                b'[' * n,
+                b'{"a":' * n,
+                b'[' + b'[],' * n + b'[]]',
+                b'{"a":"' + b'\\u0041' * n + b'"}',
+                b'{"a":' + b'9' * n + b'}',
+                b' ' * n,
+                b'{' + b' ' * n + b'}',
+            ],
+        ),
+        payload,
+    )
 
 
 def tensors_of(raw):
     n = struct.unpack('<Q', raw[:8])[0]
-    return safetensors.torch.load(raw), json.loads(raw[8:8 + n]).get('__metadata__')
+    return safetensors.torch.load(raw), json.loads(raw[8 : 8 + n]).get('__metadata__')
 
 
 def edit_tensors(raw, r):
@@ -225,29 +361,77 @@ def edit_tensors(raw, r):
     t, meta = tensors_of(raw)
     k = pick(r, sorted(t))
     kind = int(r.integers(10))
-    if kind == 0: t[k] = t[k] * math.nan
-    elif kind == 1: t[k].reshape(-1)[int(r.integers(t[k].numel()))] = pick(r, [math.inf, -math.inf, math.nan])
-    elif kind == 2: del t[k]
-    elif kind == 3: t[k] = t[k].t().contiguous() if t[k].ndim == 2 else t[k]
-    elif kind == 4: t[k] = t[k][..., :-1].contiguous() if t[k].ndim else torch.zeros(2)
-    elif kind == 5: t[k] = t[k].to(pick(r, [torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.bool, torch.float8_e4m3fn]))
-    elif kind == 6: t[pick(r, ['x', k + '.bias', k.replace('lora_', 'hada_'), k.replace('weight', 'alpha'), 'diffusion_model.' + k])] = t[k].clone()
-    elif kind == 7: t = {k: v * 2 for k, v in t.items()}
-    elif kind == 8: t[k] = torch.zeros(t[k].shape[:-1] + (0,)) if t[k].ndim else t[k]
-    else: t = {k: torch.tensor(pick(r, [0., math.nan, 3., -1.])) if k.endswith('alpha') else v for k, v in t.items()}
+    if kind == 0:
+        t[k] = t[k] * math.nan
+    elif kind == 1:
+        t[k].reshape(-1)[int(r.integers(t[k].numel()))] = pick(r, [math.inf, -math.inf, math.nan])
+    elif kind == 2:
+        del t[k]
+    elif kind == 3:
+        t[k] = t[k].t().contiguous() if t[k].ndim == 2 else t[k]
+    elif kind == 4:
+        t[k] = t[k][..., :-1].contiguous() if t[k].ndim else torch.zeros(2)
+    elif kind == 5:
+        t[k] = t[k].to(
+            pick(r, [torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.bool, torch.float8_e4m3fn])
+        )
+    elif kind == 6:
+        t[
+            pick(
+                r, ['x', k + '.bias', k.replace('lora_', 'hada_'), k.replace('weight', 'alpha'), 'diffusion_model.' + k]
+            )
+        ] = t[k].clone()
+    elif kind == 7:
+        t = {k: v * 2 for k, v in t.items()}
+    elif kind == 8:
+        t[k] = torch.zeros(t[k].shape[:-1] + (0,)) if t[k].ndim else t[k]
+    else:
+        t = {k: torch.tensor(pick(r, [0.0, math.nan, 3.0, -1.0])) if k.endswith('alpha') else v for k, v in t.items()}
     return safetensors.torch.save(t, meta)
 
 
-MUTATIONS = [flip_anywhere, flip_header, flip_payload, flip_length, truncate, extend, insert, reorder, edit_entry, transpose_shape, swap_offsets, rename, rename_all,
-             repeat_key, drop_entry, edit_metadata, edit_catalogue, bomb, edit_tensors, edit_tensors, edit_metadata, edit_entry]
+MUTATIONS = [
+    flip_anywhere,
+    flip_header,
+    flip_payload,
+    flip_length,
+    truncate,
+    extend,
+    insert,
+    reorder,
+    edit_entry,
+    transpose_shape,
+    swap_offsets,
+    rename,
+    rename_all,
+    repeat_key,
+    drop_entry,
+    edit_metadata,
+    edit_catalogue,
+    bomb,
+    edit_tensors,
+    edit_tensors,
+    edit_metadata,
+    edit_entry,
+]
 
 
 def mutate(raw, r):
-    for _ in range(1 + int(r.random() < .25)):
+    for _ in range(1 + int(r.random() < 0.25)):
         try:
             raw = pick(r, MUTATIONS)(raw, r)
-        except (ValueError, KeyError, IndexError, struct.error, safetensors.SafetensorError, TypeError, AttributeError, RuntimeError, RecursionError):
-            pass                                  # the second mutation cannot parse what the first one broke
+        except (
+            ValueError,
+            KeyError,
+            IndexError,
+            struct.error,
+            safetensors.SafetensorError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            RecursionError,
+        ):
+            pass  # the second mutation cannot parse what the first one broke
     return raw
 
 
@@ -281,18 +465,24 @@ def fuzz(tmp_path, cases):
         # what a signed file says is either what was signed, or it no longer claims to be signed
         if any(k.startswith('collectionlora.') for k in read_header(path)):
             want = original
-            assert source is signed and read_header(path).keys() >= {'collectionlora.effects', 'collectionlora.sampling'}, i
+            assert source is signed and read_header(path).keys() >= {
+                'collectionlora.effects',
+                'collectionlora.sampling',
+            }, i
             assert [e['id'] for e in read_header(path)['collectionlora.effects']] == ['a', 'd'], i
         else:
             want = decode(raw)
         assert want is not None, f'case {i}: accepted a file that the independent decoder refuses'
         for m in MODULES:
-            assert all(torch.allclose(x, y, rtol=1e-5, atol=0) for x, y in zip(got.factors[m], want[m])), f'case {i}: other values in {m}'
-    assert count['refused', 'changed'] > .5 * cases
+            assert all(torch.allclose(x, y, rtol=1e-5, atol=0) for x, y in zip(got.factors[m], want[m])), (
+                f'case {i}: other values in {m}'
+            )
+    assert count['refused', 'changed'] > 0.5 * cases
     return count
 
 
-def test_no_damaged_file_is_taken_for_another(tmp_path): fuzz(tmp_path, FEW)
+def test_no_damaged_file_is_taken_for_another(tmp_path):
+    fuzz(tmp_path, FEW)
 
 
 def resident(field):
@@ -302,14 +492,25 @@ def resident(field):
 
 @pytest.mark.slow
 def test_none_of_ten_thousand_damaged_files_is_taken_for_another(tmp_path):
-    fuzz(tmp_path, 20)                                         # libraries are loaded, buffers are there
-    Path('/proc/self/clear_refs').write_text('5')              # the high-water mark starts again
+    fuzz(tmp_path, 20)  # libraries are loaded, buffers are there
+    Path('/proc/self/clear_refs').write_text('5')  # the high-water mark starts again
     begun, before, count = time.time(), resident('VmRSS'), fuzz(tmp_path, MANY)
     growth = resident('VmHWM') - before
     assert growth <= 50e6, f'{growth} bytes more for files of a few kilobytes'
-    if 'COLLECTIONLORA_FUZZ_RECORD' in os.environ:             # reached only when nothing above failed
-        metrics = {'files': MANY, 'accepted_wrongly': 0, 'crashed': 0, 'peak_growth_bytes': growth, **{f'{kind} ({state})': n for (kind, state), n in sorted(count.items())}}
-        save_run(os.environ['COLLECTIONLORA_FUZZ_RECORD'], run_info({'cases': MANY}, 0, {}), metrics, {'seconds': round(time.time() - begun, 1)})
+    if 'COLLECTIONLORA_FUZZ_RECORD' in os.environ:  # reached only when nothing above failed
+        metrics = {
+            'files': MANY,
+            'accepted_wrongly': 0,
+            'crashed': 0,
+            'peak_growth_bytes': growth,
+            **{f'{kind} ({state})': n for (kind, state), n in sorted(count.items())},
+        }
+        save_run(
+            os.environ['COLLECTIONLORA_FUZZ_RECORD'],
+            run_info({'cases': MANY}, 0, {}),
+            metrics,
+            {'seconds': round(time.time() - begun, 1)},
+        )
 
 
 BOMBS = """
@@ -351,8 +552,14 @@ for size in (100_000, MAX_HEADER - 100, 30_000_000):
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
 def test_reading_stays_within_four_times_the_file(dtype, tmp_path):
     path = tmp_path / 'x.safetensors'
-    safetensors.torch.save_file({f'transformer_blocks.{i}.attn.to_q.lora_{p}.weight': torch.ones(s, dtype=dtype)
-                                 for i in range(32) for p, s in (('A', (256, 3072)), ('B', (3072, 256)))}, path)
+    safetensors.torch.save_file(
+        {
+            f'transformer_blocks.{i}.attn.to_q.lora_{p}.weight': torch.ones(s, dtype=dtype)
+            for i in range(32)
+            for p, s in (('A', (256, 3072)), ('B', (3072, 256)))
+        },
+        path,
+    )
     code = f"""
 import os, torch
 from collectionlora.lora_files import read_lora

@@ -1,4 +1,5 @@
 """Merging methods against PEFT's own `add_weighted_adapter`, on real PEFT layers."""
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -20,7 +21,10 @@ class Net(torch.nn.Module):
 @pytest.fixture
 def loras():
     g = torch.Generator().manual_seed(0)
-    return [Lora({n: (torch.randn(RANK, i, generator=g), torch.randn(o, RANK, generator=g)) for n, (i, o) in SIZES.items()}) for _ in range(N)]
+    return [
+        Lora({n: (torch.randn(RANK, i, generator=g), torch.randn(o, RANK, generator=g)) for n, (i, o) in SIZES.items()})
+        for _ in range(N)
+    ]
 
 
 def by_peft(loras, weights, **kw):
@@ -36,22 +40,22 @@ def by_peft(loras, weights, **kw):
 
 
 @pytest.mark.parametrize('method', ['cat', 'linear', 'svd', 'ties_svd', 'magnitude_prune_svd'])
-@pytest.mark.parametrize('weights', [[1., 1., 1.], [1., .5, 2.]])
+@pytest.mark.parametrize('weights', [[1.0, 1.0, 1.0], [1.0, 0.5, 2.0]])
 def test_equal_to_peft(method, weights, loras):
     kw = {} if method in ('cat', 'linear') else dict(svd_rank=5, svd_full_matrices=False)
-    kw |= dict(density=.4) if method[:4] in ('ties', 'magn') else {}
+    kw |= dict(density=0.4) if method[:4] in ('ties', 'magn') else {}
     want = by_peft(loras, weights, combination_type=method, **kw)
-    got = merge(loras, method, weights, rank=None if not METHODS[method] else 5, density=.4)
+    got = merge(loras, method, weights, rank=None if not METHODS[method] else 5, density=0.4)
     for n in SIZES:
         assert torch.allclose(got.delta(n), want[n], atol=1e-4 * float(want[n].abs().max()) + 1e-4), (method, n)
 
 
 @pytest.mark.parametrize('method', METHODS)
 def test_single_lora_and_repeatability(method, loras):
-    one = merge(loras[:1], method, rank=RANK, density=.9)
+    one = merge(loras[:1], method, rank=RANK, density=0.9)
     if 'ties' not in method and 'dare' not in method and 'prune' not in method:
         assert sum_error(one, loras[:1]) < 1e-4
-    again = [merge(loras, method, rank=6, density=.5, seed=s) for s in (1, 1, 2)]
+    again = [merge(loras, method, rank=6, density=0.5, seed=s) for s in (1, 1, 2)]
     assert all(torch.equal(x, y) for n in SIZES for x, y in zip(again[0].factors[n], again[1].factors[n]))
     if 'dare' in method:
         assert not torch.equal(again[0].factors['a'][0], again[2].factors['a'][0])
@@ -76,8 +80,12 @@ def test_missing_modules_and_mixed_ranks(loras):
 
 
 def test_mistakes(loras):
-    for kw, match in ((dict(method='tise_svd', rank=4), 'ties_svd'), (dict(method='svd'), 'rank'), (dict(method='svd', rank=4, weights=[1.]), 'weights'),
-                      (dict(method='ties_svd', rank=4, density=1.), 'density')):
+    for kw, match in (
+        (dict(method='tise_svd', rank=4), 'ties_svd'),
+        (dict(method='svd'), 'rank'),
+        (dict(method='svd', rank=4, weights=[1.0]), 'weights'),
+        (dict(method='ties_svd', rank=4, density=1.0), 'density'),
+    ):
         with pytest.raises(UserError, match=match):
             merge(loras, **kw)
     with pytest.raises(UserError, match='different bases'):
@@ -94,13 +102,26 @@ def test_cosines(loras):
 def test_the_sum_is_cut_alike_whether_factors_are_thin_or_not(count):
     "Ranks that add up to less than, exactly and more than the layers' narrow side."
     g = torch.Generator().manual_seed(0)
-    As, Bs, ws = [torch.randn(4, 32, generator=g) for _ in range(count)], [torch.randn(24, 4, generator=g) for _ in range(count)], torch.linspace(.5, 2, count).tolist()
+    As, Bs, ws = (
+        [torch.randn(4, 32, generator=g) for _ in range(count)],
+        [torch.randn(24, 4, generator=g) for _ in range(count)],
+        torch.linspace(0.5, 2, count).tolist(),
+    )
     for rank in (3, 8, 100):
         (a, b), (c, d) = core_merge(As, Bs, ws, rank), dense_merge(As, Bs, ws, rank)
-        assert torch.allclose(b @ a, d @ c, atol=1e-3) and len(a) == b.shape[1] <= min(rank, 24, 4*count)
+        assert torch.allclose(b @ a, d @ c, atol=1e-3) and len(a) == b.shape[1] <= min(rank, 24, 4 * count)
 
 
-@pytest.mark.parametrize('kw, match', [(dict(rank=2.5), 'whole rank'), (dict(rank=None), 'whole rank'), (dict(rank=0), 'whole rank'), (dict(rank=2, weights=[1., float('nan'), 1.]), 'finite'),
-                                       (dict(rank=2, weights=[1., float('inf'), 1.]), 'finite')])
+@pytest.mark.parametrize(
+    'kw, match',
+    [
+        (dict(rank=2.5), 'whole rank'),
+        (dict(rank=None), 'whole rank'),
+        (dict(rank=0), 'whole rank'),
+        (dict(rank=2, weights=[1.0, float('nan'), 1.0]), 'finite'),
+        (dict(rank=2, weights=[1.0, float('inf'), 1.0]), 'finite'),
+    ],
+)
 def test_a_merge_of_nonsense_is_refused(kw, match, loras):
-    with pytest.raises(UserError, match=match): merge(loras, 'svd', **kw)
+    with pytest.raises(UserError, match=match):
+        merge(loras, 'svd', **kw)

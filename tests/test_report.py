@@ -1,4 +1,5 @@
 "The report is self-contained, complete, escaped, deterministic, and its words follow from its numbers."
+
 import base64
 import io
 import re
@@ -13,27 +14,57 @@ from collectionlora.judge.gate import NONE, Row
 from collectionlora.core import run_info, UserError
 
 OWN, OTHER = 'ours, 8 steps', 'other <8> steps'
-EFFECTS = {'hat': dict(category='animal', description='a <b>tall</b> hat & feather'), 'rain': dict(category='animal', description='rain')}
+EFFECTS = {
+    'hat': dict(category='animal', description='a <b>tall</b> hat & feather'),
+    'rain': dict(category='animal', description='rain'),
+}
 
 
 def rows(method, good, nfe=8):
-    return [Row(method, e, 'animal', f'i{i}', 0, e if i < good else NONE, i < good, .9, .05, 1., .2, nfe) for e in EFFECTS for i in range(6)]
+    return [
+        Row(method, e, 'animal', f'i{i}', 0, e if i < good else NONE, i < good, 0.9, 0.05, 1.0, 0.2, nfe)
+        for e in EFFECTS
+        for i in range(6)
+    ]
 
 
 @pytest.fixture
 def everything():
-    record = dict(run_info(dict(steps=3, note='<script>'), 7, {'base': 'f' * 64}), cost=dict(seconds=75.),
-                  metrics=dict(history=[{'step': s, 'loss_fake': 1. / (s + 1), 'loss_match': .5, 'norm': 2., 'seconds': 1.} for s in range(9)]))
+    record = dict(
+        run_info(dict(steps=3, note='<script>'), 7, {'base': 'f' * 64}),
+        cost=dict(seconds=75.0),
+        metrics=dict(
+            history=[
+                {'step': s, 'loss_fake': 1.0 / (s + 1), 'loss_match': 0.5, 'norm': 2.0, 'seconds': 1.0}
+                for s in range(9)
+            ]
+        ),
+    )
     every = rows(OWN, 6) + rows(OTHER, 2) + rows(tables.COPY, 0) + rows(tables.CEILING, 6) + rows(tables.FLOOR, 0)
     columns = ['source', OWN, OTHER]
     pictures = {(e, 'i0', c): np.full((64, 64, 3), 10 * k, np.uint8) for k, e in enumerate(EFFECTS) for c in columns}
-    return dict(title='T', lead='L', budget=R.budget_words(2, 100, 8, .5, 50, full_steps=1000), own=OWN, rows=every, effects=EFFECTS,
-                records={'distill/collection': record}, sizes={OWN: 1234}, pictures=pictures, columns=columns, notes=['a note'])
+    return dict(
+        title='T',
+        lead='L',
+        budget=R.budget_words(2, 100, 8, 0.5, 50, full_steps=1000),
+        own=OWN,
+        rows=every,
+        effects=EFFECTS,
+        records={'distill/collection': record},
+        sizes={OWN: 1234},
+        pictures=pictures,
+        columns=columns,
+        notes=['a note'],
+    )
 
 
 class Strict(HTMLParser):
     "Collects every tag and whatever could leave the page."
-    def __init__(self): super().__init__(); self.tags, self.links = [], []
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.links = [], []
+
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.links += [v for k, v in attrs if k in ('src', 'href', 'srcset', 'data', 'action') and v]
@@ -41,15 +72,31 @@ class Strict(HTMLParser):
 
 def test_page_needs_nothing_from_outside(everything, tmp_path):
     page = R.render(tmp_path / 'report.html', **everything)
-    found = Strict(); found.feed(page)
+    found = Strict()
+    found.feed(page)
     assert found.links and all(v.startswith('data:image/') for v in found.links)
     assert not {'script', 'link', 'iframe', 'object'} & set(found.tags) and 'url(' not in page and '@import' not in page
-    assert list(tmp_path.iterdir()) == [tmp_path / 'report.html'] and (tmp_path / 'report.html').read_text(encoding='utf-8') == page
+    assert (
+        list(tmp_path.iterdir()) == [tmp_path / 'report.html']
+        and (tmp_path / 'report.html').read_text(encoding='utf-8') == page
+    )
 
 
 def test_page_holds_what_was_asked(everything, tmp_path):
     page = R.render(tmp_path / 'r.html', **everything)
-    for text in (OWN, 'other &lt;8&gt; steps', *tables.REFERENCES[:2], 'A short budget run', '1.2 kB', 'f' * 64, '75 s', 'prefers-color-scheme:dark', 'image-rendering:pixelated', 'a note', 'n = 12'):
+    for text in (
+        OWN,
+        'other &lt;8&gt; steps',
+        *tables.REFERENCES[:2],
+        'A short budget run',
+        '1.2 kB',
+        'f' * 64,
+        '75 s',
+        'prefers-color-scheme:dark',
+        'image-rendering:pixelated',
+        'a note',
+        'n = 12',
+    ):
         assert text in page, text
     assert page.count('class="heat"') == 2 and page.count('<svg') == 2 and page.count('<img') == 6
     assert '<b>tall' not in page and '&lt;script&gt;' in page
@@ -61,23 +108,40 @@ def test_same_input_same_bytes(everything, tmp_path):
 
 def test_report_without_floor_and_ceiling_is_refused(everything, tmp_path):
     everything['rows'] = rows(OWN, 6)
-    with pytest.raises(UserError, match='floor and ceiling'): R.render(tmp_path / 'r.html', **everything)
+    with pytest.raises(UserError, match='floor and ceiling'):
+        R.render(tmp_path / 'r.html', **everything)
     assert not list(tmp_path.iterdir())
 
 
 def test_unknown_methods_are_refused(everything, tmp_path):
-    with pytest.raises(UserError, match="did you mean 'ours, 8 steps'"): R.render(tmp_path / 'r.html', **{**everything, 'own': 'ours, 9 steps'})
-    with pytest.raises(UserError, match='file sizes'): R.render(tmp_path / 'r.html', **{**everything, 'sizes': {'our': 3}})
+    with pytest.raises(UserError, match="did you mean 'ours, 8 steps'"):
+        R.render(tmp_path / 'r.html', **{**everything, 'own': 'ours, 9 steps'})
+    with pytest.raises(UserError, match='file sizes'):
+        R.render(tmp_path / 'r.html', **{**everything, 'sizes': {'our': 3}})
 
 
 def test_budget_words_follow_the_settings():
-    short, full = R.budget_words(4, 300, 16, .5, 250, full_steps=3000), R.budget_words(50, 5000, 8, .5, 2000, seeds=3)
-    assert short.startswith('A short budget run') and '600 samples per effect' in short and '6% of' in short and 'demonstration' in short
-    assert full.startswith('A full budget run') and '400 samples per effect' in full and '3 training seeds' in full and 'demonstration' not in full
+    short, full = R.budget_words(4, 300, 16, 0.5, 250, full_steps=3000), R.budget_words(50, 5000, 8, 0.5, 2000, seeds=3)
+    assert (
+        short.startswith('A short budget run')
+        and '600 samples per effect' in short
+        and '6% of' in short
+        and 'demonstration' in short
+    )
+    assert (
+        full.startswith('A full budget run')
+        and '400 samples per effect' in full
+        and '3 training seeds' in full
+        and 'demonstration' not in full
+    )
 
 
 def test_verdict_follows_the_contrast():
-    many = lambda m, good: [Row(m, f'e{e}', 'animal', f'i{i}', 0, f'e{e}' if i < good[e] else NONE, i < good[e], 1., 0., 1., 1., 8) for e in range(12) for i in range(10)]
+    many = lambda m, good: [
+        Row(m, f'e{e}', 'animal', f'i{i}', 0, f'e{e}' if i < good[e] else NONE, i < good[e], 1.0, 0.0, 1.0, 1.0, 8)
+        for e in range(12)
+        for i in range(10)
+    ]
     a, b = many('a', [9, 10] * 6), many('b', [5, 7] * 6)
     [(c, p)] = tables.contrasts(a + b, 'a', ['b'])
     assert 'fewer bad cases than b' in R.verdict(c, p) and '-35 points [-38, -32]' in R.verdict(c, p)
@@ -97,10 +161,11 @@ def test_small_pictures_are_lossless_and_large_ones_small():
 
 
 def test_a_diverged_curve_has_a_gap():
-    svg = R.line_chart({'loss': [(0, 1.), (1, 2.), (2, float('nan')), (3, 1.), (4, 2.)]}, 'loss <1>')
+    svg = R.line_chart({'loss': [(0, 1.0), (1, 2.0), (2, float('nan')), (3, 1.0), (4, 2.0)]}, 'loss <1>')
     line = re.search(r'<path d="(M[^"]*)" fill="none"', svg)[1]
     assert line.count('M') == 2 and 'nan' not in line and 'loss &lt;1&gt;' in svg
-    with pytest.raises(UserError, match='no finite value'): R.line_chart({'loss': [(0, float('nan'))]}, 'loss')
+    with pytest.raises(UserError, match='no finite value'):
+        R.line_chart({'loss': [(0, float('nan'))]}, 'loss')
 
 
 @pytest.mark.parametrize('low, high', [(0, 1), (-3, 7), (1e-5, 3e-5), (0, 4321), (2, 2)])
@@ -110,17 +175,29 @@ def test_ticks_are_round_and_inside(low, high):
 
 
 def test_runs_of_one_experiment_share_a_chart():
-    teachers = {f'teachers/{e}': dict(metrics=dict(loss=[1., .5, .2], sha256='f' * 64, ids=['a', 'b'])) for e in EFFECTS}
+    teachers = {
+        f'teachers/{e}': dict(metrics=dict(loss=[1.0, 0.5, 0.2], sha256='f' * 64, ids=['a', 'b'])) for e in EFFECTS
+    }
     [block] = R.charts_of(teachers)
     assert block['name'] == 'teachers' and len(block['svgs']) == 1 and all(e in block['svgs'][0] for e in EFFECTS)
     assert R.charts_of({'effects/run': dict(metrics=dict(general=8))}) == []
 
 
 def test_report_without_an_oracle_says_so(everything, tmp_path):
-    lines = [dict(method=OWN, effect=e, distance=.5, floor=1., ceiling=.4, n=3, seconds=.2, nfe=8) for e in EFFECTS]
-    page = R.render(tmp_path / 'r.html', **{**everything, 'rows': [], 'sizes': {}, 'distances': lines, 'no_oracle': 'There is no ground truth.'})
-    assert 'There is no ground truth.' in page and '0.400' in page and 'class="heat"' not in page and 'What the judge' not in page and page.count('<img') == 6
-    with pytest.raises((UserError, ValueError)): R.render(tmp_path / 'r2.html', **{**everything, 'rows': [], 'distances': lines})
+    lines = [dict(method=OWN, effect=e, distance=0.5, floor=1.0, ceiling=0.4, n=3, seconds=0.2, nfe=8) for e in EFFECTS]
+    page = R.render(
+        tmp_path / 'r.html',
+        **{**everything, 'rows': [], 'sizes': {}, 'distances': lines, 'no_oracle': 'There is no ground truth.'},
+    )
+    assert (
+        'There is no ground truth.' in page
+        and '0.400' in page
+        and 'class="heat"' not in page
+        and 'What the judge' not in page
+        and page.count('<img') == 6
+    )
+    with pytest.raises((UserError, ValueError)):
+        R.render(tmp_path / 'r2.html', **{**everything, 'rows': [], 'distances': lines})
 
 
 def test_optional_reference_is_set_off_and_no_contestant(everything, tmp_path):

@@ -1,4 +1,5 @@
 "The repository as a whole: notebooks that teach, nothing that names a machine, nothing unfinished."
+
 import json
 import re
 import subprocess
@@ -11,16 +12,23 @@ from collectionlora.run.execute import declared, OURS
 from collectionlora.run.sweep import from_file
 
 ROOT = core.repo_root()
-NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(s.startswith(('.', '_')) for s in p.relative_to(ROOT).parts))
+NOTEBOOKS = sorted(
+    p for p in (ROOT / 'nbs').rglob('*.ipynb') if not any(s.startswith(('.', '_')) for s in p.relative_to(ROOT).parts)
+)
 MACHINE = re.compile(r'(^|[^\w.:/])/(home|root|tmp|opt|work|Users|mnt|scratch)/[\w.-]+')
 UNFINISHED = re.compile(r'\b(TODO|FIXME|NotImplementedError|skip_exec)\b')
 
 
-def name(path): return path.relative_to(ROOT).as_posix()
+def name(path):
+    return path.relative_to(ROOT).as_posix()
 
 
 def tracked() -> list[str]:
-    return subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, check=True).stdout.decode().split('\0')[:-1]
+    return (
+        subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, check=True)
+        .stdout.decode()
+        .split('\0')[:-1]
+    )
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
@@ -36,20 +44,27 @@ def test_a_notebook_starts_with_title_and_one_line_and_stays_small(path):
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
 def test_no_output_names_a_machine(path):
     cells = nbformat.read(path, 4).cells
-    texts = [json.dumps(o.get('data', {}).get('text/plain', '') or o.get('text', '')) for c in cells for o in c.get('outputs', [])]
+    texts = [
+        json.dumps(o.get('data', {}).get('text/plain', '') or o.get('text', ''))
+        for c in cells
+        for o in c.get('outputs', [])
+    ]
     assert not [t[:200] for t in texts if MACHINE.search(t)]
 
 
 def test_text_files_name_no_machine_and_leave_nothing_unfinished():
     found = []
     for file in tracked():
-        if not file.endswith(('.py', '.md', '.yaml', '.yml', '.ini', '.txt', '.sh', '.cff', 'Makefile')) or file.startswith('tests/'): continue
-        text = (ROOT/file).read_text(encoding='utf-8') if (ROOT/file).is_file() else ''
+        if not file.endswith(
+            ('.py', '.md', '.yaml', '.yml', '.ini', '.txt', '.sh', '.cff', 'Makefile')
+        ) or file.startswith('tests/'):
+            continue
+        text = (ROOT / file).read_text(encoding='utf-8') if (ROOT / file).is_file() else ''
         found += [f'{file}: {m.group(0)}' for pattern in (MACHINE, UNFINISHED) for m in pattern.finditer(text)]
     assert not found
 
 
-@pytest.mark.parametrize('path', sorted((ROOT/'nbs'/'experiments').glob('*.ipynb')), ids=name)
+@pytest.mark.parametrize('path', sorted((ROOT / 'nbs' / 'experiments').glob('*.ipynb')), ids=name)
 def test_an_experiment_can_be_asked_for_its_parameters_and_each_is_explained(path):
     signature = declared(path)
     assert set(OURS) <= set(signature)
@@ -57,30 +72,39 @@ def test_an_experiment_can_be_asked_for_its_parameters_and_each_is_explained(pat
 
 
 def test_every_budget_file_fits_its_notebook():
-    files = sorted((ROOT/'nbs'/'experiments').glob('*/*.yaml'))
+    files = sorted((ROOT / 'nbs' / 'experiments').glob('*/*.yaml'))
     assert files and all(from_file(f) for f in files)
 
 
 def test_published_json_is_valid():
     for file in tracked():
-        if file.endswith('.json') and (ROOT/file).is_file(): json.loads((ROOT/file).read_text())
+        if file.endswith('.json') and (ROOT / file).is_file():
+            json.loads((ROOT / file).read_text())
 
 
 def test_the_front_page_names_effects_that_the_demonstration_makes():
     from collectionlora import world
     from collectionlora.files import drawn
     from collectionlora.run.chain import differences
+
     made = set(drawn.pick_effects(differences('effects', 'demo')['effects'], 0))
-    page = (ROOT/'README.md').read_text()
-    named = {word for word in re.findall(r"[a-z]+_[a-z]+(?:_[a-z]+)*", ' '.join(re.findall(r'collection\.edit\(.*|collectionlora edit .*', page))) if word in world.EFFECTS}
+    page = (ROOT / 'README.md').read_text()
+    named = {
+        word
+        for word in re.findall(
+            r'[a-z]+_[a-z]+(?:_[a-z]+)*', ' '.join(re.findall(r'collection\.edit\(.*|collectionlora edit .*', page))
+        )
+        if word in world.EFFECTS
+    }
     assert len(named) >= 3 and named <= made
 
 
 def test_the_front_page_is_what_its_notebook_shows():
     import runpy
-    readme = runpy.run_path(str(ROOT/'tools'/'readme.py'))
-    text, pictures = readme['render'](readme['shown'](nbformat.read(ROOT/'nbs'/'index.ipynb', 4)))
-    assert text == (ROOT/'README.md').read_text(), 'run `make readme`'
-    assert pictures and all((ROOT/name).read_bytes() == data for name, data in pictures.items())
+
+    readme = runpy.run_path(str(ROOT / 'tools' / 'readme.py'))
+    text, pictures = readme['render'](readme['shown'](nbformat.read(ROOT / 'nbs' / 'index.ipynb', 4)))
+    assert text == (ROOT / 'README.md').read_text(), 'run `make readme`'
+    assert pictures and all((ROOT / name).read_bytes() == data for name, data in pictures.items())
     links = [l.split('#')[0] for l in re.findall(r'\]\(([^)\s]+)\)', text) if not l.startswith('http')]
-    assert len(links) > 10 and not [l for l in links if l and not (ROOT/l).exists()]
+    assert len(links) > 10 and not [l for l in links if l and not (ROOT / l).exists()]

@@ -1,4 +1,5 @@
 "Bad input, reuse, failures, interrupts and locks of the experiment runner. Notebooks here are tiny, kernels are real."
+
 import os
 import signal
 import subprocess
@@ -27,147 +28,202 @@ def notebook(path: Path, body=BODY, head=HEAD, tags=('parameters',)):
 
 
 def refused(*args, **kw) -> str:
-    with pytest.raises(core.UserError) as e: execute(*args, **kw)
+    with pytest.raises(core.UserError) as e:
+        execute(*args, **kw)
     return str(e.value)
 
 
-@pytest.mark.parametrize('given, words', [
-    ({'m': 1}, ['unknown key', "'m'"]),
-    ({'nmae': 'y'}, ["did you mean 'name'?"]),
-    ({'n': '3'}, ["'n'", 'must be int', "'3'"]),
-    ({'n': True}, ["'n'", 'must be int']),
-    ({'n': None}, ["'n'", 'must be int']),
-    ({'name': 3}, ["'name'", 'must be str']),
-    ({'out': 'there'}, ["'out'", 'set by the runner']),
-])
+@pytest.mark.parametrize(
+    'given, words',
+    [
+        ({'m': 1}, ['unknown key', "'m'"]),
+        ({'nmae': 'y'}, ["did you mean 'name'?"]),
+        ({'n': '3'}, ["'n'", 'must be int', "'3'"]),
+        ({'n': True}, ["'n'", 'must be int']),
+        ({'n': None}, ["'n'", 'must be int']),
+        ({'name': 3}, ["'name'", 'must be str']),
+        ({'out': 'there'}, ["'out'", 'set by the runner']),
+    ],
+)
 def test_wrong_parameters_are_refused_before_anything_runs(tmp_path, given, words):
-    said = refused(notebook(tmp_path/'a.ipynb'), tmp_path/'results', parameters=given)
+    said = refused(notebook(tmp_path / 'a.ipynb'), tmp_path / 'results', parameters=given)
     assert all(w in said for w in ['a.ipynb', *words]), said
-    assert not (tmp_path/'results').exists()
+    assert not (tmp_path / 'results').exists()
 
 
-@pytest.mark.parametrize('head, tags, words', [
-    (HEAD, (), "tagged 'parameters'"),
-    (HEAD.replace("seed: int = 0\n", ''), ('parameters',), "must declare 'seed'"),
-    (HEAD + '\nm = n*2', ('parameters',), 'm = n * 2'),
-    (HEAD + "\nm: int = 'three'", ('parameters',), 'must be int'),
-    (HEAD + '\nimport os', ('parameters',), 'import os'),
-])
+@pytest.mark.parametrize(
+    'head, tags, words',
+    [
+        (HEAD, (), "tagged 'parameters'"),
+        (HEAD.replace('seed: int = 0\n', ''), ('parameters',), "must declare 'seed'"),
+        (HEAD + '\nm = n*2', ('parameters',), 'm = n * 2'),
+        (HEAD + "\nm: int = 'three'", ('parameters',), 'must be int'),
+        (HEAD + '\nimport os', ('parameters',), 'import os'),
+    ],
+)
 def test_a_notebook_must_declare_its_parameters(tmp_path, head, tags, words):
-    assert words in refused(notebook(tmp_path/'a.ipynb', head=head, tags=tags), tmp_path/'results')
+    assert words in refused(notebook(tmp_path / 'a.ipynb', head=head, tags=tags), tmp_path / 'results')
 
 
 def test_a_kernel_that_is_killed_is_a_sentence_and_a_failed_record(tmp_path):
-    path = notebook(tmp_path/'a.ipynb', 'import os, signal\nos.kill(os.getpid(), signal.SIGKILL)')
-    with pytest.raises(RunFailed, match='a/r failed: its kernel died without a word: killed, or out of memory; the same command'): execute(path, tmp_path/'results', 'r')
-    assert core.read_json(tmp_path/'results'/'r.json')['status'] == 'failed'
+    path = notebook(tmp_path / 'a.ipynb', 'import os, signal\nos.kill(os.getpid(), signal.SIGKILL)')
+    with pytest.raises(
+        RunFailed, match='a/r failed: its kernel died without a word: killed, or out of memory; the same command'
+    ):
+        execute(path, tmp_path / 'results', 'r')
+    assert core.read_json(tmp_path / 'results' / 'r.json')['status'] == 'failed'
 
 
 def test_unknown_experiment_absent_input_and_bad_run_name(tmp_path):
     assert 'no such experiment' in refused('no_such_experiment', tmp_path)
-    path = notebook(tmp_path/'a.ipynb')
-    assert 'absent.png' in refused(path, tmp_path/'results', inputs={'image': tmp_path/'absent.png'})
-    assert 'run name' in refused(path, tmp_path/'results', run='../escape')
-    assert not (tmp_path/'results').exists()
+    path = notebook(tmp_path / 'a.ipynb')
+    assert 'absent.png' in refused(path, tmp_path / 'results', inputs={'image': tmp_path / 'absent.png'})
+    assert 'run name' in refused(path, tmp_path / 'results', run='../escape')
+    assert not (tmp_path / 'results').exists()
 
 
 def test_reuse_is_decided_by_content_only(tmp_path):
-    path, data = notebook(tmp_path/'a.ipynb'), tmp_path/'data.txt'
+    path, data = notebook(tmp_path / 'a.ipynb'), tmp_path / 'data.txt'
     data.write_text('one')
-    go = lambda **kw: execute(path, tmp_path/'results', **{'inputs': {'source': data}, **kw})
+    go = lambda **kw: execute(path, tmp_path / 'results', **{'inputs': {'source': data}, **kw})
     first = go()
-    assert not first['reused'] and first['metrics'] == {'twice': 6} and first['run']['inputs'] == {'source': core.sha256_file(data)}
-    os.utime(data)                                             # another time, the same content
+    assert (
+        not first['reused']
+        and first['metrics'] == {'twice': 6}
+        and first['run']['inputs'] == {'source': core.sha256_file(data)}
+    )
+    os.utime(data)  # another time, the same content
     assert go()['reused']
-    assert go(parameters={'n': 3})['reused']                   # a default spelt out
+    assert go(parameters={'n': 3})['reused']  # a default spelt out
     data.write_text('two')
     second = go()
     assert not second['reused'] and second['key'] != first['key']
-    (tmp_path/'results'/'run.txt').unlink()                    # an output that is gone
+    (tmp_path / 'results' / 'run.txt').unlink()  # an output that is gone
     assert not go()['reused'] and go()['reused']
-    notebook(path, BODY + '\nn')                               # another notebook
+    notebook(path, BODY + '\nn')  # another notebook
     assert not go()['reused']
     assert not go(seed=1)['reused']
 
 
-KEEPER = BODY + """
+KEEPER = (
+    BODY
+    + """
 work = Path(out, f'.{run}')
 if (work/'made_with').exists() and (work/'made_with').read_text() != str(n): raise ValueError('checkpoint of another run')
 work.mkdir(exist_ok=True)
 (work/'made_with').write_text(str(n))
 assert n < 10"""
+)
 
 
 def test_checkpoints_of_a_finished_run_go_and_those_of_an_unfinished_one_stay(tmp_path):
-    path = notebook(tmp_path/'a.ipynb', KEEPER)
-    go = lambda n: execute(path, tmp_path/'results', parameters={'n': n})
+    path = notebook(tmp_path / 'a.ipynb', KEEPER)
+    go = lambda n: execute(path, tmp_path / 'results', parameters={'n': n})
     assert not go(1)['reused'] and not go(2)['reused'] and go(2)['reused']
-    with pytest.raises(RunFailed, match='AssertionError'): go(10)
-    with pytest.raises(RunFailed, match='checkpoint of another run'): go(3)
-    assert (tmp_path/'results'/'.run'/'made_with').read_text() == '10'
+    with pytest.raises(RunFailed, match='AssertionError'):
+        go(10)
+    with pytest.raises(RunFailed, match='checkpoint of another run'):
+        go(3)
+    assert (tmp_path / 'results' / '.run' / 'made_with').read_text() == '10'
 
 
 def test_a_failure_leaves_a_record_that_is_no_result(tmp_path):
-    path = notebook(tmp_path/'a.ipynb', BODY + "\nif n < 5: raise OSError(28, 'No space left on device')")
-    with pytest.raises(RunFailed, match='No space left'): execute(path, tmp_path/'results')
-    record = core.read_json(tmp_path/'results'/'run.json')
+    path = notebook(tmp_path / 'a.ipynb', BODY + "\nif n < 5: raise OSError(28, 'No space left on device')")
+    with pytest.raises(RunFailed, match='No space left'):
+        execute(path, tmp_path / 'results')
+    record = core.read_json(tmp_path / 'results' / 'run.json')
     assert record['status'] == 'failed' and 'OSError' in record['error'] and 'metrics' not in record
-    assert any('No space left' in str(c.get('outputs')) for c in nbformat.read(tmp_path/'results'/'run.ipynb', 4).cells)
-    with pytest.raises(RunFailed): execute(path, tmp_path/'results')   # tried again, not reused
-    assert execute(path, tmp_path/'results', parameters={'n': 7})['metrics'] == {'twice': 14}
+    assert any(
+        'No space left' in str(c.get('outputs')) for c in nbformat.read(tmp_path / 'results' / 'run.ipynb', 4).cells
+    )
+    with pytest.raises(RunFailed):
+        execute(path, tmp_path / 'results')  # tried again, not reused
+    assert execute(path, tmp_path / 'results', parameters={'n': 7})['metrics'] == {'twice': 14}
 
 
 def test_a_user_error_inside_a_notebook_stays_one_sentence(tmp_path):
-    path = notebook(tmp_path/'a.ipynb', "from collectionlora.core import UserError\nraise UserError('effect.yaml: prompt is empty')")
-    assert refused(path, tmp_path/'results') == 'effect.yaml: prompt is empty'
+    path = notebook(
+        tmp_path / 'a.ipynb',
+        "from collectionlora.core import UserError\nraise UserError('effect.yaml: prompt is empty')",
+    )
+    assert refused(path, tmp_path / 'results') == 'effect.yaml: prompt is empty'
 
 
 def test_no_machine_paths_and_tidy_bars_in_what_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    execute(notebook(tmp_path/'a.ipynb', BODY + "\nprint('1%\\r50%\\r100%')"), tmp_path/'results')
-    text = (tmp_path/'results'/'run.ipynb').read_text() + (tmp_path/'results'/'run.json').read_text()
+    execute(notebook(tmp_path / 'a.ipynb', BODY + "\nprint('1%\\r50%\\r100%')"), tmp_path / 'results')
+    text = (tmp_path / 'results' / 'run.ipynb').read_text() + (tmp_path / 'results' / 'run.json').read_text()
     assert str(tmp_path) not in text and '50%' not in text.split('print(')[-1].split('outputs')[-1]
 
 
 def test_bars_within_bars_are_kept_in_their_last_state(tmp_path):
     bars = "\nimport sys\nfrom tqdm import tqdm\nfor i in tqdm(range(3), desc='outer', mininterval=0):\n    for j in tqdm(range(40), desc=f'inner {i}', mininterval=0, leave=False): sys.stderr.flush()\nprint('said'); print('too')"
-    execute(notebook(tmp_path/'a.ipynb', BODY + bars), tmp_path/'results')
-    outputs = [o for c in nbformat.read(tmp_path/'results'/'run.ipynb', 4).cells if c.cell_type == 'code' for o in c.outputs if o.output_type == 'stream']
+    execute(notebook(tmp_path / 'a.ipynb', BODY + bars), tmp_path / 'results')
+    outputs = [
+        o
+        for c in nbformat.read(tmp_path / 'results' / 'run.ipynb', 4).cells
+        if c.cell_type == 'code'
+        for o in c.outputs
+        if o.output_type == 'stream'
+    ]
     said = ''.join(o.text for o in outputs)
-    assert said.count('outer') == 1 and 'outer: 100%' in said and '39/40' not in said and '\x1b' not in said and 'said\ntoo' in said and len(outputs) < 4
+    assert (
+        said.count('outer') == 1
+        and 'outer: 100%' in said
+        and '39/40' not in said
+        and '\x1b' not in said
+        and 'said\ntoo' in said
+        and len(outputs) < 4
+    )
 
 
 def test_a_notebook_may_hold_the_lock_of_its_own_folder_but_a_second_run_may_not(tmp_path):
-    path = notebook(tmp_path/'a.ipynb', f"from collectionlora.core import folder_lock\nwith folder_lock(out):\n{chr(10).join('    ' + s for s in BODY.splitlines())}")
-    assert execute(path, tmp_path/'results')['metrics'] == {'twice': 6}
-    with core.folder_lock(tmp_path/'results'): assert 'another run' in refused(path, tmp_path/'results')
+    path = notebook(
+        tmp_path / 'a.ipynb',
+        f'from collectionlora.core import folder_lock\nwith folder_lock(out):\n{chr(10).join("    " + s for s in BODY.splitlines())}',
+    )
+    assert execute(path, tmp_path / 'results')['metrics'] == {'twice': 6}
+    with core.folder_lock(tmp_path / 'results'):
+        assert 'another run' in refused(path, tmp_path / 'results')
 
 
-@pytest.mark.parametrize('text, words', [
-    ('n: 4\nlr: 1e-3\n', ["unknown key 'lr'"]),
-    ('n: 4\nn: 5\n', ["'n' is given twice"]),
-    ('seed: -1\n', ["'seed'"]),
-    ('run: long\n', ["'run'", "'short'"]),
-    ('- n\n', ['key: value']),
-    ('n: [\n', ['not valid YAML']),
-])
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('n: 4\nlr: 1e-3\n', ["unknown key 'lr'"]),
+        ('n: 4\nn: 5\n', ["'n' is given twice"]),
+        ('seed: -1\n', ["'seed'"]),
+        ('run: long\n', ["'run'", "'short'"]),
+        ('- n\n', ['key: value']),
+        ('n: [\n', ['not valid YAML']),
+    ],
+)
 def test_a_runs_file_is_strict(tmp_path, monkeypatch, text, words):
     monkeypatch.setattr(run, 'notebooks_dir', lambda: tmp_path)
-    notebook(tmp_path/'a.ipynb')
-    (tmp_path/'a').mkdir()
-    (tmp_path/'a'/'short.yaml').write_text(text)
-    with pytest.raises(core.UserError) as e: from_file(tmp_path/'a'/'short.yaml')
+    notebook(tmp_path / 'a.ipynb')
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a' / 'short.yaml').write_text(text)
+    with pytest.raises(core.UserError) as e:
+        from_file(tmp_path / 'a' / 'short.yaml')
     assert 'short.yaml' in str(e.value) and all(w in str(e.value) for w in words)
 
 
 def test_sweeps_check_everything_first_and_finish_what_they_can(tmp_path):
-    path = notebook(tmp_path/'a.ipynb', BODY + "\nassert n != 2, 'two is bad'")
-    with pytest.raises(core.UserError, match='listed twice'): sweep(path, {'n': [1, 1]}, tmp_path/'s')
-    with pytest.raises(core.UserError, match='must be a list'): sweep(path, {'n': 1}, tmp_path/'s')
-    with pytest.raises(core.UserError, match='must be int'): sweep(path, {'n': [1, 'b']}, tmp_path/'s')
-    assert not (tmp_path/'s').exists()
-    with pytest.raises(RunFailed, match='1 of 3 runs failed.*two is bad'): sweep(path, {'n': [1, 2, 3]}, tmp_path/'s')
-    assert [core.read_json(tmp_path/'s'/f'n={n}.json')['status'] for n in (1, 2, 3)] == ['finished', 'failed', 'finished']
+    path = notebook(tmp_path / 'a.ipynb', BODY + "\nassert n != 2, 'two is bad'")
+    with pytest.raises(core.UserError, match='listed twice'):
+        sweep(path, {'n': [1, 1]}, tmp_path / 's')
+    with pytest.raises(core.UserError, match='must be a list'):
+        sweep(path, {'n': 1}, tmp_path / 's')
+    with pytest.raises(core.UserError, match='must be int'):
+        sweep(path, {'n': [1, 'b']}, tmp_path / 's')
+    assert not (tmp_path / 's').exists()
+    with pytest.raises(RunFailed, match='1 of 3 runs failed.*two is bad'):
+        sweep(path, {'n': [1, 2, 3]}, tmp_path / 's')
+    assert [core.read_json(tmp_path / 's' / f'n={n}.json')['status'] for n in (1, 2, 3)] == [
+        'finished',
+        'failed',
+        'finished',
+    ]
 
 
 SLEEPER = """import time
@@ -178,17 +234,24 @@ try:
 except KeyboardInterrupt:
     Path(out, 'checkpoint').write_text('saved')
     raise"""
-START = "import sys; from collectionlora import run; run.execute(sys.argv[1], sys.argv[2])"
+START = 'import sys; from collectionlora import run; run.execute(sys.argv[1], sys.argv[2])'
 
 
 def started(tmp_path):
     "A process that is in the middle of a run."
-    path = notebook(tmp_path/'a.ipynb', SLEEPER)
-    process = subprocess.Popen([sys.executable, '-c', START, path, tmp_path/'results'], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    path = notebook(tmp_path / 'a.ipynb', SLEEPER)
+    process = subprocess.Popen(
+        [sys.executable, '-c', START, path, tmp_path / 'results'],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     for _ in range(600):
-        if (tmp_path/'results'/'started').exists(): return process, path
-        if process.poll() is not None: break
-        time.sleep(.1)
+        if (tmp_path / 'results' / 'started').exists():
+            return process, path
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
     process.kill()
     raise AssertionError(process.stderr.read())
 
@@ -198,22 +261,34 @@ def test_ctrl_c_lets_the_notebook_save_and_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode and 'goes on from the last checkpoint' in said
-    assert (tmp_path/'results'/'checkpoint').read_text() == 'saved'
-    assert core.read_json(tmp_path/'results'/'run.json')['status'] == 'interrupted'
+    assert (tmp_path / 'results' / 'checkpoint').read_text() == 'saved'
+    assert core.read_json(tmp_path / 'results' / 'run.json')['status'] == 'interrupted'
 
 
 def test_a_killed_run_is_not_taken_for_a_finished_one_and_frees_its_folder(tmp_path):
     process, path = started(tmp_path)
-    assert 'another run' in refused(path, tmp_path/'results')
+    assert 'another run' in refused(path, tmp_path / 'results')
     process.kill()
     process.wait()
-    assert core.read_json(tmp_path/'results'/'run.json')['status'] == 'running'
-    assert not execute(notebook(path), tmp_path/'results')['reused']
+    assert core.read_json(tmp_path / 'results' / 'run.json')['status'] == 'running'
+    assert not execute(notebook(path), tmp_path / 'results')['reused']
 
 
 def test_words_about_code_do_not_make_a_run_stale_and_code_does(tmp_path):
     from collectionlora.run.execute import code_hash
-    book = lambda name, source: notebook(tmp_path/f"{name}.ipynb", body=source)
+
+    book = lambda name, source: notebook(tmp_path / f'{name}.ipynb', body=source)
     plain = code_hash(book('a', 'def f(x): return x + 1\ny = f(1)'))
-    assert plain == code_hash(book('b', '# a remark\ndef f(x):\n    "Adds one."\n    return x + 1\n\ny = f(1)    # two'))
-    assert len({plain, code_hash(book('c', 'def f(x): return x + 2\ny = f(1)')), code_hash(book('d', 'def f(x): return x + 1\ny = "Adds one."'))}) == 3
+    assert plain == code_hash(
+        book('b', '# a remark\ndef f(x):\n    "Adds one."\n    return x + 1\n\ny = f(1)    # two')
+    )
+    assert (
+        len(
+            {
+                plain,
+                code_hash(book('c', 'def f(x): return x + 2\ny = f(1)')),
+                code_hash(book('d', 'def f(x): return x + 1\ny = "Adds one."')),
+            }
+        )
+        == 3
+    )

@@ -1,4 +1,5 @@
 "README.md from nbs/index.ipynb: runs the notebook, keeps what a reader sees, puts its pictures into assets/. Needs no Quarto."
+
 import os
 import re
 import subprocess
@@ -20,7 +21,8 @@ def shown(nb):
     nb.cells = [c for c in nb.cells if not HIDDEN.search(c.source)]
     for c in nb.cells:
         c.source = '' if NO_INPUT.search(c.source) else DIRECTIVE.sub('', c.source)
-        if c.cell_type == 'code': c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
+        if c.cell_type == 'code':
+            c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
     return nb
 
 
@@ -34,7 +36,9 @@ def render(nb) -> tuple[str, dict]:
         text, pictures[new] = text.replace(f']({name})', f']({new})'), data
     text = text.replace('](../', '](')
     text = re.sub(r'```python\s+```\n', '', text)
-    text = re.sub(r'\]\(((?:analysis/|experiments/)?\w+\.ipynb)\)', r'](nbs/\1)', text)        # links of the notebook are relative to nbs/
+    text = re.sub(
+        r'\]\(((?:analysis/|experiments/)?\w+\.ipynb)\)', r'](nbs/\1)', text
+    )  # links of the notebook are relative to nbs/
     text = re.sub(r'\n\s+!\[(?:png|jpeg)\]\((\S+)\)\s*\n', r'\n\n![what the cell above shows](\1)\n\n', text)
     note = '<!-- rendered from nbs/index.ipynb by `make readme`; edit the notebook -->\n\n'
     return note + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', pictures
@@ -42,25 +46,31 @@ def render(nb) -> tuple[str, dict]:
 
 def keep(nb):
     "Writes the run notebook back with its outputs, cleaned as every notebook here is."
-    path = ROOT/'nbs'/'index.ipynb'
+    path = ROOT / 'nbs' / 'index.ipynb'
     for c in nb.cells:
-        if c.cell_type == 'code': c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
+        if c.cell_type == 'code':
+            c.outputs = [o for o in c.outputs if o.get('name') != 'stderr']
     nbformat.write(nb, path)
-    subprocess.run([str(Path(sys.executable).parent/'nbdev_clean'), '--fname', str(path)], cwd=ROOT, check=True)
+    subprocess.run([str(Path(sys.executable).parent / 'nbdev_clean'), '--fname', str(path)], cwd=ROOT, check=True)
 
 
 def main():
-    os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline'     # pictures into the notebook, whatever the caller has set
-    nb = nbformat.read(ROOT/'nbs'/'index.ipynb', 4)
+    os.environ['MPLBACKEND'] = (
+        'module://matplotlib_inline.backend_inline'  # pictures into the notebook, whatever the caller has set
+    )
+    nb = nbformat.read(ROOT / 'nbs' / 'index.ipynb', 4)
     if '--run' in sys.argv:
-        NotebookClient(nb, timeout=600, resources={'metadata': {'path': str(ROOT/'nbs')}}).execute()
+        NotebookClient(nb, timeout=600, resources={'metadata': {'path': str(ROOT / 'nbs')}}).execute()
         keep(nb)
     text, pictures = render(shown(nb))
-    (ROOT/'assets').mkdir(exist_ok=True)
-    for old in (ROOT/'assets').glob('readme_*'): old.unlink()
-    for name, data in pictures.items(): (ROOT/name).write_bytes(data)
-    (ROOT/'README.md').write_text(text, encoding='utf-8')
+    (ROOT / 'assets').mkdir(exist_ok=True)
+    for old in (ROOT / 'assets').glob('readme_*'):
+        old.unlink()
+    for name, data in pictures.items():
+        (ROOT / name).write_bytes(data)
+    (ROOT / 'README.md').write_text(text, encoding='utf-8')
     print(f'README.md: {len(text.split())} words, {len(pictures)} pictures')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -27,12 +27,14 @@ class Cond:
 
     source [B, Ns, C] packed latents of the source image(s); emb [B, L, D] prompt embeddings; mask [B, L] bool, True on
     real tokens, or None when all are real; grids: (h, w) of the packed grids, target first, then the sources."""
+
     source: Tensor
     emb: Tensor
     mask: Tensor | None
     grids: tuple[tuple[int, int], ...]
 
-    def __len__(self) -> int: return len(self.emb)
+    def __len__(self) -> int:
+        return len(self.emb)
 
     def index(self, i) -> 'Cond':
         "Rows `i` (int, int list, slice or index tensor); padding that no kept row needs is cut off."
@@ -60,14 +62,20 @@ class Cond:
     @staticmethod
     def cat(conds: Sequence['Cond']) -> 'Cond':
         "One batch of several; embeddings are padded on the right with zeros. All must have the same grids."
-        if not conds: raise UserError('Cond.cat: an empty list; give at least one condition.')
+        if not conds:
+            raise UserError('Cond.cat: an empty list; give at least one condition.')
         grids = conds[0].grids
         for c in conds[1:]:
             if c.grids != grids:
-                raise UserError(f'Cond.cat: grids {c.grids} and {grids} in one batch; sort samples into shape buckets first.')
+                raise UserError(
+                    f'Cond.cat: grids {c.grids} and {grids} in one batch; sort samples into shape buckets first.'
+                )
         most = max(c.emb.shape[1] for c in conds)
         emb = torch.cat([F.pad(c.emb, (0, 0, 0, most - c.emb.shape[1])) for c in conds])
-        masks = [torch.ones(c.emb.shape[:2], dtype=torch.bool, device=emb.device) if c.mask is None else c.mask for c in conds]
+        masks = [
+            torch.ones(c.emb.shape[:2], dtype=torch.bool, device=emb.device) if c.mask is None else c.mask
+            for c in conds
+        ]
         mask = torch.cat([F.pad(m, (0, most - m.shape[1])) for m in masks])
         return Cond(torch.cat([c.source for c in conds]), emb, None if bool(mask.all()) else mask, grids)
 
@@ -77,8 +85,13 @@ class Backbone(Frugal):
 
     checkpointing: recompute activations in backward. hash: id of the base, or a function that computes it when asked."""
 
-    def __init__(self, transformer: nn.Module, dtype: torch.dtype | None = None, checkpointing: bool = False,
-                 hash: str | Callable[[], str] | None = None):
+    def __init__(
+        self,
+        transformer: nn.Module,
+        dtype: torch.dtype | None = None,
+        checkpointing: bool = False,
+        hash: str | Callable[[], str] | None = None,
+    ):
         super().__init__(transformer, dtype)
         self._hash = hash
         self.checkpointing(checkpointing)
@@ -86,8 +99,10 @@ class Backbone(Frugal):
     @property
     def hash(self) -> str:
         "Id of the frozen base: the pipeline folder's hash if it came from one, else that of its weights. Computed once."
-        if callable(self._hash): self._hash = self._hash()
-        if self._hash is None: self._hash = hash_weights(self.transformer)
+        if callable(self._hash):
+            self._hash = self._hash()
+        if self._hash is None:
+            self._hash = hash_weights(self.transformer)
         return self._hash
 
     def velocity(self, role: Role, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -99,25 +114,36 @@ class Backbone(Frugal):
         shapes = [(1, h, w) for h, w in cond.grids]
         with self.using(role), self._saving():
             v = self.transformer(
-                hidden_states=torch.cat([x_t.to(dtype), cond.source.to(dtype)], 1), timestep=t,
-                encoder_hidden_states=cond.emb.to(dtype), encoder_hidden_states_mask=cond.mask,
-                img_shapes=[shapes] * len(x_t), return_dict=False)[0]
-        return v[:, :x_t.shape[1]].to(x_t.dtype)
+                hidden_states=torch.cat([x_t.to(dtype), cond.source.to(dtype)], 1),
+                timestep=t,
+                encoder_hidden_states=cond.emb.to(dtype),
+                encoder_hidden_states_mask=cond.mask,
+                img_shapes=[shapes] * len(x_t),
+                return_dict=False,
+            )[0]
+        return v[:, : x_t.shape[1]].to(x_t.dtype)
 
     @staticmethod
     def _check_inputs(x_t: Tensor, t: Tensor, cond: Cond) -> None:
         (h, w), B = cond.grids[0], len(cond)
         if x_t.shape[:2] != (B, h * w) or t.shape != (B,):
-            raise UserError(f'velocity: x_t {tuple(x_t.shape)} and t {tuple(t.shape)} do not fit a condition of batch {B} '
-                            f'and target grid {h} x {w}; x_t is [{B}, {h * w}, C], t is [{B}].')
+            raise UserError(
+                f'velocity: x_t {tuple(x_t.shape)} and t {tuple(t.shape)} do not fit a condition of batch {B} '
+                f'and target grid {h} x {w}; x_t is [{B}, {h * w}, C], t is [{B}].'
+            )
         if cond.source.shape[1] != sum(a * b for a, b in cond.grids[1:]):
-            raise UserError(f'velocity: {cond.source.shape[1]} source tokens do not fill the source grids {cond.grids[1:]}.')
+            raise UserError(
+                f'velocity: {cond.source.shape[1]} source tokens do not fill the source grids {cond.grids[1:]}.'
+            )
         if t.device.type == 'cpu' and not (t.min() >= 0 and t.max() <= 1):
             raise UserError(f'velocity: t holds {t.max().item():g}; times are in [0, 1] (divide timesteps by 1000).')
 
-    def guided(self, role: Role, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: float, rescale: bool = False) -> Tensor:
+    def guided(
+        self, role: Role, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: float, rescale: bool = False
+    ) -> Tensor:
         "Classifier-free guided velocity; both branches run as one batch, and w = 1 runs the conditional one alone."
-        if w == 1: return self.velocity(role, x_t, t, cond)
+        if w == 1:
+            return self.velocity(role, x_t, t, cond)
         v = self.velocity(role, torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat([cond, uncond]))
         return guide(*v.chunk(2), w, rescale)
 
@@ -127,22 +153,28 @@ class Backbone(Frugal):
 
         A base held in eight bits takes no adapter in; there `role` stays one. On leaving, the base's own tensors are back, bit for bit. Costs a second copy of the adapted weights, and in
         low precision rounds the sum to the base's dtype, so results there differ from the adapter's."""
-        if self._merged is not None: raise UserError(f'merged({role!r}) inside merged({list(self._merged)}): leave the first one before.')
+        if self._merged is not None:
+            raise UserError(f'merged({role!r}) inside merged({list(self._merged)}): leave the first one before.')
         scalings, kept = self._scalings(role), []
         try:
-            for m in () if self.frozen else self._layers: kept += self._fold(m, scalings)
+            for m in () if self.frozen else self._layers:
+                kept += self._fold(m, scalings)
             self._merged = None if self.frozen else scalings
             yield
         finally:
             self._merged = None
-            for W, data in kept: W.data = data
+            for W, data in kept:
+                W.data = data
 
     @staticmethod
     @torch.no_grad()
     def _fold(layer: nn.Module, scalings: Mapping[str, float]) -> list[tuple[nn.Parameter, Tensor]]:
         "Adds the adapters' products to a layer's weight; returns the weight with its data of before, if any adapter is there."
         W = layer.base_layer.weight
-        delta = [s * (layer.lora_B[n].weight @ layer.lora_A[n].weight) for n, s in scalings.items() if n in layer.lora_A]
+        delta = [
+            s * (layer.lora_B[n].weight @ layer.lora_A[n].weight) for n, s in scalings.items() if n in layer.lora_A
+        ]
         before = W.data
-        if delta: W.data = (W.data + sum(delta)).to(W.dtype)
+        if delta:
+            W.data = (W.data + sum(delta)).to(W.dtype)
         return [(W, before)] if delta else []

@@ -37,6 +37,7 @@ def widened(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _FrozenProduct(torch.autograd.Function):
     "x W^T for a frozen eight-bit W, which backward widens anew."
+
     @staticmethod
     def forward(ctx, x, q, scale):
         ctx.save_for_backward(q, scale)
@@ -50,6 +51,7 @@ class _FrozenProduct(torch.autograd.Function):
 
 class EightBitLinear(nn.Linear):
     "A frozen Linear whose weight is held in eight bits."
+
     def forward(self, x: Tensor) -> Tensor:
         y = _FrozenProduct.apply(x, self.weight, self.scale)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -73,17 +75,28 @@ class Frugal(Slots):
     @property
     def numerics(self) -> dict:
         "What besides weights decides the last bits of a forward."
-        return {'dtype': str(self.dtype).removeprefix('torch.'), 'frozen': self.frozen or 'as it is', 'compiled': self.compiled}
+        return {
+            'dtype': str(self.dtype).removeprefix('torch.'),
+            'frozen': self.frozen or 'as it is',
+            'compiled': self.compiled,
+        }
 
     def checkpointing(self, on: bool) -> None:
         "Recompute the blocks' activations in backward instead of keeping them; each recomputation re-enters its role."
-        if on: self.transformer.enable_gradient_checkpointing(self._checkpoint)
-        else: self.transformer.disable_gradient_checkpointing()
+        if on:
+            self.transformer.enable_gradient_checkpointing(self._checkpoint)
+        else:
+            self.transformer.disable_gradient_checkpointing()
 
     def _checkpoint(self, block, *args):
         role = tuple(self._active), dict(self._scaling)
-        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False,
-                          context_fn=lambda: (nullcontext(), self._entered(*role)))
+        return checkpoint(
+            block,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), self._entered(*role)),
+        )
 
     def offload(self, on: bool) -> None:
         "Keep what backward needs on the host instead of the device."
@@ -92,39 +105,53 @@ class Frugal(Slots):
     def storages(self) -> set[int]:
         "Addresses of the memory that holds the model's own weights, adapters included; of a base spread over processes, the part that is here."
         here = lambda t: t.to_local() if hasattr(t, 'to_local') else t
-        return {here(t).untyped_storage().data_ptr() for t in (*self.transformer.parameters(), *self.transformer.buffers())}
+        return {
+            here(t).untyped_storage().data_ptr() for t in (*self.transformer.parameters(), *self.transformer.buffers())
+        }
 
     def _saving(self):
         "Context of a forward: where its activations are kept until backward."
-        if not (self.offloading and torch.is_grad_enabled()): return nullcontext()
-        return torch.autograd.graph.saved_tensors_hooks(_to_host(self.storages()), lambda kept: kept if isinstance(kept, Tensor) else kept[1].to(kept[0], non_blocking=True))
+        if not (self.offloading and torch.is_grad_enabled()):
+            return nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(
+            _to_host(self.storages()),
+            lambda kept: kept if isinstance(kept, Tensor) else kept[1].to(kept[0], non_blocking=True),
+        )
 
     def quantise(self, kind: str) -> None:
         "Holds the frozen weights under every possible adapter in eight bits, 'int8' or 'fp8'."
-        if kind not in EIGHT_BITS: raise UserError(f'frozen: {kind!r} is unknown; {nearest(kind, EIGHT_BITS)}')
-        if self.roles or self.frozen: raise UserError(f'frozen: {kind!r} comes too late; quantise the base once, before any role is added.')
-        for name in self.modules(): to_eight_bits(self.transformer.get_submodule(name), kind)
+        if kind not in EIGHT_BITS:
+            raise UserError(f'frozen: {kind!r} is unknown; {nearest(kind, EIGHT_BITS)}')
+        if self.roles or self.frozen:
+            raise UserError(f'frozen: {kind!r} comes too late; quantise the base once, before any role is added.')
+        for name in self.modules():
+            to_eight_bits(self.transformer.get_submodule(name), kind)
         self.frozen = kind
 
     def compile(self, on: bool = True, backend: str = 'inductor') -> None:
         "Compile each block by itself; the first forward of every role, shape and gradient mode then takes long."
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in self.transformer.transformer_blocks:
-            if on: block.compile(backend=backend)
-            else: block._compiled_call_impl = None
+            if on:
+                block.compile(backend=backend)
+            else:
+                block._compiled_call_impl = None
         self.compiled = on
 
 
 def _to_host(ours: set[int], remember: int = 4) -> Callable:
     "Packs a saved tensor as (device, host copy); the model's own weights stay, and a tensor saved several times in a row is copied once."
-    last: deque = deque(maxlen=remember)      # keeps these tensors alive, so that no other takes their address
+    last: deque = deque(maxlen=remember)  # keeps these tensors alive, so that no other takes their address
     where = lambda x: (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), x._version)
 
     def pack(x: Tensor):
-        if x.untyped_storage().data_ptr() in ours: return x
+        if x.untyped_storage().data_ptr() in ours:
+            return x
         for seen, copy in last:
-            if where(seen) == where(x): return x.device, copy
+            if where(seen) == where(x):
+                return x.device, copy
         copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=False)
         last.append((x.detach(), copy))
         return x.device, copy
+
     return pack

@@ -14,7 +14,11 @@ import math
 import numpy as np
 import torch
 from diffusers import (
-    FlowMatchEulerDiscreteScheduler, ModelMixin, QwenImageEditPlusPipeline, QwenImageTransformer2DModel)
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    QwenImageEditPlusPipeline,
+    QwenImageTransformer2DModel,
+)
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, IdentityDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -29,12 +33,13 @@ class PatchPCA(ModelMixin, ConfigMixin):
     """A linear autoencoder with `AutoencoderKLQwenImage`'s interface: patches of `patch`² pixels to `z_dim` numbers.
 
     encode takes `[B, 3, 1, H, W]` in [-1, 1]; decode takes `[B, z_dim, 1, h, w]`."""
+
     @register_to_config
     def __init__(self, z_dim=16, patch=4, latents_mean=None, latents_std=None):
         super().__init__()
-        self.temperal_downsample = [False] * int(math.log2(patch))      # the pipeline derives its scale factor from this
-        self.W = torch.nn.Parameter(torch.zeros(z_dim, 3*patch*patch), requires_grad=False)
-        self.mu = torch.nn.Parameter(torch.zeros(3*patch*patch), requires_grad=False)
+        self.temperal_downsample = [False] * int(math.log2(patch))  # the pipeline derives its scale factor from this
+        self.W = torch.nn.Parameter(torch.zeros(z_dim, 3 * patch * patch), requires_grad=False)
+        self.mu = torch.nn.Parameter(torch.zeros(3 * patch * patch), requires_grad=False)
 
     def encode(self, x, return_dict=True):
         "Pictures `[B, 3, 1, H, W]` in [-1, 1] to latents `[B, z_dim, 1, H/patch, W/patch]`, as a distribution without spread."
@@ -49,71 +54,115 @@ class PatchPCA(ModelMixin, ConfigMixin):
         x = torch.nn.functional.pixel_shuffle(u, self.config.patch)[:, :, None]
         return DecoderOutput(sample=x) if return_dict else (x,)
 
+
 def to_tensor(pictures):
     "uint8 `[B, H, W, 3]` to float `[B, 3, 1, H, W]` in [-1, 1]."
-    return torch.as_tensor(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)[:, :, None].float()/127.5 - 1
+    return torch.as_tensor(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
+
 
 def latent_scale(sigma, soften):
     "`latents_std` [z] for components of standard deviation `sigma`: scaled latents have deviations ∝ sigma^soften and mean variance 1."
     s = torch.as_tensor(sigma, dtype=torch.float64)
-    return (s**(1 - soften)*((s**(2*soften)).mean()).sqrt()).tolist()
+    return (s ** (1 - soften) * ((s ** (2 * soften)).mean()).sqrt()).tolist()
 
-def fit_pca(pictures, z_dim=16, patch=4, soften=1.):
+
+def fit_pca(pictures, z_dim=16, patch=4, soften=1.0):
     "The closed-form autoencoder of a set of pictures, uint8 `[B, H, W, 3]`; `soften` as in `latent_scale`."
-    u = torch.nn.functional.pixel_unshuffle(to_tensor(pictures)[:, :, 0], patch).permute(0, 2, 3, 1).reshape(-1, 3*patch*patch).double()
-    mu = u.mean(0); lam, V = torch.linalg.eigh((u - mu).T @ (u - mu) / len(u))
+    u = (
+        torch.nn.functional.pixel_unshuffle(to_tensor(pictures)[:, :, 0], patch)
+        .permute(0, 2, 3, 1)
+        .reshape(-1, 3 * patch * patch)
+        .double()
+    )
+    mu = u.mean(0)
+    lam, V = torch.linalg.eigh((u - mu).T @ (u - mu) / len(u))
     std = lam.flip(0)[:z_dim].clamp_min(1e-8).sqrt()
-    vae = PatchPCA(z_dim, patch, [0.]*z_dim, latent_scale(std, soften))
+    vae = PatchPCA(z_dim, patch, [0.0] * z_dim, latent_scale(std, soften))
     vae.W.data, vae.mu.data = V.flip(1)[:, :z_dim].T.float().contiguous(), mu.float()
     return vae.eval()
 
 # %% ../../nbs/bases/nano.ipynb #1befc7a6
 def psnr(a, b):
     "Peak signal-to-noise ratio in dB of uint8 pictures, over all of them."
-    return float(-10*np.log10(np.mean((np.asarray(a, float) - np.asarray(b, float))**2)/255**2))
+    return float(-10 * np.log10(np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2) / 255**2))
+
 
 def laplacian_energy(x):
     "Mean squared Laplacian of uint8 pictures `[..., H, W, 3]`, in units of [0, 1]²."
-    x = np.asarray(x, np.float32)/255
-    l = 4*x[..., 1:-1, 1:-1, :] - x[..., :-2, 1:-1, :] - x[..., 2:, 1:-1, :] - x[..., 1:-1, :-2, :] - x[..., 1:-1, 2:, :]
+    x = np.asarray(x, np.float32) / 255
+    l = (
+        4 * x[..., 1:-1, 1:-1, :]
+        - x[..., :-2, 1:-1, :]
+        - x[..., 2:, 1:-1, :]
+        - x[..., 1:-1, :-2, :]
+        - x[..., 1:-1, 2:, :]
+    )
     return float((l**2).mean())
+
 
 def reconstruct(vae, pictures):
     "Pictures through the autoencoder and back, uint8."
-    with torch.no_grad(): y = vae.decode(vae.encode(to_tensor(pictures)).latent_dist.mode()).sample
-    return ((y[:, :, 0].permute(0, 2, 3, 1).clamp(-1, 1) + 1)*127.5).round().numpy().astype(np.uint8)
+    with torch.no_grad():
+        y = vae.decode(vae.encode(to_tensor(pictures)).latent_dist.mode()).sample
+    return ((y[:, :, 0].permute(0, 2, 3, 1).clamp(-1, 1) + 1) * 127.5).round().numpy().astype(np.uint8)
+
 
 def pca_pictures(n=600, seed=0):
     "Scenes and general edits of the whole picture, half and half, for fitting the autoencoder."
-    r = rng('pca', seed); out = []
+    r = rng('pca', seed)
+    out = []
     for i in range(n):
         s = world.draw_scene(r, world.CATEGORIES[i % 2])
-        out.append(world.render(s if i % 2 else world.random_edit(s, r, ('style', 'material', 'compose')[i//2 % 3])[1]))
+        out.append(
+            world.render(s if i % 2 else world.random_edit(s, r, ('style', 'material', 'compose')[i // 2 % 3])[1])
+        )
     return np.stack(out)
 
 # %% ../../nbs/bases/nano.ipynb #8e9089aa
-SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>', '<|vision_pad|>', '<|image_pad|>', '<|video_pad|>')
+SPECIAL = (
+    '<|endoftext|>',
+    '<|im_start|>',
+    '<|im_end|>',
+    '<|vision_start|>',
+    '<|vision_end|>',
+    '<|vision_pad|>',
+    '<|image_pad|>',
+    '<|video_pad|>',
+)
 PICTURE = 'Picture 1: <|vision_start|><|image_pad|><|vision_end|>'
 CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 
+
 def prompt_template():
     "The stock pipeline's prompt template, read from its source."
-    return next(c for c in QwenImageEditPlusPipeline.__init__.__code__.co_consts if isinstance(c, str) and c.startswith('<|im_start|>system'))
+    return next(
+        c
+        for c in QwenImageEditPlusPipeline.__init__.__code__.co_consts
+        if isinstance(c, str) and c.startswith('<|im_start|>system')
+    )
+
 
 def corpus(n=4000, seed=0):
     "Instructions and descriptions of scenes: the words of this world. Effects are not in it; a base does not know them beforehand."
     r, out = rng('corpus', seed), []
     for i in range(n):
-        s = world.draw_scene(r, world.CATEGORIES[i % 2]); out += [world.random_edit(s, r)[0], world.describe_scene(s)]
+        s = world.draw_scene(r, world.CATEGORIES[i % 2])
+        out += [world.random_edit(s, r)[0], world.describe_scene(s)]
     return out
+
 
 def make_tokenizer(texts, vocab=1600):
     "A `Qwen2Tokenizer` trained on `texts`; the pipeline's system message is 64 tokens long in it."
     plain = prompt_template()
-    for s in SPECIAL: plain = plain.replace(s, '')
-    tk = Tokenizer(models.BPE()); tk.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for s in SPECIAL:
+        plain = plain.replace(s, '')
+    tk = Tokenizer(models.BPE())
+    tk.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tk.train_from_iterator([plain + ' Picture 1: ']*200 + list(texts), trainers.BpeTrainer(vocab_size=vocab, min_frequency=5, show_progress=False, initial_alphabet=alphabet))
+    tk.train_from_iterator(
+        [plain + ' Picture 1: '] * 200 + list(texts),
+        trainers.BpeTrainer(vocab_size=vocab, min_frequency=5, show_progress=False, initial_alphabet=alphabet),
+    )
     m = json.loads(tk.to_str())['model']
     v, merges = m['vocab'], [tuple(x) if not isinstance(x, str) else tuple(x.split(' ')) for x in m['merges']]
     v.setdefault('<|endoftext|>', len(v))
@@ -123,24 +172,67 @@ def make_tokenizer(texts, vocab=1600):
 SIZES = dict(layers=4, heads=4, head_dim=32, rope=(8, 12, 12), text=128, text_layers=2, vision=64, vision_layers=2)
 PIXELS = 64
 
+
 def text_config(tok, sizes=SIZES):
     "Qwen2.5-VL's configuration in miniature."
     d, ids = sizes['text'], {t: tok.convert_tokens_to_ids(t) for t in SPECIAL}
     return Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tok), hidden_size=d, intermediate_size=2*d, num_hidden_layers=sizes['text_layers'], num_attention_heads=4, num_key_value_heads=2,
-                         max_position_embeddings=4096, bos_token_id=ids['<|endoftext|>'], eos_token_id=ids['<|im_end|>'], tie_word_embeddings=True,
-                         rope_scaling=dict(mrope_section=[4, 6, 6], rope_type='default', type='default'), rope_theta=1e4),
-        vision_config=dict(depth=sizes['vision_layers'], hidden_size=sizes['vision'], intermediate_size=2*sizes['vision'], num_heads=4, out_hidden_size=d, patch_size=16, fullatt_block_indexes=list(range(sizes['vision_layers']))),
-        image_token_id=ids['<|image_pad|>'], video_token_id=ids['<|video_pad|>'], vision_start_token_id=ids['<|vision_start|>'], vision_end_token_id=ids['<|vision_end|>'], tie_word_embeddings=True)
+        text_config=dict(
+            vocab_size=len(tok),
+            hidden_size=d,
+            intermediate_size=2 * d,
+            num_hidden_layers=sizes['text_layers'],
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            bos_token_id=ids['<|endoftext|>'],
+            eos_token_id=ids['<|im_end|>'],
+            tie_word_embeddings=True,
+            rope_scaling=dict(mrope_section=[4, 6, 6], rope_type='default', type='default'),
+            rope_theta=1e4,
+        ),
+        vision_config=dict(
+            depth=sizes['vision_layers'],
+            hidden_size=sizes['vision'],
+            intermediate_size=2 * sizes['vision'],
+            num_heads=4,
+            out_hidden_size=d,
+            patch_size=16,
+            fullatt_block_indexes=list(range(sizes['vision_layers'])),
+        ),
+        image_token_id=ids['<|image_pad|>'],
+        video_token_id=ids['<|video_pad|>'],
+        vision_start_token_id=ids['<|vision_start|>'],
+        vision_end_token_id=ids['<|vision_end|>'],
+        tie_word_embeddings=True,
+    )
+
 
 def components(tok, vae, sizes=SIZES, seed=0):
     "Scheduler, autoencoder, text encoder, tokenizer, processor and transformer of a fresh nano base."
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
     ip = Qwen2VLImageProcessor(patch_size=16, merge_size=2, min_pixels=PIXELS**2, max_pixels=PIXELS**2)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         te = Qwen2_5_VLForConditionalGeneration(text_config(tok, sizes))
-        tr = QwenImageTransformer2DModel(patch_size=2, in_channels=64, out_channels=16, num_layers=sizes['layers'], attention_head_dim=sizes['head_dim'], num_attention_heads=sizes['heads'],
-                                         joint_attention_dim=sizes['text'], guidance_embeds=False, axes_dims_rope=sizes['rope'])
+        tr = QwenImageTransformer2DModel(
+            patch_size=2,
+            in_channels=64,
+            out_channels=16,
+            num_layers=sizes['layers'],
+            attention_head_dim=sizes['head_dim'],
+            num_attention_heads=sizes['heads'],
+            joint_attention_dim=sizes['text'],
+            guidance_embeds=False,
+            axes_dims_rope=sizes['rope'],
+        )
     sch = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0, use_dynamic_shifting=False)
-    return dict(scheduler=sch, vae=vae, text_encoder=te, tokenizer=tok, processor=Qwen2VLProcessor(ip, tok, Qwen2VLVideoProcessor(), chat_template=CHAT), transformer=tr)
+    return dict(
+        scheduler=sch,
+        vae=vae,
+        text_encoder=te,
+        tokenizer=tok,
+        processor=Qwen2VLProcessor(ip, tok, Qwen2VLVideoProcessor(), chat_template=CHAT),
+        transformer=tr,
+    )

@@ -45,6 +45,7 @@ def use_areas(info: Mapping[str, float] | str | Path) -> tuple[int, int]:
 
     info: a base's info, or its folder. Needed once per process by whoever calls the nano base as a plain pipeline."""
     import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as stock
+
     info = info if isinstance(info, Mapping) else read_info(info)
     before = stock.VAE_IMAGE_SIZE, stock.CONDITION_IMAGE_SIZE
     stock.VAE_IMAGE_SIZE, stock.CONDITION_IMAGE_SIZE = info['vae_area'], info['condition_area']
@@ -64,24 +65,30 @@ def fix_mm_token_type_ids(text_encoder: nn.Module) -> None:
     """Supplies the `mm_token_type_ids` that transformers >= 5 wants and diffusers' edit pipelines do not pass.
 
     Without them image tokens silently lose their 2-D positions and every prompt embedding changes. Safe to call twice."""
-    if not _takes_token_types(text_encoder) or hasattr(text_encoder, '_token_types_fixed'): return
+    if not _takes_token_types(text_encoder) or hasattr(text_encoder, '_token_types_fixed'):
+        return
+
     def supply(module, args, kwargs):
         if kwargs.get('image_grid_thw') is not None and kwargs.get('mm_token_type_ids') is None:
             kwargs['mm_token_type_ids'] = token_types(kwargs['input_ids'], module.config)
         return args, kwargs
+
     text_encoder.register_forward_pre_hook(supply, with_kwargs=True)
     text_encoder._token_types_fixed = True
 
 # %% ../../nbs/bases/pipeline.ipynb #66ae2a95
 class PilProcessor:
     "Images and text for the stock pipeline without torchvision: `Qwen2VLProcessor` less the video part that needs it."
+
     def __init__(self, folder: Path):
         from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def __call__(self, text, images=None, **kwargs):
         from transformers import BatchFeature
+
         data = {} if images is None else dict(self.image_processor(images=images, return_tensors='pt'))
         if images is not None:
             counts = iter((data['image_grid_thw'].prod(1) // self.image_processor.merge_size**2).tolist())
@@ -104,13 +111,18 @@ def has_torchvision() -> bool:
 def _load_pipe(folder: Path, dtype: torch.dtype, **without):
     "The stock pipeline from its folder; where torchvision is missing, with a `PilProcessor` (same tokens, nearly the same pixels)."
     from diffusers import QwenImageEditPlusPipeline
-    for part in read_json(folder / 'model_index.json').values():      # diffusers takes classes of ours only from imported modules
-        if isinstance(part, list) and str(part[0]).startswith('collectionlora.'): importlib.import_module(part[0])
+
+    for part in read_json(
+        folder / 'model_index.json'
+    ).values():  # diffusers takes classes of ours only from imported modules
+        if isinstance(part, list) and str(part[0]).startswith('collectionlora.'):
+            importlib.import_module(part[0])
     passed = without if has_torchvision() else dict(without, processor=None)
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='.*torch_dtype.*')      # its new name is unknown to older diffusers
+        warnings.filterwarnings('ignore', message='.*torch_dtype.*')  # its new name is unknown to older diffusers
         pipe = QwenImageEditPlusPipeline.from_pretrained(folder, torch_dtype=dtype, **passed)
-    if 'processor' in passed: pipe.register_modules(processor=PilProcessor(folder / 'processor'))
+    if 'processor' in passed:
+        pipe.register_modules(processor=PilProcessor(folder / 'processor'))
     return pipe
 
 
@@ -119,19 +131,32 @@ def _quiet(folder: Path) -> Iterator[None]:
     "No loading bars and remarks for a folder that loads in a moment (under 1 GB)."
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
+
     small = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()) < 1e9
     logs = [log for log in (of_diffusers, of_transformers) if small and log.is_progress_bar_enabled()]
-    for log in logs: log.disable_progress_bar()
+    for log in logs:
+        log.disable_progress_bar()
     level = of_diffusers.get_verbosity()
-    if small: of_diffusers.set_verbosity_error()      # it remarks on every autoencoder that is not the full model's
-    try: yield
+    if small:
+        of_diffusers.set_verbosity_error()  # it remarks on every autoencoder that is not the full model's
+    try:
+        yield
     finally:
         of_diffusers.set_verbosity(level)
-        for log in logs: log.enable_progress_bar()
+        for log in logs:
+            log.enable_progress_bar()
 
 # %% ../../nbs/bases/pipeline.ipynb #b0735ee3
-SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>', '<|vision_pad|>',
-           '<|image_pad|>', '<|video_pad|>')
+SPECIAL = (
+    '<|endoftext|>',
+    '<|im_start|>',
+    '<|im_end|>',
+    '<|vision_start|>',
+    '<|vision_end|>',
+    '<|vision_pad|>',
+    '<|image_pad|>',
+    '<|video_pad|>',
+)
 PICTURE = 'Picture {}: <|vision_start|><|image_pad|><|vision_end|>'
 Images = Sequence[Image.Image | Sequence[Image.Image]]
 
@@ -139,13 +164,15 @@ Images = Sequence[Image.Image | Sequence[Image.Image]]
 def _rows(images: Images) -> list[list[Image.Image]]:
     "One list of RGB source images per sample; a lone image counts as a list of one."
     rows = [[im] if isinstance(im, Image.Image) else list(im) for im in images]
-    if not rows or not all(rows): raise UserError('images: empty list; give at least one source image per sample.')
+    if not rows or not all(rows):
+        raise UserError('images: empty list; give at least one source image per sample.')
     return [[im.convert('RGB') for im in row] for row in rows]
 
 
 @dataclass(eq=False)
 class Base:
     "A Qwen-Image-Edit-Plus pipeline and its backbone: what turns images and prompts into conditions and tokens into images."
+
     pipe: object
     backbone: Backbone
     folder: Path
@@ -179,28 +206,37 @@ class Base:
         freed = self.encoder_bytes
         self.pipe.register_modules(text_encoder=None)
         for name in ('encoder', 'quant_conv'):
-            if hasattr(self.pipe.vae, name): setattr(self.pipe.vae, name, nn.Identity())      # diffusers counts its convolutions when it decodes
+            if hasattr(self.pipe.vae, name):
+                setattr(self.pipe.vae, name, nn.Identity())  # diffusers counts its convolutions when it decodes
         gc.collect()
-        if self.device.type == 'cuda': torch.cuda.empty_cache()
+        if self.device.type == 'cuda':
+            torch.cuda.empty_cache()
         return freed
 
     def load_encoders(self) -> None:
         "Loads again what `drop_encoders` has unloaded; nothing happens where it has not."
-        if self.pipe.text_encoder is not None: return
-        with _quiet(self.folder): again = _load_pipe(self.folder, self.pipe.vae.dtype, transformer=None)
+        if self.pipe.text_encoder is not None:
+            return
+        with _quiet(self.folder):
+            again = _load_pipe(self.folder, self.pipe.vae.dtype, transformer=None)
         self.pipe.register_modules(text_encoder=again.text_encoder)
         for name in ('encoder', 'quant_conv'):
-            if hasattr(self.pipe.vae, name): setattr(self.pipe.vae, name, getattr(again.vae, name))
-        for part in (self.pipe.text_encoder, self.pipe.vae): part.requires_grad_(False).eval().to(self.device)
+            if hasattr(self.pipe.vae, name):
+                setattr(self.pipe.vae, name, getattr(again.vae, name))
+        for part in (self.pipe.text_encoder, self.pipe.vae):
+            part.requires_grad_(False).eval().to(self.device)
         fix_mm_token_type_ids(self.pipe.text_encoder)
 
     def _check_encoders(self, what: str) -> None:
         if self.pipe.text_encoder is None:
-            raise UserError(f'{self.folder}: its encoders were unloaded, but {what}; warm the cache before drop_encoders(), or call load_encoders().')
+            raise UserError(
+                f'{self.folder}: its encoders were unloaded, but {what}; warm the cache before drop_encoders(), or call load_encoders().'
+            )
 
     def size(self, image: Image.Image, area: int | None = None) -> tuple[int, int]:
         "(height, width) in pixels that the pipeline resizes `image` to: the area of `info`, the image's ratio, sides in 32s."
         from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
+
         w, h = calculate_dimensions(self.info['vae_area'] if area is None else area, image.width / image.height)
         return h, w
 
@@ -215,7 +251,8 @@ class Base:
         self._check_encoders('an image is to be encoded')
         images = [im.convert('RGB') for im in images]
         sizes = {self.size(im) for im in images}
-        if len(sizes) != 1: raise UserError(f'encode_images: sizes {sorted(sizes)} in one batch; sort images into shape buckets first.')
+        if len(sizes) != 1:
+            raise UserError(f'encode_images: sizes {sorted(sizes)} in one batch; sort images into shape buckets first.')
         h, w = sizes.pop()
         px = torch.cat([self.pipe.image_processor.preprocess(im, h, w) for im in images]).unsqueeze(2)
         z = self.pipe._encode_vae_image(px.to(self.device, self.pipe.vae.dtype), None)
@@ -225,7 +262,9 @@ class Base:
     def decode(self, tokens: Tensor, grid: tuple[int, int], output_type: str = 'pil'):
         "Packed latents [B, N, C] of an (h, w) grid -> PIL images, or 'np' [B, H, W, 3] / 'pt' [B, 3, H, W] in [0, 1]."
         pipe, config, k = self.pipe, self.pipe.vae.config, self.pipe.vae_scale_factor * 2
-        z = pipe._unpack_latents(tokens, grid[0] * k, grid[1] * k, pipe.vae_scale_factor).to(self.device, pipe.vae.dtype)
+        z = pipe._unpack_latents(tokens, grid[0] * k, grid[1] * k, pipe.vae_scale_factor).to(
+            self.device, pipe.vae.dtype
+        )
         wide = lambda v: torch.tensor(v, device=z.device, dtype=z.dtype).view(1, -1, 1, 1, 1)
         px = pipe.vae.decode(z * wide(config.latents_std) + wide(config.latents_mean), return_dict=False)[0][:, :, 0]
         return pipe.image_processor.postprocess(px, output_type=output_type)
@@ -237,29 +276,41 @@ class Base:
         Same template, sizes and offset as the stock pipeline, for a whole batch at once (it takes one sample)."""
         self._check_encoders(f'the prompt {next(iter(prompts), "")!r} is to be encoded')
         rows, pipe, encoder = _rows(images), self.pipe, self.pipe.text_encoder
-        if len(rows) != len(prompts): raise UserError(f'encode_prompts: {len(rows)} images and {len(prompts)} prompts; give one each.')
+        if len(rows) != len(prompts):
+            raise UserError(f'encode_prompts: {len(rows)} images and {len(prompts)} prompts; give one each.')
         for p in prompts:
             for word in SPECIAL:
-                if word in p: raise UserError(f'encode_prompts: prompt {p!r} holds the reserved word {word!r}; take it out.')
-        seen = [pipe.image_processor.resize(im, *self.size(im, self.info['condition_area'])) for row in rows for im in row]
+                if word in p:
+                    raise UserError(f'encode_prompts: prompt {p!r} holds the reserved word {word!r}; take it out.')
+        seen = [
+            pipe.image_processor.resize(im, *self.size(im, self.info['condition_area'])) for row in rows for im in row
+        ]
         pictures = [''.join(PICTURE.format(i + 1) for i in range(len(row))) for row in rows]
         text = [pipe.prompt_template_encode.format(a + b) for a, b in zip(pictures, prompts)]
         x = pipe.processor(text=text, images=seen, padding=True, return_tensors='pt').to(self.device)
-        kinds = dict(mm_token_type_ids=token_types(x['input_ids'], encoder.config)) if _takes_token_types(encoder) else {}
-        hidden = encoder.model(input_ids=x['input_ids'], attention_mask=x['attention_mask'],
-                               pixel_values=x['pixel_values'].to(encoder.dtype), image_grid_thw=x['image_grid_thw'],
-                               **kinds).last_hidden_state
-        kept = [h[m.bool()][pipe.prompt_template_encode_start_idx:] for h, m in zip(hidden, x['attention_mask'])]
+        kinds = (
+            dict(mm_token_type_ids=token_types(x['input_ids'], encoder.config)) if _takes_token_types(encoder) else {}
+        )
+        hidden = encoder.model(
+            input_ids=x['input_ids'],
+            attention_mask=x['attention_mask'],
+            pixel_values=x['pixel_values'].to(encoder.dtype),
+            image_grid_thw=x['image_grid_thw'],
+            **kinds,
+        ).last_hidden_state
+        kept = [h[m.bool()][pipe.prompt_template_encode_start_idx :] for h, m in zip(hidden, x['attention_mask'])]
         emb = nn.utils.rnn.pad_sequence(kept, batch_first=True)
         lengths = torch.tensor([len(h) for h in kept], device=emb.device)
-        if bool((lengths == emb.shape[1]).all()): return emb, None
+        if bool((lengths == emb.shape[1]).all()):
+            return emb, None
         return emb, torch.arange(emb.shape[1], device=emb.device) < lengths[:, None]
 
     def cond(self, images: Images, prompts: Sequence[str]) -> Cond:
         "The condition of B samples: source image(s) and prompt each. The target takes the last source's grid, as in the stock pipeline."
         rows = _rows(images)
         grids = [tuple(self.grid(im) for im in row) for row in rows]
-        if len(set(grids)) != 1: raise UserError(f'cond: grids {sorted(set(grids))} in one batch; sort samples into shape buckets first.')
+        if len(set(grids)) != 1:
+            raise UserError(f'cond: grids {sorted(set(grids))} in one batch; sort samples into shape buckets first.')
         source = torch.cat([self.encode_images(column) for column in zip(*rows)], 1)
         emb, mask = self.encode_prompts(rows, prompts)
         return Cond(source, emb.float(), mask, (grids[0][-1], *grids[0]))
@@ -276,10 +327,14 @@ class Base:
 def scheduler_times(scheduler, n: int, tokens: int) -> list[float]:
     "n + 1 times of a diffusers flow scheduler as the stock pipeline sets it for `tokens` target tokens. Raises `UserError` for fewer steps than its terminal shift can stretch."
     from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_shift
+
     own, c = type(scheduler).from_config(scheduler.config), scheduler.config
     mu = calculate_shift(tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
     own.set_timesteps(sigmas=np.linspace(1.0, 1 / n, n), mu=mu)
-    if not own.sigmas.isfinite().all(): raise UserError(f"{n} step{'s'*(n > 1)} of the ODE: the base's scheduler has no such schedule; take at least 2, or the few-step sampler")
+    if not own.sigmas.isfinite().all():
+        raise UserError(
+            f"{n} step{'s' * (n > 1)} of the ODE: the base's scheduler has no such schedule; take at least 2, or the few-step sampler"
+        )
     return own.sigmas.tolist()
 
 
@@ -292,6 +347,7 @@ def few_step_scheduler(times: Sequence[float]):
     The stock pipeline hands its `generator` only to the first draw; re-noising draws from torch's global generator,
     hence the manual_seed. `plain_noise(seed, ...)` replays both for `sample_few`."""
     from diffusers import FlowMatchEulerDiscreteScheduler
+
     scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, shift=1.0, use_dynamic_shifting=False)
     return scheduler, list(times)
 
@@ -301,12 +357,16 @@ def plain_noise(seed: int, grid: tuple[int, int], channels: int) -> Callable[[in
 
     The steps are one stream, drawn in order whatever order they are asked in; the global generator is not touched."""
     from diffusers import QwenImageEditPlusPipeline
+
     (h, w), g = grid, torch.Generator().manual_seed(seed)
     first = torch.randn(1, 1, channels // 4, 2 * h, 2 * w, generator=g)
     draws = [QwenImageEditPlusPipeline._pack_latents(first, 1, channels // 4, 2 * h, 2 * w)]
+
     def noise(step: int) -> Tensor:
-        while len(draws) <= step: draws.append(torch.randn(1, h * w, channels, generator=g))
+        while len(draws) <= step:
+            draws.append(torch.randn(1, h * w, channels, generator=g))
         return draws[step]
+
     return noise
 
 # %% ../../nbs/bases/pipeline.ipynb #f8fa3c00
@@ -314,15 +374,22 @@ def _check_offset(pipe, folder: Path) -> None:
     prefix = pipe.prompt_template_encode.split('{}')[0]
     n, wanted = len(pipe.tokenizer(prefix)['input_ids']), pipe.prompt_template_encode_start_idx
     if n != wanted:
-        raise UserError(f'{folder}/tokenizer: the system prefix has {n} tokens but the pipeline cuts {wanted}; '
-                        f"use the tokenizer that belongs to this base.")
+        raise UserError(
+            f'{folder}/tokenizer: the system prefix has {n} tokens but the pipeline cuts {wanted}; '
+            f'use the tokenizer that belongs to this base.'
+        )
 
 
 def checked_device(device: str | torch.device) -> str:
     "The device's name. Raises `UserError` for one that torch does not know or does not find here."
-    try: kind = torch.device(device).type
-    except RuntimeError: raise UserError(f'device: {device!r} is unknown; write cpu or cuda') from None
-    if kind == 'cuda' and not torch.cuda.is_available(): raise UserError(f'device: {str(device)!r} was asked for, but torch {torch.__version__} finds no GPU here; write cpu, or install a torch with CUDA')
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UserError(f'device: {device!r} is unknown; write cpu or cuda') from None
+    if kind == 'cuda' and not torch.cuda.is_available():
+        raise UserError(
+            f'device: {str(device)!r} was asked for, but torch {torch.__version__} finds no GPU here; write cpu, or install a torch with CUDA'
+        )
     return str(device)
 
 
@@ -334,29 +401,48 @@ def _check_files(folder: Path) -> None:
     "Every part is named and there, its JSON can be read, its weights are whole files. Raises UserError that names the file."
     index = read_json(folder / 'model_index.json')
     for part in _PARTS:
-        if part not in index: raise UserError(f"{folder / 'model_index.json'}: names no {part}; {_AGAIN}")
-        if not any((folder / part).glob('*.json')): raise UserError(f'{folder / part}: missing or empty; {_AGAIN}')
-        for file in sorted((folder / part).glob('*.json')): read_json(file)
+        if part not in index:
+            raise UserError(f'{folder / "model_index.json"}: names no {part}; {_AGAIN}')
+        if not any((folder / part).glob('*.json')):
+            raise UserError(f'{folder / part}: missing or empty; {_AGAIN}')
+        for file in sorted((folder / part).glob('*.json')):
+            read_json(file)
     for part in ('text_encoder', 'transformer', 'vae'):
-        wanted = {name for index in (folder / part).glob('*.safetensors.index.json') for name in read_json(index)['weight_map'].values()}
+        wanted = {
+            name
+            for index in (folder / part).glob('*.safetensors.index.json')
+            for name in read_json(index)['weight_map'].values()
+        }
         files = sorted(wanted or {f.name for f in (folder / part).glob('*.safetensors')})
-        if not files: raise UserError(f'{folder / part}: has no *.safetensors; {_AGAIN}')
+        if not files:
+            raise UserError(f'{folder / part}: has no *.safetensors; {_AGAIN}')
         for name in files:
             try:
-                with safe_open(folder / part / name, 'pt'): pass
-            except (OSError, SafetensorError) as e: raise UserError(f"{folder / part / name}: missing or damaged ({' '.join(str(e).split())}); {_AGAIN}") from e
+                with safe_open(folder / part / name, 'pt'):
+                    pass
+            except (OSError, SafetensorError) as e:
+                raise UserError(
+                    f'{folder / part / name}: missing or damaged ({" ".join(str(e).split())}); {_AGAIN}'
+                ) from e
     own = any(isinstance(v, list) and str(v[0]).startswith('collectionlora.') for v in index.values())
-    if own and not (folder / INFO_FILE).is_file(): raise UserError(f'{folder / INFO_FILE}: missing, and without it the pictures of this base have the wrong size; {_AGAIN}')
+    if own and not (folder / INFO_FILE).is_file():
+        raise UserError(
+            f'{folder / INFO_FILE}: missing, and without it the pictures of this base have the wrong size; {_AGAIN}'
+        )
 
 
 def _check_weights(pipe, folder: Path) -> None:
     "All weights came from the files: libraries fill in what is missing with random numbers and go on. Raises UserError that names the part."
     for part in ('text_encoder', 'transformer', 'vae'):
-        weights = {w.data_ptr() or id(w): w.numel() for w in getattr(pipe, part).parameters()}      # tied ones once
+        weights = {w.data_ptr() or id(w): w.numel() for w in getattr(pipe, part).parameters()}  # tied ones once
         stored = 0
         for file in (folder / part).glob('*.safetensors'):
-            with safe_open(file, 'pt') as f: stored += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
-        if stored < sum(weights.values()): raise UserError(f'{folder / part}: its files hold {stored} numbers, the model has {sum(weights.values())}; {_AGAIN}')
+            with safe_open(file, 'pt') as f:
+                stored += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
+        if stored < sum(weights.values()):
+            raise UserError(
+                f'{folder / part}: its files hold {stored} numbers, the model has {sum(weights.values())}; {_AGAIN}'
+            )
 
 
 def load_base(folder, device: str = 'cpu', dtype: torch.dtype | None = None, frozen: str = '') -> Base:
@@ -366,25 +452,32 @@ def load_base(folder, device: str = 'cpu', dtype: torch.dtype | None = None, fro
     Raises UserError if the folder is no such pipeline, lacks a file or holds a damaged one, or its tokenizer does not fit the prompt template."""
     folder, device = Path(folder), checked_device(device)
     index = folder / 'model_index.json'
-    if not index.is_file(): raise UserError(f'{index}: no such file; give the folder of a Qwen-Image-Edit-Plus pipeline.')
+    if not index.is_file():
+        raise UserError(f'{index}: no such file; give the folder of a Qwen-Image-Edit-Plus pipeline.')
     name = read_json(index).get('_class_name')
     if name != 'QwenImageEditPlusPipeline':
         raise UserError(f'{index}: _class_name is {name!r}; only QwenImageEditPlusPipeline folders can be a base.')
-    if dtype is None: dtype = torch.float32 if device == 'cpu' else torch.bfloat16
+    if dtype is None:
+        dtype = torch.float32 if device == 'cpu' else torch.bfloat16
     _check_files(folder)
     info = read_info(folder)
     try:
-        with _quiet(folder): pipe = _load_pipe(folder, dtype)
-    except Exception as e:          # of whatever kind diffusers, transformers and tokenizers raise for configurations and weights that do not fit
-        raise UserError(f"{folder}: its parts do not fit together ({type(e).__name__}: {' '.join(str(e).split())[:300]}); {_AGAIN}") from e
+        with _quiet(folder):
+            pipe = _load_pipe(folder, dtype)
+    except Exception as e:  # of whatever kind diffusers, transformers and tokenizers raise for configurations and weights that do not fit
+        raise UserError(
+            f'{folder}: its parts do not fit together ({type(e).__name__}: {" ".join(str(e).split())[:300]}); {_AGAIN}'
+        ) from e
     _check_weights(pipe, folder)
     pipe.set_progress_bar_config(disable=True)
     backbone = Backbone(pipe.transformer, hash=lambda: base.hash)
-    if frozen: backbone.quantise(frozen)
+    if frozen:
+        backbone.quantise(frozen)
     pipe.to(device)
     _check_offset(pipe, folder)
     fix_mm_token_type_ids(pipe.text_encoder)
     use_areas(info)
-    for part in (pipe.vae, pipe.text_encoder): part.requires_grad_(False).eval()
+    for part in (pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False).eval()
     base = Base(pipe, backbone, folder, info)
     return base

@@ -40,14 +40,25 @@ class Slots(Roles):
             if n not in info['layers']:
                 raise UserError(f'LoRA for role {role!r}: no module {n!r} in the role; {nearest(n, info["layers"])}')
             m = info['layers'][n]
-            if A.ndim != 2 or B.ndim != 2 or (A.shape[1], B.shape[0]) != (m.in_features, m.out_features) or A.shape[0] != B.shape[1]:
-                raise UserError(f'LoRA for role {role!r}: {n} has A {tuple(A.shape)}, B {tuple(B.shape)}; '
-                                f'the module wants A [r, {m.in_features}], B [{m.out_features}, r].')
+            if (
+                A.ndim != 2
+                or B.ndim != 2
+                or (A.shape[1], B.shape[0]) != (m.in_features, m.out_features)
+                or A.shape[0] != B.shape[1]
+            ):
+                raise UserError(
+                    f'LoRA for role {role!r}: {n} has A {tuple(A.shape)}, B {tuple(B.shape)}; '
+                    f'the module wants A [r, {m.in_features}], B [{m.out_features}, r].'
+                )
             if A.shape[0] > info['rank']:
-                raise UserError(f'LoRA for role {role!r}: {n} has rank {A.shape[0]} but the role {info["rank"]}; '
-                                f'add the role with rank {A.shape[0]} or more.')
+                raise UserError(
+                    f'LoRA for role {role!r}: {n} has rank {A.shape[0]} but the role {info["rank"]}; '
+                    f'add the role with rank {A.shape[0]} or more.'
+                )
             if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-                raise UserError(f'LoRA for role {role!r}: {n} holds NaN or infinite values; the file is damaged or its training diverged.')
+                raise UserError(
+                    f'LoRA for role {role!r}: {n} holds NaN or infinite values; the file is damaged or its training diverged.'
+                )
 
     @torch.no_grad()
     def pack(self, role: str, lora: Lora, out: Tensor | None = None) -> Tensor:
@@ -59,8 +70,8 @@ class Slots(Roles):
             i, o = m.in_features, m.out_features
             if n in lora.factors:
                 A, B = lora.factors[n]
-                out[at:at + r * i].view(r, i)[:len(A)] = A
-                out[at + _aligned(r * i):][:o * r].view(o, r)[:, :len(A)] = B / self._full[role]
+                out[at : at + r * i].view(r, i)[: len(A)] = A
+                out[at + _aligned(r * i) :][: o * r].view(o, r)[:, : len(A)] = B / self._full[role]
             at += _aligned(r * i) + _aligned(o * r)
         return out
 
@@ -72,14 +83,17 @@ class Slots(Roles):
     def put(self, role: str, packed: Tensor) -> None:
         "Copies what `pack` laid out into the role's slot; from pinned memory without waiting for the copy."
         self.flat(role).copy_(packed, non_blocking=True)
-        torch.autograd.graph.increment_version(self.parameters(role))      # a graph that still needs the old weights must raise
+        torch.autograd.graph.increment_version(
+            self.parameters(role)
+        )  # a graph that still needs the old weights must raise
 
 # %% ../../nbs/bases/slots.ipynb #5a4b8d45
 def hash_weights(module: nn.Module) -> str:
     "Hex sha256 of a module's own weights (names, shapes, bytes), LoRA factors left out."
     h = hashlib.sha256()
     for name, p in sorted(module.state_dict().items()):
-        if '.lora_' in name: continue
+        if '.lora_' in name:
+            continue
         h.update(f'{name.replace(".base_layer", "")} {tuple(p.shape)} {p.dtype}'.encode())
         h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()

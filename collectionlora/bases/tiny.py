@@ -20,35 +20,78 @@ def _tiny_tokenizer(texts: Sequence[str], vocab_size: int):
     "A byte-level BPE trained on `texts` in memory, as a Qwen2Tokenizer."
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
+
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
-                                                       initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
+        ),
+    )
     model = json.loads(bpe.to_str())['model']
     vocab = model['vocab']
     vocab.setdefault('<|endoftext|>', len(vocab))
     merges = [tuple(m.split(' ')) if isinstance(m, str) else tuple(m) for m in model['merges']]
-    return Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token='<|im_end|>', additional_special_tokens=list(SPECIAL[1:]))
+    return Qwen2Tokenizer(
+        vocab=vocab, merges=merges, eos_token='<|im_end|>', additional_special_tokens=list(SPECIAL[1:])
+    )
 
 
 def _tiny_models(tokenizer, hidden: int = 16, z: int = 4) -> dict:
     "Random text encoder, autoencoder and transformer of the real classes, some thousand weights each."
     from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
     i = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL}
-    text = dict(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
-                num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=4096, rope_theta=1e6,
-                bos_token_id=i['<|endoftext|>'], eos_token_id=i['<|im_end|>'],
-                rope_scaling=dict(mrope_section=[1, 1, 2], rope_type='default', type='default'))
-    vision = dict(depth=2, hidden_size=hidden, intermediate_size=2 * hidden, num_heads=2, out_hidden_size=hidden,
-                  fullatt_block_indexes=[1])
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=i['<|image_pad|>'],
-                              video_token_id=i['<|video_pad|>'], vision_start_token_id=i['<|vision_start|>'],
-                              vision_end_token_id=i['<|vision_end|>'])
-    vae = AutoencoderKLQwenImage(base_dim=8, z_dim=z, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[False, True],
-                                 latents_mean=[0.1] * z, latents_std=[0.7] * z)
-    transformer = QwenImageTransformer2DModel(patch_size=2, in_channels=4 * z, out_channels=z, num_layers=2, attention_head_dim=16,
-                                              num_attention_heads=3, joint_attention_dim=hidden, axes_dims_rope=(8, 4, 4))
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        rope_theta=1e6,
+        bos_token_id=i['<|endoftext|>'],
+        eos_token_id=i['<|im_end|>'],
+        rope_scaling=dict(mrope_section=[1, 1, 2], rope_type='default', type='default'),
+    )
+    vision = dict(
+        depth=2,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_heads=2,
+        out_hidden_size=hidden,
+        fullatt_block_indexes=[1],
+    )
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=i['<|image_pad|>'],
+        video_token_id=i['<|video_pad|>'],
+        vision_start_token_id=i['<|vision_start|>'],
+        vision_end_token_id=i['<|vision_end|>'],
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=z,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1] * z,
+        latents_std=[0.7] * z,
+    )
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4 * z,
+        out_channels=z,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        joint_attention_dim=hidden,
+        axes_dims_rope=(8, 4, 4),
+    )
     return dict(text_encoder=Qwen2_5_VLForConditionalGeneration(config), vae=vae, transformer=transformer)
 
 
@@ -57,6 +100,7 @@ def tiny_base(folder, seed: int = 0) -> Path:
     numbers, 2 blocks, under 2 MB) and returns the folder; `load_base` reads it like any other base."""
     from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline
     from transformers import Qwen2VLImageProcessorPil
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     template = QwenImageEditPlusPipeline(*[None] * 6).prompt_template_encode
@@ -65,15 +109,35 @@ def tiny_base(folder, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         parts = _tiny_models(tokenizer)
     parts['scheduler'] = FlowMatchEulerDiscreteScheduler(
-        base_image_seq_len=256, base_shift=0.5, max_image_seq_len=8192, max_shift=0.9, shift_terminal=0.02,
-        time_shift_type='exponential', use_dynamic_shifting=True)
+        base_image_seq_len=256,
+        base_shift=0.5,
+        max_image_seq_len=8192,
+        max_shift=0.9,
+        shift_terminal=0.02,
+        time_shift_type='exponential',
+        use_dynamic_shifting=True,
+    )
     with _quiet(folder):
-        for name, part in parts.items(): part.save_pretrained(folder / name)
-    for name in ('tokenizer', 'processor'): tokenizer.save_pretrained(folder / name)
+        for name, part in parts.items():
+            part.save_pretrained(folder / name)
+    for name in ('tokenizer', 'processor'):
+        tokenizer.save_pretrained(folder / name)
     Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56).save_pretrained(folder / 'processor')
-    write_json(folder / 'processor' / 'video_preprocessor_config.json', dict(video_processor_type='Qwen2VLVideoProcessor'))
+    write_json(
+        folder / 'processor' / 'video_preprocessor_config.json', dict(video_processor_type='Qwen2VLVideoProcessor')
+    )
     write_json(folder / INFO_FILE, dict(vae_area=64 * 64, condition_area=64 * 64, shift=3.0, pixels=64))
-    index = {n: ['diffusers' if n in ('vae', 'transformer', 'scheduler') else 'transformers', type(p).__name__] for n, p in parts.items()}
-    write_json(folder / 'model_index.json', dict(_class_name='QwenImageEditPlusPipeline', **index,
-                                                 tokenizer=['transformers', 'Qwen2Tokenizer'], processor=['transformers', 'Qwen2VLProcessor']))
+    index = {
+        n: ['diffusers' if n in ('vae', 'transformer', 'scheduler') else 'transformers', type(p).__name__]
+        for n, p in parts.items()
+    }
+    write_json(
+        folder / 'model_index.json',
+        dict(
+            _class_name='QwenImageEditPlusPipeline',
+            **index,
+            tokenizer=['transformers', 'Qwen2Tokenizer'],
+            processor=['transformers', 'Qwen2VLProcessor'],
+        ),
+    )
     return folder

@@ -25,98 +25,145 @@ from .nano import PICTURE, PIXELS, prompt_template, to_tensor
 from ..core import bar, replacing, rng, seed_of, UserError, write_json
 
 # %% ../../nbs/bases/training.ipynb #dda30238
-_MEAN, _STD = torch.tensor([.48145466, .4578275, .40821073]), torch.tensor([.26862954, .26130258, .27577711])
+_MEAN, _STD = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+
 
 def vision_patches(pictures):
     "uint8 `[B, 64, 64, 3]` to the vision tower's input `[B*16, 1536]`, equal to the stock processor's."
-    x = torch.as_tensor(pictures).float()/255
-    x = ((x - _MEAN)/_STD).permute(0, 3, 1, 2)
-    B, g = len(x), PIXELS//32
-    x = x.reshape(B, 3, g, 2, 16, g, 2, 16).permute(0, 2, 5, 3, 6, 1, 4, 7)      # B, gh, gw, mh, mw, C, ph, pw
-    return x[..., None, :, :].expand(*x.shape[:6], 2, 16, 16).reshape(B*16, -1)
+    x = torch.as_tensor(pictures).float() / 255
+    x = ((x - _MEAN) / _STD).permute(0, 3, 1, 2)
+    B, g = len(x), PIXELS // 32
+    x = x.reshape(B, 3, g, 2, 16, g, 2, 16).permute(0, 2, 5, 3, 6, 1, 4, 7)  # B, gh, gw, mh, mw, C, ph, pw
+    return x[..., None, :, :].expand(*x.shape[:6], 2, 16, 16).reshape(B * 16, -1)
+
 
 def prompt_ids(tok, prompts):
     "Token ids `[B, L]` and mask of whole prompts (system message, picture, instruction), padded on the right."
-    t = prompt_template(); wide = PICTURE.replace('<|image_pad|>', '<|image_pad|>'*4)
+    t = prompt_template()
+    wide = PICTURE.replace('<|image_pad|>', '<|image_pad|>' * 4)
     return tok([t.format(wide + p) for p in prompts], padding=True, return_tensors='pt')
+
 
 def embed(te, tok, pictures, prompts, drop=64):
     "Prompt embeddings `[B, L, D]` and mask `[B, L]` or None on the encoder's device, as the stock pipeline makes them, differentiable."
-    q, to = prompt_ids(tok, prompts), next(te.parameters()).device; ids, m = q['input_ids'].to(to), q['attention_mask'].to(to)
-    grid = torch.tensor([[1, PIXELS//16, PIXELS//16]]*len(ids), device=to)
-    h = te.model(input_ids=ids, attention_mask=m, pixel_values=vision_patches(pictures).to(to), image_grid_thw=grid, mm_token_type_ids=(ids == te.config.image_token_id).int()).last_hidden_state
+    q, to = prompt_ids(tok, prompts), next(te.parameters()).device
+    ids, m = q['input_ids'].to(to), q['attention_mask'].to(to)
+    grid = torch.tensor([[1, PIXELS // 16, PIXELS // 16]] * len(ids), device=to)
+    h = te.model(
+        input_ids=ids,
+        attention_mask=m,
+        pixel_values=vision_patches(pictures).to(to),
+        image_grid_thw=grid,
+        mm_token_type_ids=(ids == te.config.image_token_id).int(),
+    ).last_hidden_state
     m = m[:, drop:].bool()
-    return h[:, drop:]*m[..., None], None if m.all() else m
+    return h[:, drop:] * m[..., None], None if m.all() else m
+
 
 def pack(vae, pictures):
     "Pictures to packed, normalised latents `[B, 64, 64]`."
-    with torch.no_grad(): z = vae.encode(to_tensor(pictures)).latent_dist.mode()[:, :, 0]/torch.tensor(vae.config.latents_std)[:, None, None]
+    with torch.no_grad():
+        z = (
+            vae.encode(to_tensor(pictures)).latent_dist.mode()[:, :, 0]
+            / torch.tensor(vae.config.latents_std)[:, None, None]
+        )
     B, C, h, w = z.shape
-    return z.view(B, C, h//2, 2, w//2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, h*w//4, 4*C)
+    return z.view(B, C, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w // 4, 4 * C)
+
 
 def nonsense(r):
     "A pronounceable word that means nothing."
-    return ''.join(r.choice(list('bdfgklmnprstvz')) + r.choice(list('aeiou')) for _ in range(r.integers(2, 4))) + r.choice(list('kxrnl'))
+    return ''.join(
+        r.choice(list('bdfgklmnprstvz')) + r.choice(list('aeiou')) for _ in range(r.integers(2, 4))
+    ) + r.choice(list('kxrnl'))
+
 
 def dress(prompt, r):
     "Instruction dropout (blank, one in ten) and a nonsense word in front (one in ten)."
     u = r.random()
-    return ' ' if u < .1 else f'{nonsense(r)} {prompt}' if u < .2 else prompt
+    return ' ' if u < 0.1 else f'{nonsense(r)} {prompt}' if u < 0.2 else prompt
+
 
 def predict(tr, x_t, src, emb, mask, t):
     "The transformer's velocity `[B, N, 64]` of noisy targets and sources `[B, N, 64]` packed, N = 64 tokens, embeddings `[B, L, D]` with mask, times `[B]`."
-    return tr(hidden_states=torch.cat([x_t, src], 1), timestep=t, encoder_hidden_states=emb, encoder_hidden_states_mask=mask, img_shapes=[[(1, 8, 8), (1, 8, 8)]]*len(t), return_dict=False)[0][:, :x_t.shape[1]]
+    return tr(
+        hidden_states=torch.cat([x_t, src], 1),
+        timestep=t,
+        encoder_hidden_states=emb,
+        encoder_hidden_states_mask=mask,
+        img_shapes=[[(1, 8, 8), (1, 8, 8)]] * len(t),
+        return_dict=False,
+    )[0][:, : x_t.shape[1]]
+
 
 def flow_loss(tr, y0, src, emb, mask, t, eps, weights=None):
     "Flow-matching loss of targets y0, with noise like them and weights `[B, 1]` or `[B, N]`; the rest as of `predict`."
-    x_t = (1 - t)[:, None, None]*y0 + t[:, None, None]*eps
+    x_t = (1 - t)[:, None, None] * y0 + t[:, None, None] * eps
     v = predict(tr, x_t, src, emb, mask, t)
     e = (v.float() - (eps - y0)).pow(2).mean(-1)
-    return (e if weights is None else e*weights).mean()
+    return (e if weights is None else e * weights).mean()
 
-def draw_times(n, g, shift=3.):
+
+def draw_times(n, g, shift=3.0):
     "Times `[n]`, n even: half of them uniform in [0, 1], half shifted towards noise, where the instruction decides; each half has one time in every 2/n of its law."
-    u = 2*(torch.arange(n)//2 + torch.rand(n, generator=g))/n
-    return torch.where(torch.arange(n) % 2 == 0, u, shift*u/(1 + (shift - 1)*u))
+    u = 2 * (torch.arange(n) // 2 + torch.rand(n, generator=g)) / n
+    return torch.where(torch.arange(n) % 2 == 0, u, shift * u / (1 + (shift - 1) * u))
 
 # %% ../../nbs/bases/training.ipynb #e8bdf3c8
 def labels(spec):
     "The attributes of a scene as class indices `[len(world.SLOTS)]`; 0 where there is none."
-    return [0 if v is None else 1 + list(o).index(v) if v in o else 0 for v, o in ((world.read_scene(spec)[k], world.SLOTS[k]) for k in world.SLOTS)]
+    return [
+        0 if v is None else 1 + list(o).index(v) if v in o else 0
+        for v, o in ((world.read_scene(spec)[k], world.SLOTS[k]) for k in world.SLOTS)
+    ]
+
 
 class Reading(torch.nn.Linear):
     "A linear reading of all slots from hidden states `[B, D]`; `loss` and `right` take class indices `[B, len(world.SLOTS)]`."
+
     def __init__(self, width):
         self.sizes = [1 + len(o) for o in world.SLOTS.values()]
         super().__init__(width, sum(self.sizes))
+
     def loss(self, h, c):
         "Sum over slots of the mean cross-entropy, a scalar."
-        return torch.stack([torch.nn.functional.cross_entropy(z, k) for z, k in zip(self(h).split(self.sizes, -1), c.T)]).sum()
+        return torch.stack(
+            [torch.nn.functional.cross_entropy(z, k) for z, k in zip(self(h).split(self.sizes, -1), c.T)]
+        ).sum()
+
     def right(self, h, c):
         "Which slots are read rightly, bool `[B, len(world.SLOTS)]`."
         return torch.stack([z.argmax(-1) == k for z, k in zip(self(h).split(self.sizes, -1), c.T)], -1)
+
 
 def last_hidden(te, tok, pictures, prompts):
     "Hidden state of the last token of every prompt, `[B, D]`."
     h, m = embed(te, tok, pictures, prompts)
     return h[:, -1] if m is None else h[torch.arange(len(h), device=h.device), m.sum(1) - 1]
 
+
 def embed_all(te, tok, pairs, n, seed=0, batch=64):
     """Embeddings of all pairs, float16 `[n, L, D]`, and their lengths `[n]`; one instruction in ten is blank, one in ten follows a nonsense word."""
     out, lengths = [], []
     for k in bar(range(0, n, batch), desc='embedding pairs'):
         x, _, said = zip(*(pairs(i) for i in range(k, min(n, k + batch))))
-        with torch.no_grad(): h, m = embed(te, tok, np.stack(x), [dress(s, rng('dress', seed, k + i)) for i, s in enumerate(said)])
-        out.append(h.half().cpu()); lengths.append(torch.full((len(x),), h.shape[1]) if m is None else m.sum(1).cpu())
-    L = int(torch.cat(lengths).max()); E = torch.zeros(n, L, out[0].shape[-1], dtype=torch.float16)
-    for k, h in enumerate(out): E[k*batch:k*batch + len(h), :h.shape[1]] = h
+        with torch.no_grad():
+            h, m = embed(te, tok, np.stack(x), [dress(s, rng('dress', seed, k + i)) for i, s in enumerate(said)])
+        out.append(h.half().cpu())
+        lengths.append(torch.full((len(x),), h.shape[1]) if m is None else m.sum(1).cpu())
+    L = int(torch.cat(lengths).max())
+    E = torch.zeros(n, L, out[0].shape[-1], dtype=torch.float16)
+    for k, h in enumerate(out):
+        E[k * batch : k * batch + len(h), : h.shape[1]] = h
     return E, torch.cat(lengths)
+
 
 def pack_all(vae, pairs, n, batch=500):
     "Packed latents of the sources and targets of all pairs, float16 `[n, 2, 64, 64]`."
     out = torch.empty(n, 2, 64, 64, dtype=torch.float16)
     for k in bar(range(0, n, batch), desc='packing pairs'):
-        for j, pictures in enumerate(zip(*(pairs(i)[:2] for i in range(k, min(n, k + batch))))): out[k:k + batch, j] = pack(vae, np.stack(pictures)).half()
+        for j, pictures in enumerate(zip(*(pairs(i)[:2] for i in range(k, min(n, k + batch))))):
+            out[k : k + batch, j] = pack(vae, np.stack(pictures)).half()
     return out
 
 # %% ../../nbs/bases/training.ipynb #b7f536ac
@@ -126,12 +173,30 @@ class BaseTrainer:
     loss: function of a numpy and a torch generator, both derived from (seed, step), giving a scalar tensor; muon: those of `params`
     (matrices) that the Muon optimiser takes, the rest goes to AdamW; decay: the last share of the steps, over which the rate falls; key: of all that
     the run depends on, so that a checkpoint is not taken for another run's."""
-    def __init__(self, params, loss, steps=4000, lr=1e-3, warmup=100, decay=1., ema=.999, muon=(), seed=0, key=''):
-        self.params, self.loss, self.steps, self.ema_decay, self.seed, self.key, self.step, self.seconds = list(params), loss, steps, ema, seed, key, 0, 0.
+
+    def __init__(self, params, loss, steps=4000, lr=1e-3, warmup=100, decay=1.0, ema=0.999, muon=(), seed=0, key=''):
+        self.params, self.loss, self.steps, self.ema_decay, self.seed, self.key, self.step, self.seconds = (
+            list(params),
+            loss,
+            steps,
+            ema,
+            seed,
+            key,
+            0,
+            0.0,
+        )
         ids = {id(p) for p in muon}
-        self.opts = [torch.optim.AdamW([p for p in self.params if id(p) not in ids], lr=lr, betas=(.9, .98), weight_decay=.01, fused=True)]
-        if ids: self.opts.append(torch.optim.Muon(list(muon), lr=lr, weight_decay=.01, adjust_lr_fn='match_rms_adamw'))
-        fall = lambda s: min(1, (s + 1)/warmup)*(.02 + .98*.5*(1 + math.cos(math.pi*min(1, max(0, 1 - (1 - s/max(1, steps))/decay)))))
+        self.opts = [
+            torch.optim.AdamW(
+                [p for p in self.params if id(p) not in ids], lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+            )
+        ]
+        if ids:
+            self.opts.append(torch.optim.Muon(list(muon), lr=lr, weight_decay=0.01, adjust_lr_fn='match_rms_adamw'))
+        fall = lambda s: (
+            min(1, (s + 1) / warmup)
+            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, max(0, 1 - (1 - s / max(1, steps)) / decay)))))
+        )
         self.scheds = [torch.optim.lr_scheduler.LambdaLR(o, fall) for o in self.opts]
         self.ema = [p.detach().clone() for p in self.params]
         self.losses = []
@@ -139,131 +204,202 @@ class BaseTrainer:
     def one(self):
         "One optimiser step; returns the loss."
         began = time.perf_counter()
-        loss = self.loss(rng('base_step', self.seed, self.step), torch.Generator().manual_seed(seed_of('base_noise', self.seed, self.step)), self.step)
-        for o in self.opts: o.zero_grad()
+        loss = self.loss(
+            rng('base_step', self.seed, self.step),
+            torch.Generator().manual_seed(seed_of('base_noise', self.seed, self.step)),
+            self.step,
+        )
+        for o in self.opts:
+            o.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.params, 1.)
-        for o in (*self.opts, *self.scheds): o.step()
+        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        for o in (*self.opts, *self.scheds):
+            o.step()
         self.step += 1
-        torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - min(self.ema_decay, self.step/(self.step + 10)))
-        self.losses.append(loss.item()); self.seconds += time.perf_counter() - began
+        torch._foreach_lerp_(
+            self.ema, [p.detach() for p in self.params], 1 - min(self.ema_decay, self.step / (self.step + 10))
+        )
+        self.losses.append(loss.item())
+        self.seconds += time.perf_counter() - began
         return self.losses[-1]
 
     def run(self, until=None):
         "Yields `(step, loss)` until `until` (default: the end of the schedule)."
-        while self.step < (until or self.steps): yield self.step, self.one()
+        while self.step < (until or self.steps):
+            yield self.step, self.one()
 
     def save(self, path):
         "Writes everything a resumed run needs, atomically."
-        state = dict(key=self.key, step=self.step, seconds=self.seconds, losses=self.losses, ema=self.ema, opts=[o.state_dict() for o in (*self.opts, *self.scheds)], params=[p.detach() for p in self.params])
-        with replacing(path) as p: torch.save(state, p)
+        state = dict(
+            key=self.key,
+            step=self.step,
+            seconds=self.seconds,
+            losses=self.losses,
+            ema=self.ema,
+            opts=[o.state_dict() for o in (*self.opts, *self.scheds)],
+            params=[p.detach() for p in self.params],
+        )
+        with replacing(path) as p:
+            torch.save(state, p)
 
     def load(self, path):
         "Restores what `save` wrote; the run goes on to the same bits. Raises `UserError` for a file that is damaged or another run's."
-        try: s = torch.load(path, weights_only=True)
-        except Exception as e: raise UserError(f'{path}: damaged checkpoint ({type(e).__name__}); delete it to start anew') from e          # whatever pickle and zip raise
-        if s.get('key') != self.key: raise UserError(f'{path}: belongs to a run with other parameters or other code; delete it or choose another `run`')
-        for p, q in zip(self.params, s['params']): p.data.copy_(q)
-        for o, q in zip((*self.opts, *self.scheds), s['opts']): o.load_state_dict(q)
+        try:
+            s = torch.load(path, weights_only=True)
+        except Exception as e:
+            raise UserError(
+                f'{path}: damaged checkpoint ({type(e).__name__}); delete it to start anew'
+            ) from e  # whatever pickle and zip raise
+        if s.get('key') != self.key:
+            raise UserError(
+                f'{path}: belongs to a run with other parameters or other code; delete it or choose another `run`'
+            )
+        for p, q in zip(self.params, s['params']):
+            p.data.copy_(q)
+        for o, q in zip((*self.opts, *self.scheds), s['opts']):
+            o.load_state_dict(q)
         self.step, self.seconds, self.losses, self.ema = s['step'], s['seconds'], s['losses'], s['ema']
 
     def use_ema(self):
         "Copies the averaged weights into the models (for evaluation and export)."
-        for p, q in zip(self.params, self.ema): p.data.copy_(q)
+        for p, q in zip(self.params, self.ema):
+            p.data.copy_(q)
+
 
 def reading_loss(te, head, tok, pairs, C, batch=64):
     "The loss of a reading step over the pairs with classes C `[n, len(world.SLOTS)]`, as `BaseTrainer` wants it."
+
     def loss(r, g, step):
-        i = r.integers(0, len(C), batch); x, _, said = zip(*(pairs(k) for k in i))
+        i = r.integers(0, len(C), batch)
+        x, _, said = zip(*(pairs(k) for k in i))
         h = last_hidden(te, tok, np.stack(x), list(said))
         return head.loss(h, C[torch.as_tensor(i)].to(h.device))
+
     return loss
+
 
 def matrices(tr):
     "The matrices of a transformer's blocks, modulation excepted: Muon's share."
     return [p for k, p in tr.named_parameters() if p.ndim == 2 and 'transformer_blocks' in k and '_mod.' not in k]
 
-def drawing_loss(tr, X, E, lengths, batch=32, shift=3., late=None, dtype=torch.float32, weights=None, focus=None):
+
+def drawing_loss(tr, X, E, lengths, batch=32, shift=3.0, late=None, dtype=torch.float32, weights=None, focus=None):
     """The loss of a drawing step over packed pairs X `[n, 2, N, 64]` (see `pack_all`) with embeddings E `[n, L, D]` of the given lengths `[n]`, all on one device.
 
     shift: as in `draw_times`; late: (step, shift) that holds from that step on; weights: of the pairs, `[n]`, or None; focus: (largest weight, step), the
     weights of `token_weights` before that step and none from it on."""
+
     def loss(r, g, step):
-        i = torch.as_tensor(r.integers(0, len(E), batch)); to = X.device
-        t = draw_times(batch, g, late[1] if late and step >= late[0] else shift); eps = torch.randn(batch, *X.shape[2:], generator=g)
-        i, t, eps = i.to(to), t.to(to), eps.to(to); x, y = X[i].float().unbind(1); mask = torch.arange(E.shape[1], device=to) < lengths[i][:, None]
+        i = torch.as_tensor(r.integers(0, len(E), batch))
+        to = X.device
+        t = draw_times(batch, g, late[1] if late and step >= late[0] else shift)
+        eps = torch.randn(batch, *X.shape[2:], generator=g)
+        i, t, eps = i.to(to), t.to(to), eps.to(to)
+        x, y = X[i].float().unbind(1)
+        mask = torch.arange(E.shape[1], device=to) < lengths[i][:, None]
         w = torch.ones(batch, 1, device=to) if weights is None else weights[i][:, None]
-        if focus and step < focus[1]: w = w*token_weights(x, y, focus[0])
-        with torch.autocast(to.type, dtype, enabled=dtype != torch.float32): return flow_loss(tr, y, x, E[i].float(), mask, t, eps, w)
+        if focus and step < focus[1]:
+            w = w * token_weights(x, y, focus[0])
+        with torch.autocast(to.type, dtype, enabled=dtype != torch.float32):
+            return flow_loss(tr, y, x, E[i].float(), mask, t, eps, w)
+
     return loss
 
-def render_pairs(folder, n, seed=0, shard=2000, workers=2, local=1.):
+
+def render_pairs(folder, n, seed=0, shard=2000, workers=2, local=1.0):
     """Pairs 0..n-1 of a seed: a function of an index giving (source, target, instruction), pictures uint8 `[64, 64, 3]`, the classes `[n, len(world.SLOTS)]`, and the families.
 
     Drawn once in shards of `shard`, each written whole or not at all; a second call only opens them, unless the world draws differently by then. local: as in `world.chances`."""
-    looks = hashlib.sha256(b''.join(p.tobytes() for i in range(4) for p in edit_example(i, seed, local)[:2])).hexdigest()[:8]
-    folder = Path(folder)/f'seed{seed}-local{local:g}-shard{shard}-{looks}'; folder.mkdir(parents=True, exist_ok=True)
-    missing = [(folder, k, seed, shard, local) for k in range(-(-n//shard)) if not (folder/f't{k}.json').is_file()]
+    looks = hashlib.sha256(
+        b''.join(p.tobytes() for i in range(4) for p in edit_example(i, seed, local)[:2])
+    ).hexdigest()[:8]
+    folder = Path(folder) / f'seed{seed}-local{local:g}-shard{shard}-{looks}'
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [(folder, k, seed, shard, local) for k in range(-(-n // shard)) if not (folder / f't{k}.json').is_file()]
     if missing:
-        with mp.get_context('spawn').Pool(workers) as pool: list(bar(pool.imap_unordered(_render_shard, missing), total=len(missing), desc='rendering pairs'))
-    X = [np.load(folder/f'x{k}.npy', mmap_mode='r') for k in range(-(-n//shard))]
-    T, C, F = zip(*(json.loads((folder/f't{k}.json').read_text()) for k in range(-(-n//shard))))
-    return (lambda i: (X[i//shard][i % shard, 0], X[i//shard][i % shard, 1], T[i//shard][i % shard])), torch.tensor([c for k in C for c in k][:n]), [f for k in F for f in k][:n]
+        with mp.get_context('spawn').Pool(workers) as pool:
+            list(bar(pool.imap_unordered(_render_shard, missing), total=len(missing), desc='rendering pairs'))
+    X = [np.load(folder / f'x{k}.npy', mmap_mode='r') for k in range(-(-n // shard))]
+    T, C, F = zip(*(json.loads((folder / f't{k}.json').read_text()) for k in range(-(-n // shard))))
+    return (
+        (lambda i: (X[i // shard][i % shard, 0], X[i // shard][i % shard, 1], T[i // shard][i % shard])),
+        torch.tensor([c for k in C for c in k][:n]),
+        [f for k in F for f in k][:n],
+    )
+
 
 def _render_shard(job):
     folder, k, seed, shard, local = job
     X, T, C, F = np.zeros((shard, 2, PIXELS, PIXELS, 3), np.uint8), [], [], []
-    for j in range(shard): X[j, 0], X[j, 1], said, c, f = edit_example(k*shard + j, seed, local); T.append(said); C.append(c); F.append(f)
-    np.save(folder/f'x{k}.npy', X)
-    write_json(folder/f't{k}.json', [T, C, F])
+    for j in range(shard):
+        X[j, 0], X[j, 1], said, c, f = edit_example(k * shard + j, seed, local)
+        T.append(said)
+        C.append(c)
+        F.append(f)
+    np.save(folder / f'x{k}.npy', X)
+    write_json(folder / f't{k}.json', [T, C, F])
 
-def edit_example(i, seed=0, local=1.):
+
+def edit_example(i, seed=0, local=1.0):
     "Training pair number `i` of a seed: source, target, instruction, the classes of the target scene, and the family."
-    r = rng('base pair', seed, i); s = world.draw_scene(r, world.CATEGORIES[i % 2]); said, t, f = world.random_edit(s, r, local=local)
+    r = rng('base pair', seed, i)
+    s = world.draw_scene(r, world.CATEGORIES[i % 2])
+    said, t, f = world.random_edit(s, r, local=local)
     return world.render(s), world.render(t), said, labels(t), f
+
 
 def save_base(parts, folder, record):
     "Writes the pipeline folder, with `collectionlora.json` (areas, schedule shift, pixels) and the training record."
     folder = Path(folder)
     QwenImageEditPlusPipeline(**parts).save_pretrained(folder)
-    write_json(folder/'collectionlora.json', dict(vae_area=PIXELS**2, condition_area=PIXELS**2, shift=1., pixels=PIXELS))
-    write_json(folder/'training.json', record)
+    write_json(
+        folder / 'collectionlora.json', dict(vae_area=PIXELS**2, condition_area=PIXELS**2, shift=1.0, pixels=PIXELS)
+    )
+    write_json(folder / 'training.json', record)
 
 # %% ../../nbs/bases/training.ipynb #aeeeaa48
-def family_weights(X, families, most=8.):
+def family_weights(X, families, most=8.0):
     """Weight of every pair's loss, `[len(families)]`, mean 1: the root of how much less than the median family its family changes a picture.
 
     A new expression changes 0.005 of a picture's energy, a new place 1: unweighted, the former is never learnt. A family is known from the
     instruction, so the loss keeps its minimum. X: packed pairs `[n, 2, N, 64]`, the first of `families`; most: the largest weight relative to the smallest."""
     d = (X[:, 0].float() - X[:, 1].float()).pow(2).mean((1, 2)).numpy()
-    f = np.array(families); change = {k: float(d[f[:len(d)] == k].mean()) if (f[:len(d)] == k).any() else 1. for k in set(families)}
+    f = np.array(families)
+    change = {k: float(d[f[: len(d)] == k].mean()) if (f[: len(d)] == k).any() else 1.0 for k in set(families)}
     top = np.median([*change.values()])
-    w = torch.tensor([min(most, max(1., (top/max(change[k], 1e-6))**.5)) for k in families])
-    return w/w.mean()
+    w = torch.tensor([min(most, max(1.0, (top / max(change[k], 1e-6)) ** 0.5)) for k in families])
+    return w / w.mean()
 
-def changed_tokens(x, y, least=.02):
+
+def changed_tokens(x, y, least=0.02):
     "Which tokens of the packed sources and targets `[B, N, C]` an edit changes by more than `least` of mean square: bool `[B, N]`."
     return (y - x).pow(2).mean(-1) > least
 
-def token_weights(x, y, most=64.):
+
+def token_weights(x, y, most=64.0):
     "Weights `[B, N]`, mean 1, by which the tokens that an edit changes count together as much as those that it keeps: at least as much each as a kept one, at most `most` times that."
-    changed = changed_tokens(x, y).float(); n = changed.sum(1, keepdim=True)
-    w = 1 + changed*(((changed.shape[1] - n)/n.clamp_min(1)).clamp(1, most) - 1)
-    return w/w.mean()
+    changed = changed_tokens(x, y).float()
+    n = changed.sum(1, keepdim=True)
+    w = 1 + changed * (((changed.shape[1] - n) / n.clamp_min(1)).clamp(1, most) - 1)
+    return w / w.mean()
+
 
 @torch.no_grad()
-def edit_errors(tr, X, E, lengths, families, times=(1., .9), seed=0, batch=64):
+def edit_errors(tr, X, E, lengths, families, times=(1.0, 0.9), seed=0, batch=64):
     """Error of the predicted target on the tokens that edits change, relative to leaving them as they are: `{family: [one number per time]}`; 0 is exact, 1 is the source.
 
     Arguments as of `drawing_loss`; pairs that change nothing are left out. At t = 1 the network sees nothing but noise, source and instruction."""
     out, keep = {f: np.zeros((2, len(times))) for f in sorted(set(families))}, tr.training
     for k in range(0, len(X), batch):
-        x, y = X[k:k + batch].float().unbind(1); c, to = changed_tokens(x, y), X.device; mask = torch.arange(E.shape[1], device=to) < lengths[k:k + batch][:, None]
+        x, y = X[k : k + batch].float().unbind(1)
+        c, to = changed_tokens(x, y), X.device
+        mask = torch.arange(E.shape[1], device=to) < lengths[k : k + batch][:, None]
         eps = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed_of('edit errors', seed, k))).to(to)
-        far = lambda a: ((a - y).pow(2).mean(-1)*c).sum(1).tolist()
+        far = lambda a: ((a - y).pow(2).mean(-1) * c).sum(1).tolist()
         for j, t in enumerate(times):
-            x_t = (1 - t)*y + t*eps
-            v = predict(tr.eval(), x_t, x, E[k:k + batch].float(), mask, torch.full((len(x),), t, device=to))
-            for f, made, left in zip(families[k:k + batch], far(x_t - t*v), far(x)): out[f][:, j] += made, left
+            x_t = (1 - t) * y + t * eps
+            v = predict(tr.eval(), x_t, x, E[k : k + batch].float(), mask, torch.full((len(x),), t, device=to))
+            for f, made, left in zip(families[k : k + batch], far(x_t - t * v), far(x)):
+                out[f][:, j] += made, left
     tr.train(keep)
-    return {f: (a/b).tolist() for f, (a, b) in out.items() if b.all()}
+    return {f: (a / b).tolist() for f, (a, b) in out.items() if b.all()}

@@ -32,6 +32,7 @@ from ..files.lora import write_lora
 @dataclass(frozen=True)
 class Example:
     "One training pair: image files, the instruction it is trained with, and the group (effect id) that batches are balanced over."
+
     source: Path
     target: Path
     prompt: str
@@ -46,6 +47,7 @@ def examples(effect: EffectSet, prompt: str | None = None) -> list[Example]:
 @dataclass(frozen=True)
 class Bucket:
     "M examples of one latent grid: targets x0 [M, N, C]; cond of 2M rows, with the instructions first and without them after; groups, M ids."
+
     x0: Tensor
     cond: Cond
     groups: tuple[str, ...]
@@ -54,6 +56,7 @@ class Bucket:
 @dataclass(frozen=True)
 class FlowData:
     "Everything that flow matching trains on, and the hash of what it was made from."
+
     buckets: tuple[Bucket, ...]
     hash: str
 
@@ -62,15 +65,22 @@ def flow_data(cache: ConditionCache, found: Sequence[Example], flip: bool = Fals
     """Encodes the examples (through `cache`) and stacks them by latent grid on `device` (None: where the cache's tensors are).
 
     flip: add the mirrored pairs. Raises `UserError` if there are none or a target's grid is not its source's."""
-    if not found: raise UserError('flow_data: no examples; give at least one pair')
+    if not found:
+        raise UserError('flow_data: no examples; give at least one pair')
     cache.warm([(e.source, c) for e in found for c in (e.prompt, ' ')], images=[e.target for e in found])
     by_grid = {}
     for e in found:
         grid = cache.grid(e.source)
         if cache.grid(e.target) != grid:
-            raise UserError(f"{e.target}: lands on the latent grid {cache.grid(e.target)}, but its source on {grid}; give both the same size")
+            raise UserError(
+                f'{e.target}: lands on the latent grid {cache.grid(e.target)}, but its source on {grid}; give both the same size'
+            )
         by_grid.setdefault(grid, []).append(e)
-    buckets = [_bucket(cache, group, flips, device) for group in by_grid.values() for flips in ([(False, True)] if flip else [(False,)])]
+    buckets = [
+        _bucket(cache, group, flips, device)
+        for group in by_grid.values()
+        for flips in ([(False, True)] if flip else [(False,)])
+    ]
     files = [[sha256_file(e.source), sha256_file(e.target), e.prompt, e.group] for e in found]
     return FlowData(tuple(buckets), sha256_json([cache.base.hash, files, flip]))
 
@@ -88,6 +98,7 @@ class FlowSettings:
 
     dropout: share of samples trained without instruction; times, shift: see `draw_times`; warmup: steps of linear lr growth; cosine: decay to
     zero after it; clip: largest gradient norm; alpha None = rank; save_every: steps between checkpoints."""
+
     steps: int = 2000
     batch: int = 8
     lr: float = 1e-4
@@ -105,25 +116,36 @@ class FlowSettings:
 
     def __post_init__(self):
         for name in ('steps', 'batch', 'rank', 'save_every'):
-            if getattr(self, name) < 1: raise UserError(f"flow settings: {name} is {getattr(self, name)}; give at least 1")
-        if not 0 <= self.dropout < 1: raise UserError(f"flow settings: dropout is {self.dropout}; give a share from 0 up to, not including, 1")
-        if not self.lr > 0: raise UserError(f"flow settings: lr is {self.lr}; give a positive number")
+            if getattr(self, name) < 1:
+                raise UserError(f'flow settings: {name} is {getattr(self, name)}; give at least 1')
+        if not 0 <= self.dropout < 1:
+            raise UserError(f'flow settings: dropout is {self.dropout}; give a share from 0 up to, not including, 1')
+        if not self.lr > 0:
+            raise UserError(f'flow settings: lr is {self.lr}; give a positive number')
         draw_times(1, self.times, self.shift, torch.Generator())
 
     def lr_at(self, step: int) -> float:
         "Learning rate of a step, 0-based."
-        if step < self.warmup: return self.lr*(step + 1)/self.warmup
-        return self.lr*(0.5 + 0.5*math.cos(math.pi*(step - self.warmup)/max(1, self.steps - self.warmup))) if self.cosine else self.lr
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        return (
+            self.lr * (0.5 + 0.5 * math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+            if self.cosine
+            else self.lr
+        )
 
 
 def balanced_rows(groups: Sequence[str], n: int, r) -> list[int]:
     "n indices into `groups`: group counts differ by at most one, and within a group nothing repeats before all its members had a turn."
     members = {}
-    for i, g in enumerate(groups): members.setdefault(g, []).append(i)
+    for i, g in enumerate(groups):
+        members.setdefault(g, []).append(i)
     turns, names, rows = {g: [] for g in members}, [], []
-    while len(names) < n: names += list(r.permutation(list(members)))
+    while len(names) < n:
+        names += list(r.permutation(list(members)))
     for g in names[:n]:
-        if not turns[g]: turns[g] = list(r.permutation(members[g]))
+        if not turns[g]:
+            turns[g] = list(r.permutation(members[g]))
         rows.append(int(turns[g].pop()))
     return rows
 
@@ -132,36 +154,47 @@ def draw_batch(data: FlowData, s: FlowSettings, step: int) -> tuple[Tensor, Tens
     "(x0, eps [B, N, C], t [B], cond) of a step, a function of (settings, step) only."
     r, g = rng('flow batch', s.seed, step), torch.Generator().manual_seed(seed_of('flow noise', s.seed, step))
     sizes = [len(b.groups) for b in data.buckets]
-    bucket = data.buckets[int(r.choice(len(sizes), p=[n/sum(sizes) for n in sizes]))]
+    bucket = data.buckets[int(r.choice(len(sizes), p=[n / sum(sizes) for n in sizes]))]
     rows = torch.tensor(balanced_rows(bucket.groups, s.batch, r))
     x0 = bucket.x0[rows.to(bucket.x0.device)]
     eps = torch.randn(x0.shape, generator=g).to(x0.device)
     t = draw_times(s.batch, s.times, s.shift, g).to(x0.device)
     dropped = torch.rand(s.batch, generator=g) < s.dropout
-    return x0.float(), eps, t, bucket.cond.index((rows + len(bucket.groups)*dropped).tolist())
+    return x0.float(), eps, t, bucket.cond.index((rows + len(bucket.groups) * dropped).tolist())
 
 # %% ../../nbs/engine/finetune.ipynb #098190a8
 def _save(path: Path, state: dict) -> None:
     try:
-        with replacing(path) as part: torch.save(state, part)
+        with replacing(path) as part:
+            torch.save(state, part)
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror}); the checkpoint before it is whole, make room and run again to go on from there") from e
+        raise UserError(
+            f'{path}: cannot be written ({e.strerror}); the checkpoint before it is whole, make room and run again to go on from there'
+        ) from e
 
 
 def _restore(path: Path, settings: dict, data_hash: str) -> dict | None:
     "The state in `path`, None if there is no file. Raises `UserError` if it belongs to other settings or data, or is damaged."
-    if not path or not Path(path).is_file(): return None
+    if not path or not Path(path).is_file():
+        return None
     fix = 'delete it to start anew, or choose another output folder'
-    try: state = torch.load(path, weights_only=True)
-    except Exception as e: raise UserError(f"{path}: damaged checkpoint ({type(e).__name__}); {fix}") from e
+    try:
+        state = torch.load(path, weights_only=True)
+    except Exception as e:
+        raise UserError(f'{path}: damaged checkpoint ({type(e).__name__}); {fix}') from e
     for name, value in settings.items():
         if name != 'save_every' and state['settings'].get(name) != value:
-            raise UserError(f"{path}: made with {name} = {state['settings'].get(name)!r}, this run has {value!r}; {fix}")
-    if state['data'] != data_hash: raise UserError(f"{path}: made with other images, prompts or base; {fix}")
+            raise UserError(
+                f'{path}: made with {name} = {state["settings"].get(name)!r}, this run has {value!r}; {fix}'
+            )
+    if state['data'] != data_hash:
+        raise UserError(f'{path}: made with other images, prompts or base; {fix}')
     return state
 
 
-def train_fm(backbone: Backbone, data: FlowData, settings: FlowSettings, checkpoint=None, role: str = 'flow') -> Generator[dict, None, Lora]:
+def train_fm(
+    backbone: Backbone, data: FlowData, settings: FlowSettings, checkpoint=None, role: str = 'flow'
+) -> Generator[dict, None, Lora]:
     """Trains a fresh LoRA by flow matching; yields {step, loss, grad_norm, lr, seconds} per step and returns the `Lora`.
 
     checkpoint: file for exact resume, written every `save_every` steps, at the end, and on interruption; recorded steps are yielded again first.
@@ -169,8 +202,10 @@ def train_fm(backbone: Backbone, data: FlowData, settings: FlowSettings, checkpo
     s = settings
     state = _restore(checkpoint, asdict(s), data.hash)
     backbone.add_role(role, s.rank, s.alpha, seed=seed_of('flow init', s.seed))
-    try: return (yield from _train(backbone, data, s, checkpoint and Path(checkpoint), role, state))
-    finally: backbone.remove(role)
+    try:
+        return (yield from _train(backbone, data, s, checkpoint and Path(checkpoint), role, state))
+    finally:
+        backbone.remove(role)
 
 
 def _train(backbone, data, s, checkpoint, role, state):
@@ -181,10 +216,21 @@ def _train(backbone, data, s, checkpoint, role, state):
         opt.load_state_dict(state['optimiser'])
         step, history = state['step'], state['history']
         yield from history
+
     def save():
         if checkpoint and whole:
-            _save(checkpoint, {'settings': asdict(s), 'data': data.hash, 'step': step, 'history': history,
-                               'weights': backbone.flat(role).cpu().clone(), 'optimiser': opt.state_dict()})
+            _save(
+                checkpoint,
+                {
+                    'settings': asdict(s),
+                    'data': data.hash,
+                    'step': step,
+                    'history': history,
+                    'weights': backbone.flat(role).cpu().clone(),
+                    'optimiser': opt.state_dict(),
+                },
+            )
+
     try:
         while step < s.steps:
             start = time.perf_counter()
@@ -192,13 +238,26 @@ def _train(backbone, data, s, checkpoint, role, state):
             loss = flow_loss(backbone.velocity(role, add_noise(x0, eps, t), t, cond), x0, eps)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(params, s.clip)
-            if not math.isfinite(loss.item() + norm.item()): raise UserError(f"step {step}: loss {loss.item()}, gradient {norm.item()}; lower lr ({s.lr})")
-            for group in opt.param_groups: group['lr'] = s.lr_at(step)
+            if not math.isfinite(loss.item() + norm.item()):
+                raise UserError(f'step {step}: loss {loss.item()}, gradient {norm.item()}; lower lr ({s.lr})')
+            for group in opt.param_groups:
+                group['lr'] = s.lr_at(step)
             whole = False
-            opt.step(); opt.zero_grad(); step += 1
-            history.append({'step': step, 'loss': loss.item(), 'grad_norm': norm.item(), 'lr': s.lr_at(step - 1), 'seconds': time.perf_counter() - start})
+            opt.step()
+            opt.zero_grad()
+            step += 1
+            history.append(
+                {
+                    'step': step,
+                    'loss': loss.item(),
+                    'grad_norm': norm.item(),
+                    'lr': s.lr_at(step - 1),
+                    'seconds': time.perf_counter() - start,
+                }
+            )
             whole = True
-            if step % s.save_every == 0 or step == s.steps: save()
+            if step % s.save_every == 0 or step == s.steps:
+                save()
             yield history[-1]
     except (KeyboardInterrupt, GeneratorExit):
         save()
@@ -216,20 +275,31 @@ def finish(training: Generator, total: int, desc: str = 'training', watch: Calla
         try:
             while True:
                 info = next(training)
-                infos[info['step'] - 1 if 'step' in info else len(infos):] = [info]
-                said = (watch and watch(info)) or ({'loss': f"{info['loss']:.4f}"} if 'loss' in info else {})
+                infos[info['step'] - 1 if 'step' in info else len(infos) :] = [info]
+                said = (watch and watch(info)) or ({'loss': f'{info["loss"]:.4f}'} if 'loss' in info else {})
                 show.update(len(infos) - show.n)
-                if said: show.set_postfix(said, refresh=False)
-        except StopIteration as done: return done.value, infos
+                if said:
+                    show.set_postfix(said, refresh=False)
+        except StopIteration as done:
+            return done.value, infos
         except KeyboardInterrupt:
             show.write(f'{desc}: stopped after step {len(infos)}; run the same again to go on from there', file=show.fp)
             raise
 
 # %% ../../nbs/engine/finetune.ipynb #593cc183
-def train_teacher(base, effect: EffectSet, cache: ConditionCache, settings: FlowSettings, checkpoint=None, flip: bool = False, drop_encoders: bool = False) -> Generator[dict, None, Lora]:
+def train_teacher(
+    base,
+    effect: EffectSet,
+    cache: ConditionCache,
+    settings: FlowSettings,
+    checkpoint=None,
+    flip: bool = False,
+    drop_encoders: bool = False,
+) -> Generator[dict, None, Lora]:
     "Eq. 2 for one effect: yields per-step infos, returns the `Lora`, whose meta['header'] is ready for `lora_files.write_lora`. drop_encoders: as soon as all is cached."
     data = flow_data(cache, examples(effect), flip=flip, device=base.backbone.device)
-    if drop_encoders: base.drop_encoders()
+    if drop_encoders:
+        base.drop_encoders()
     lora = yield from train_fm(base.backbone, data, settings, checkpoint)
     lora.meta['header'] = teacher_header(base, effect, settings, data.hash)
     return lora
@@ -237,16 +307,33 @@ def train_teacher(base, effect: EffectSet, cache: ConditionCache, settings: Flow
 
 def teacher_header(base, effect: EffectSet, settings: FlowSettings, data_hash: str) -> dict:
     "Header of a single-effect teacher: the base it belongs to, the effect with its prompt, and how it was trained."
-    entry = {'id': effect.id, 'category': effect.category, 'trigger': effect.trigger or '', 'teacher_prompt': effect.prompt}
-    return {'modelspec.title': f'{effect.id} (single-effect teacher)', 'modelspec.architecture': 'Qwen-Image-Edit-Plus/lora',
-            'collectionlora.base': {'hash': base.hash}, 'collectionlora.effects': [entry],
-            'collectionlora.train': {'kind': 'teacher', 'settings': asdict(settings), 'data': data_hash, 'effect': effect.pairs_hash}}
+    entry = {
+        'id': effect.id,
+        'category': effect.category,
+        'trigger': effect.trigger or '',
+        'teacher_prompt': effect.prompt,
+    }
+    return {
+        'modelspec.title': f'{effect.id} (single-effect teacher)',
+        'modelspec.architecture': 'Qwen-Image-Edit-Plus/lora',
+        'collectionlora.base': {'hash': base.hash},
+        'collectionlora.effects': [entry],
+        'collectionlora.train': {
+            'kind': 'teacher',
+            'settings': asdict(settings),
+            'data': data_hash,
+            'effect': effect.pairs_hash,
+        },
+    }
 
 # %% ../../nbs/engine/finetune.ipynb #aab9c1cc
 def sample_teacher(base, cache: ConditionCache, folder, id: str, seed: int, pairs: int = 3) -> tuple[EffectSet, Path]:
     "A small effect of the miniature world with description and trigger, and a teacher LoRA of two steps for it, below `folder`."
     folder = Path(folder)
-    effect, file = write_world_effect(folder/'effects'/id, id, pairs, seed), folder/'teachers'/f'{id}.safetensors'
+    effect, file = (
+        write_world_effect(folder / 'effects' / id, id, pairs, seed),
+        folder / 'teachers' / f'{id}.safetensors',
+    )
     lora, _ = finish(train_teacher(base, effect, cache, FlowSettings(steps=2, batch=2, rank=4)), 2, id)
     write_lora(file, lora, lora.meta['header'])
     return with_words(effect, seed), file

@@ -43,16 +43,21 @@ def laplacian_energy(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 def compare(x: Tensor, y: Tensor, grid: tuple[int, int]) -> dict[str, float]:
     "Drift of samples x from targets y, both [B, N, C]: colour (in units of y's spread), contrast and detail (ratios, 1 is equal)."
     spread = y.std().clamp_min(1e-12)
-    return dict(colour=((x.mean(1) - y.mean(1)).abs().mean() / spread).item(), contrast=(x.std() / spread).item(),
-                detail=(laplacian_energy(x, grid).mean() / laplacian_energy(y, grid).mean().clamp_min(1e-12)).item())
+    return dict(
+        colour=((x.mean(1) - y.mean(1)).abs().mean() / spread).item(),
+        contrast=(x.std() / spread).item(),
+        detail=(laplacian_energy(x, grid).mean() / laplacian_energy(y, grid).mean().clamp_min(1e-12)).item(),
+    )
 
 
-def few_step_sample(backbone: Backbone, role, cond: Cond, times: Sequence[float], seeds: Sequence[int], batch: int = 16) -> Tensor:
+def few_step_sample(
+    backbone: Backbone, role, cond: Cond, times: Sequence[float], seeds: Sequence[int], batch: int = 16
+) -> Tensor:
     "x0 [B, N, C] by the stochastic few-step sampler without guidance; sample i depends on seeds[i] alone."
     shape, done = (cond.grids[0][0] * cond.grids[0][1], cond.source.shape[-1]), []
     with torch.no_grad():
         for i in range(0, len(cond), batch):
-            part, c = seeds[i:i + batch], cond.index(slice(i, i + batch)).to(backbone.device)
+            part, c = seeds[i : i + batch], cond.index(slice(i, i + batch)).to(backbone.device)
             noise = lambda k: noise_like((len(part), *shape), part, k).to(backbone.device)
             done.append(sample_few(lambda x, t: backbone.velocity(role, x, t, c), noise(0), times, noise).cpu())
     return torch.cat(done)
@@ -61,6 +66,7 @@ def few_step_sample(backbone: Backbone, role, cond: Cond, times: Sequence[float]
 @dataclass(frozen=True)
 class Look:
     "What is validated: (effect id, source image file, student's Cond row, target [N, C]) of a few pairs of each effect."
+
     ids: tuple[str, ...]
     sources: tuple[Path, ...]
     conds: tuple[Cond, ...]
@@ -71,7 +77,12 @@ def look_at(cache: ConditionCache, effects: Sequence[EffectSet], n: int) -> Look
     "The first n samples of every effect."
     picked = [s for e in effects for s in samples_of([e], ())[:n]]
     y = [s.target if isinstance(s.target, Tensor) else cache.latents([s.target])[0] for s in picked]
-    return Look(tuple(s.id for s in picked), tuple(s.source for s in picked), tuple(cache.cond([(s.source, s.student)]) for s in picked), tuple(y))
+    return Look(
+        tuple(s.id for s in picked),
+        tuple(s.source for s in picked),
+        tuple(cache.cond([(s.source, s.student)]) for s in picked),
+        tuple(y),
+    )
 
 
 def draw_looks(backbone: Backbone, look: Look, times: Sequence[float], seed: int) -> list[Tensor]:
@@ -80,15 +91,21 @@ def draw_looks(backbone: Backbone, look: Look, times: Sequence[float], seed: int
     shapes = sorted({c.grids for c in look.conds})
     for shape in shapes:
         rows = [i for i, c in enumerate(look.conds) if c.grids == shape]
-        x = few_step_sample(backbone, 'student', Cond.cat([look.conds[i] for i in rows]), times, [seeds[i] for i in rows])
-        for i, sample in zip(rows, x): found[i] = sample
+        x = few_step_sample(
+            backbone, 'student', Cond.cat([look.conds[i] for i in rows]), times, [seeds[i] for i in rows]
+        )
+        for i, sample in zip(rows, x):
+            found[i] = sample
     return found
 
 
 def contact_sheet(rows: Sequence[Sequence], height: int = 64):
     "PIL images in rows on one sheet, each scaled to `height`."
     from PIL import Image
-    scaled = [[im.resize((max(1, im.width * height // im.height), height), Image.LANCZOS) for im in row] for row in rows]
+
+    scaled = [
+        [im.resize((max(1, im.width * height // im.height), height), Image.LANCZOS) for im in row] for row in rows
+    ]
     sheet = Image.new('RGB', (max(sum(im.width for im in row) for row in scaled), height * len(scaled)), 'white')
     for j, row in enumerate(scaled):
         at = 0
@@ -103,32 +120,63 @@ def validate(base: Base, look: Look, times: Sequence[float], seed: int, path: Pa
     x = draw_looks(base.backbone, look, times, seed)
     decode = lambda tokens, c: base.decode(tokens[None], c.grids[0])[0].convert('RGB')
     if path:
-        rows = [[load_image(p), decode(y, c), decode(s, c)] for p, y, s, c in zip(look.sources, look.targets, x, look.conds)]
-        with writing(path), replacing(path) as part: contact_sheet([sum(rows[i:i + 4], []) for i in range(0, len(rows), 4)]).save(part, 'PNG')
-    each = {id: [compare(x[i][None], look.targets[i][None], look.conds[i].grids[0]) for i in range(len(x)) if look.ids[i] == id] for id in dict.fromkeys(look.ids)}
+        rows = [
+            [load_image(p), decode(y, c), decode(s, c)] for p, y, s, c in zip(look.sources, look.targets, x, look.conds)
+        ]
+        with writing(path), replacing(path) as part:
+            contact_sheet([sum(rows[i : i + 4], []) for i in range(0, len(rows), 4)]).save(part, 'PNG')
+    each = {
+        id: [
+            compare(x[i][None], look.targets[i][None], look.conds[i].grids[0])
+            for i in range(len(x))
+            if look.ids[i] == id
+        ]
+        for id in dict.fromkeys(look.ids)
+    }
     mean = lambda found, k: statistics.fmean(f[k] for f in found)
-    return {'val': {id: {k: mean(f, k) for k in f[0]} for id, f in each.items()},
-            **{f'val_{k}': mean([d for f in each.values() for d in f], k) for k in ('colour', 'contrast', 'detail')}}
+    return {
+        'val': {id: {k: mean(f, k) for k in f[0]} for id, f in each.items()},
+        **{f'val_{k}': mean([d for f in each.values() for d in f], k) for k in ('colour', 'contrast', 'detail')},
+    }
 
 # %% ../../nbs/engine/looks.ipynb #645c5d5c
 def show_history(history: Sequence[dict], smooth: int = 1):
     "Figure of a run: losses, gradient norms, health of the fake score, drift of the student's samples; running means over `smooth` steps."
     import matplotlib.pyplot as plt
+
     fig, axes = plt.subplots(3, 2, figsize=(10, 7.5), sharex=True)
-    panels = [('losses', ('loss_fm', 'loss_fake', 'loss_bs', 'loss_ts'), 'log'), ('gradient norms', ('norm_bs', 'norm_ts', 'norm_fm'), 'log'),
-              ("scores' errors on the student's samples", ('fake_error_bs', 'teacher_error_bs', 'fake_error_ts', 'teacher_error_ts'), 'log'),
-              ('samples against targets', ('detail_bs', 'contrast_bs', 'colour_bs', 'val_detail', 'val_contrast'), 'linear'),
-              ('fake score: lead over the base', ('probe_lead', 'probe_lead_targets'), 'linear'),
-              ("teachers' shift and gain, the student's move", ('probe_shift', 'probe_gain', 'probe_move'), 'linear')]
+    panels = [
+        ('losses', ('loss_fm', 'loss_fake', 'loss_bs', 'loss_ts'), 'log'),
+        ('gradient norms', ('norm_bs', 'norm_ts', 'norm_fm'), 'log'),
+        (
+            "scores' errors on the student's samples",
+            ('fake_error_bs', 'teacher_error_bs', 'fake_error_ts', 'teacher_error_ts'),
+            'log',
+        ),
+        ('samples against targets', ('detail_bs', 'contrast_bs', 'colour_bs', 'val_detail', 'val_contrast'), 'linear'),
+        ('fake score: lead over the base', ('probe_lead', 'probe_lead_targets'), 'linear'),
+        ("teachers' shift and gain, the student's move", ('probe_shift', 'probe_gain', 'probe_move'), 'linear'),
+    ]
     for ax, (title, names, scale) in zip(axes.flat, panels):
         for name in names:
             points = [(h['step'], h[name]) for h in history if name in h]
             w = 1 if name.startswith(('val', 'probe')) else max(1, min(smooth, len(points)))
-            y = [statistics.fmean(v for _, v in points[max(0, i - w + 1):i + 1]) for i in range(len(points))]
-            if points: ax.plot([x for x, _ in points], y, 'o-' if name.startswith(('val', 'probe')) else '-', ms=3, lw=1, label=name)
+            y = [statistics.fmean(v for _, v in points[max(0, i - w + 1) : i + 1]) for i in range(len(points))]
+            if points:
+                ax.plot(
+                    [x for x, _ in points],
+                    y,
+                    'o-' if name.startswith(('val', 'probe')) else '-',
+                    ms=3,
+                    lw=1,
+                    label=name,
+                )
         ax.set(title=title, yscale=scale)
-        if ax.get_legend_handles_labels()[1]: ax.legend(fontsize=7)
-    for ax in axes[-1]: ax.set_xlabel('generator step')
-    if found := diagnose(history): fig.suptitle('; '.join(f.name for f in found), color='tab:red', fontsize=9)
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(fontsize=7)
+    for ax in axes[-1]:
+        ax.set_xlabel('generator step')
+    if found := diagnose(history):
+        fig.suptitle('; '.join(f.name for f in found), color='tab:red', fontsize=9)
     fig.tight_layout()
     return fig

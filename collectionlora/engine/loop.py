@@ -27,8 +27,17 @@ from .parallel import check_scale, join, Ranks, save_together
 from .pools import load_pools, Pool, samples_of
 from .settings import resolved, schedule_of, Settings
 from collectionlora.engine.state import (
-    Diverged, Guard, Interruption, latest_checkpoint, load_checkpoint, save_checkpoint, start_from, State,
-    weights_of, writing)
+    Diverged,
+    Guard,
+    Interruption,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    start_from,
+    State,
+    weights_of,
+    writing,
+)
 from .terms import Engine, fake_update, generator_update
 from ..files.conditions import ConditionCache
 from ..files.effects import EffectSet
@@ -39,37 +48,83 @@ from ..teachers import TeacherBank
 
 # %% ../../nbs/engine/loop.ipynb #6b62ba70
 def _check_inputs(effects, general, bank, s: Settings) -> None:
-    if s.p_switch > 0 and not effects: raise UserError('distill: p_switch is above 0 but there are no effects; give some or set p_switch to 0')
-    if s.p_switch < 1 and not general: raise UserError('distill: p_switch is below 1 but there is no general data; give some or set p_switch to 1')
-    if effects and s.p_switch == 0: raise UserError('distill: effects are given but p_switch is 0, so none would be learnt; raise p_switch or leave them out')
-    if s.init != 'zero' and not Path(s.init).is_file(): raise UserError(f"{s.init}: no such file; init is 'zero' or a LoRA file to start from")
+    if s.p_switch > 0 and not effects:
+        raise UserError('distill: p_switch is above 0 but there are no effects; give some or set p_switch to 0')
+    if s.p_switch < 1 and not general:
+        raise UserError('distill: p_switch is below 1 but there is no general data; give some or set p_switch to 1')
+    if effects and s.p_switch == 0:
+        raise UserError(
+            'distill: effects are given but p_switch is 0, so none would be learnt; raise p_switch or leave them out'
+        )
+    if s.init != 'zero' and not Path(s.init).is_file():
+        raise UserError(f"{s.init}: no such file; init is 'zero' or a LoRA file to start from")
     for e in effects:
-        if bank is None or e.id not in bank: raise UserError(f'distill: effect {e.id!r} has no teacher in the bank; {nearest(e.id, bank.files if bank else ())}')
+        if bank is None or e.id not in bank:
+            raise UserError(
+                f'distill: effect {e.id!r} has no teacher in the bank; {nearest(e.id, bank.files if bank else ())}'
+            )
 
 
 def fingerprint_of(base: Base, bank, effects, general, s: Settings) -> dict:
     "Everything that decides the result, as hashes by name: settings, base, effects, teachers, general data, starting LoRA."
     settings = json.loads(json.dumps(asdict(s)))
-    if s.init != 'zero': settings['init'] = sha256_file(s.init)
-    data = {'general stream': sha256_json([[sha256_file(p), c] for p, c in general]), 'base': base.hash, 'encoding': base.encoding, 'order of effects': ', '.join(e.id for e in effects)}
-    latents = lambda e: [sha256_file(p) for p in sorted((e.folder/'latents').glob('*'))]
-    return dict(settings=settings, data=data, numerics=base.backbone.numerics, effects={e.id: sha256_json([e.hash, latents(e)]) for e in effects},
-                teachers={e.id: bank.shas[e.id] for e in effects})
+    if s.init != 'zero':
+        settings['init'] = sha256_file(s.init)
+    data = {
+        'general stream': sha256_json([[sha256_file(p), c] for p, c in general]),
+        'base': base.hash,
+        'encoding': base.encoding,
+        'order of effects': ', '.join(e.id for e in effects),
+    }
+    latents = lambda e: [sha256_file(p) for p in sorted((e.folder / 'latents').glob('*'))]
+    return dict(
+        settings=settings,
+        data=data,
+        numerics=base.backbone.numerics,
+        effects={e.id: sha256_json([e.hash, latents(e)]) for e in effects},
+        teachers={e.id: bank.shas[e.id] for e in effects},
+    )
 
 
-def collection_header(base: Base, bank, effects, s: Settings, times: Sequence[float], state: State, fingerprint: dict) -> dict:
+def collection_header(
+    base: Base, bank, effects, s: Settings, times: Sequence[float], state: State, fingerprint: dict
+) -> dict:
     "The header of the result: catalogue (a parent collection's effects stay in it), sampler, base, training record, parents."
     inherited = [] if s.init == 'zero' else read_header(s.init).get('collectionlora.effects', [])
     entries = {e['id']: e for e in inherited}
     for e in effects:
-        entries[e.id] = {'id': e.id, 'category': e.category, 'trigger': e.trigger, 'prompt': student_prompt(e.trigger, e.description, e.category),
-                         'description': e.description, 'teacher_prompt': e.prompt, 'teacher': bank.shas[e.id]}
+        entries[e.id] = {
+            'id': e.id,
+            'category': e.category,
+            'trigger': e.trigger,
+            'prompt': student_prompt(e.trigger, e.description, e.category),
+            'description': e.description,
+            'teacher_prompt': e.prompt,
+            'teacher': bank.shas[e.id],
+        }
     parents = [{'sha256': bank.shas[e.id], 'kind': 'teacher', 'effect': e.id} for e in effects]
-    if s.init != 'zero': parents.insert(0, {'sha256': fingerprint['settings']['init'], 'kind': 'start', 'effects': [e['id'] for e in inherited]})
-    return {'collectionlora.effects': list(entries.values()), 'collectionlora.parents': parents,
-            'collectionlora.sampling': {'steps': len(times), 'shift': s.few_shift, 'times': list(times), 'cfg': 1.0, 'stochastic': True},
-            'collectionlora.base': {'hash': base.hash, 'id': base.folder.name},
-            'collectionlora.train': {'settings': fingerprint['settings'], 'step': state.step, 'fake_updates': state.fakes, 'data': fingerprint['data']}}
+    if s.init != 'zero':
+        parents.insert(
+            0, {'sha256': fingerprint['settings']['init'], 'kind': 'start', 'effects': [e['id'] for e in inherited]}
+        )
+    return {
+        'collectionlora.effects': list(entries.values()),
+        'collectionlora.parents': parents,
+        'collectionlora.sampling': {
+            'steps': len(times),
+            'shift': s.few_shift,
+            'times': list(times),
+            'cfg': 1.0,
+            'stochastic': True,
+        },
+        'collectionlora.base': {'hash': base.hash, 'id': base.folder.name},
+        'collectionlora.train': {
+            'settings': fingerprint['settings'],
+            'step': state.step,
+            'fake_updates': state.fakes,
+            'data': fingerprint['data'],
+        },
+    }
 
 
 def prepare(base: Base, effects, general, cache: ConditionCache, s: Settings) -> list[Pool]:
@@ -81,15 +136,34 @@ def prepare(base: Base, effects, general, cache: ConditionCache, s: Settings) ->
 
 def add_roles(base: Base, s: Settings) -> None:
     "Fresh roles 'student' (started from `init`) and 'fake'; those that are there make room."
-    for role in {'student', 'fake'} & set(base.backbone.roles): base.backbone.remove(role)
+    for role in {'student', 'fake'} & set(base.backbone.roles):
+        base.backbone.remove(role)
     base.backbone.add_role('student', s.rank_student, seed=seed_of(s.seed, 'student'))
     base.backbone.add_role('fake', s.rank_fake, seed=seed_of(s.seed, 'fake'))
-    if s.init != 'zero': start_from(base.backbone, 'student', read_lora(s.init, base.backbone.modules(), allow_missing=True, base=base.hash))
+    if s.init != 'zero':
+        start_from(
+            base.backbone, 'student', read_lora(s.init, base.backbone.modules(), allow_missing=True, base=base.hash)
+        )
 
 
-def distill(base: Base, bank: TeacherBank | None, effects: Sequence[EffectSet], general: Sequence[tuple], cache: ConditionCache, settings: Settings,
-            out_folder, file=None, save_every: int = 50, keep: int = 3, val_every: int = 0, val_per_effect: int = 2,
-            validation: Sequence[EffectSet] = (), ranks: Ranks | None = None, look_every: int = 10, drop_encoders: bool = False) -> Generator[dict, None, Path]:
+def distill(
+    base: Base,
+    bank: TeacherBank | None,
+    effects: Sequence[EffectSet],
+    general: Sequence[tuple],
+    cache: ConditionCache,
+    settings: Settings,
+    out_folder,
+    file=None,
+    save_every: int = 50,
+    keep: int = 3,
+    val_every: int = 0,
+    val_per_effect: int = 2,
+    validation: Sequence[EffectSet] = (),
+    ranks: Ranks | None = None,
+    look_every: int = 10,
+    drop_encoders: bool = False,
+) -> Generator[dict, None, Path]:
     """Trains the student; yields the monitors of each generator step (recorded ones first) and returns the path of the LoRA file.
 
     effects need trigger and description; general is a list of (image, prompt); bank may be None where p_switch is 0. out_folder keeps
@@ -100,39 +174,69 @@ def distill(base: Base, bank: TeacherBank | None, effects: Sequence[EffectSet], 
     torchrun or its like has started), each of which calls this function. Raises UserError before training for anything that does not fit."""
     ranks = ranks or join(base.backbone.device.type)
     out, s = Path(out_folder), resolved(settings, float(base.info['shift']))
-    file, backbone = Path(file or out/'collection.safetensors'), base.backbone
+    file, backbone = Path(file or out / 'collection.safetensors'), base.backbone
     _check_inputs(effects, general, bank, s)
     times = schedule_of(s)
-    if s.p_switch > 0 and s.weight_ts > 0: generator_times(times, s.tau_max)
+    if s.p_switch > 0 and s.weight_ts > 0:
+        generator_times(times, s.tau_max)
     check_scale(ranks, backbone, s)
     with ranks.holding(out):
         fingerprint = fingerprint_of(base, bank, effects, general, s)
-        saved = latest_checkpoint(out/'checkpoints', fingerprint)
+        saved = latest_checkpoint(out / 'checkpoints', fingerprint)
         ranks.same(saved and (saved['step'], saved['fakes']), f'{out}/checkpoints')
         try:
-            with telling_what_helps(s): pools = ranks.in_turn(lambda: prepare(base, effects, general, cache, s))
-            look = ranks.in_turn(lambda: look_at(cache, validation or effects, val_per_effect)) if val_every and (validation or effects) else None
-            with telling_what_helps(s): state = State.fresh(backbone, s, ranks)
-            if saved: state.unpack(saved)
-            if drop_encoders: base.drop_encoders()
+            with telling_what_helps(s):
+                pools = ranks.in_turn(lambda: prepare(base, effects, general, cache, s))
+            look = (
+                ranks.in_turn(lambda: look_at(cache, validation or effects, val_per_effect))
+                if val_every and (validation or effects)
+                else None
+            )
+            with telling_what_helps(s):
+                state = State.fresh(backbone, s, ranks)
+            if saved:
+                state.unpack(saved)
+            if drop_encoders:
+                base.drop_encoders()
             yield from list(state.history)
             engine = Engine(backbone, bank, pools, s, times, ranks)
-            write = lambda: save_checkpoint(out/'checkpoints', state, fingerprint, keep, save_every)
+            write = lambda: save_checkpoint(out / 'checkpoints', state, fingerprint, keep, save_every)
             save = lambda agreed=True: save_together(ranks, (state.opt_student, state.opt_fake), write, agreed)
             header = lambda: collection_header(base, bank, effects, s, times, state, fingerprint)
+
             def publish(path):
-                with writing(path): ranks.first(lambda: write_lora(path, backbone.lora('student'), header()) and None)
-            yield from _train(Training(base, engine, state, [e.id for e in effects], out, fingerprint, save, publish, save_every, look, val_every, look_every))
-            with weights_of(backbone, 'student', state.mean): publish(file)
+                with writing(path):
+                    ranks.first(lambda: write_lora(path, backbone.lora('student'), header()) and None)
+
+            yield from _train(
+                Training(
+                    base,
+                    engine,
+                    state,
+                    [e.id for e in effects],
+                    out,
+                    fingerprint,
+                    save,
+                    publish,
+                    save_every,
+                    look,
+                    val_every,
+                    look_every,
+                )
+            )
+            with weights_of(backbone, 'student', state.mean):
+                publish(file)
             return file
         finally:
             for role in ('student', 'fake'):
-                if role in backbone.roles: backbone.remove(role)
+                if role in backbone.roles:
+                    backbone.remove(role)
 
 
 @dataclass
 class Training:
     "A run under way: what it works on, and what to do with it between updates."
+
     base: Base
     engine: Engine
     state: State
@@ -149,7 +253,11 @@ class Training:
     def table(self) -> list[str | None]:
         "The effect, or None, of every route of every generator step; while there is only the anchor, an effect on each."
         s, coarse = self.engine.s, self.engine.s.anchor_first
-        first = timetable(self.ids, coarse * s.routes, seed_of(s.seed, 'anchor first'), 1.0, s.route_every, s.balanced) if coarse else []
+        first = (
+            timetable(self.ids, coarse * s.routes, seed_of(s.seed, 'anchor first'), 1.0, s.route_every, s.balanced)
+            if coarse
+            else []
+        )
         return first + timetable(self.ids, (s.steps - coarse) * s.routes, s.seed, s.p_switch, s.route_every, s.balanced)
 
 
@@ -163,15 +271,18 @@ def _train(t: Training) -> Generator[dict, None, None]:
     s, state, stop, table = t.engine.s, t.state, Interruption(t.engine.ranks), t.table()
     try:
         while state.step < s.steps:
-            try: info = _step(t, stop, table)
+            try:
+                info = _step(t, stop, table)
             except Diverged as why:
                 go_back(t, why)
                 stop.whole = True
                 continue
-            if state.step % t.save_every == 0 or state.step == s.steps: t.save()
+            if state.step % t.save_every == 0 or state.step == s.steps:
+                t.save()
             yield info
     except (KeyboardInterrupt, GeneratorExit):
-        if stop.whole: t.save(stop.asked)
+        if stop.whole:
+            t.save(stop.asked)
         print(f'{t.out}: stopped at step {state.step} of {s.steps}; the same call goes on from there', file=sys.stderr)
         raise
 
@@ -179,37 +290,53 @@ def _train(t: Training) -> Generator[dict, None, None]:
 def _step(t: Training, stop: Interruption, table: Sequence[str | None]) -> dict:
     "One generator step with the fake updates before it; returns its monitors."
     engine, s, state, guard = t.engine, t.engine.s, t.state, Guard(t.engine.s.explosion, t.state.seen)
-    start, now, before = time.perf_counter(), table[state.step * s.routes:(state.step + 1) * s.routes], dict(engine.passes)
-    coming = [id for id in [*now, *table[(state.step + 1) * s.routes:][:200]] if id]
-    if engine.bank: engine.bank.expect(coming)
+    start, now, before = (
+        time.perf_counter(),
+        table[state.step * s.routes : (state.step + 1) * s.routes],
+        dict(engine.passes),
+    )
+    coming = [id for id in [*now, *table[(state.step + 1) * s.routes :][:200]] if id]
+    if engine.bank:
+        engine.bank.expect(coming)
     while state.fakes < fakes_by(s, state.step):
-        if engine.bank and coming: engine.bank.move(coming[0])
-        with stop.unit(), engine.alone_or_told(), telling_what_helps(s): fake_update(engine, state, now[0], guard)
+        if engine.bank and coming:
+            engine.bank.move(coming[0])
+        with stop.unit(), engine.alone_or_told(), telling_what_helps(s):
+            fake_update(engine, state, now[0], guard)
     with stop.unit(), engine.alone_or_told(), telling_what_helps(s):
         watch = _watch(t, now[0])
-        info = dict(step=state.step + 1, effect=now if s.routes > 1 else now[0]) | generator_update(engine, state, now, guard)
-        if watch: info |= watch.after()
-        info |= dict({k: engine.ranks.total(engine.passes[k] - before[k]) for k in before}, seconds=time.perf_counter() - start)
-        if t.look and (state.step % t.val_every == 0 or state.step == s.steps): info |= _validate(t, info)
+        info = dict(step=state.step + 1, effect=now if s.routes > 1 else now[0]) | generator_update(
+            engine, state, now, guard
+        )
+        if watch:
+            info |= watch.after()
+        info |= dict(
+            {k: engine.ranks.total(engine.passes[k] - before[k]) for k in before}, seconds=time.perf_counter() - start
+        )
+        if t.look and (state.step % t.val_every == 0 or state.step == s.steps):
+            info |= _validate(t, info)
         state.history.append(info | _findings(state.history, info))
     return state.history[-1]
 
 
 def _watch(t: Training, id: str | None) -> Watch | None:
     engine, step = t.engine, t.state.step + 1
-    if step <= engine.s.anchor_first or not due(t.state.history, step, t.look_every, id, bool(t.ids)): return None
+    if step <= engine.s.anchor_first or not due(t.state.history, step, t.look_every, id, bool(t.ids)):
+        return None
     counted = dict(engine.passes)
     watch = Watch(engine, engine.few(id, step), torch.Generator().manual_seed(seed_of(engine.s.seed, 'look', step)), id)
-    engine.passes.update(counted)                    # looking is not training
+    engine.passes.update(counted)  # looking is not training
     return watch
 
 
 def _findings(history: Sequence[dict], info: dict) -> dict:
     "After a look: the names of what is wrong; what was not wrong at the look before is said aloud."
-    if 'probe_lead' not in info: return {}
+    if 'probe_lead' not in info:
+        return {}
     found, before = diagnose([*history, info]), next((h['findings'] for h in reversed(history) if 'findings' in h), [])
     for f in found:
-        if f.name not in before: print(f"step {info['step']}: {f}", file=sys.stderr)
+        if f.name not in before:
+            print(f'step {info["step"]}: {f}', file=sys.stderr)
     return {'findings': [f.name for f in found]}
 
 
@@ -217,48 +344,70 @@ def _validate(t: Training, info: dict) -> dict:
     "The validation sheet of a step and its numbers; the best weights so far are written as a file."
     step, first = t.state.step, not t.engine.ranks.rank
     with weights_of(t.base.backbone, 'student', t.state.mean):
-        seen = validate(t.base, t.look, t.engine.times, t.engine.s.seed, t.out/'validation'/f'{step:07d}.png' if first else None)
-        if is_best(t.state.history, seen): t.publish(t.out/'best.safetensors')
+        seen = validate(
+            t.base, t.look, t.engine.times, t.engine.s.seed, t.out / 'validation' / f'{step:07d}.png' if first else None
+        )
+        if is_best(t.state.history, seen):
+            t.publish(t.out / 'best.safetensors')
     return seen
 
 # %% ../../nbs/engine/loop.ipynb #0cf02480
 def go_back(t: Training, why: Diverged) -> None:
     "Puts a diverged run back to its last regular checkpoint, or its start, with half the rates; raises `why` when that was done often enough."
     state, s, failed = t.state, t.engine.s, t.state.step
-    slower, folder = state.slower + 1, t.out/'checkpoints'
-    if slower > s.rollbacks: raise why
+    slower, folder = state.slower + 1, t.out / 'checkpoints'
+    if slower > s.rollbacks:
+        raise why
     saved = _regular(folder, failed, t.save_every)
-    t.engine.ranks.same(saved and saved['step'], folder)          # also holds back whoever would write before all have read
-    if saved: state.unpack(saved)
+    t.engine.ranks.same(saved and saved['step'], folder)  # also holds back whoever would write before all have read
+    if saved:
+        state.unpack(saved)
     else:
         add_roles(t.base, s)
         vars(state).update(vars(State.fresh(t.base.backbone, s, t.engine.ranks)))
     state.slower = slower
-    print(f'{why}\ngoing back to step {state.step} with the rates divided by {2**slower} ({slower} of {s.rollbacks})', file=sys.stderr)
+    print(
+        f'{why}\ngoing back to step {state.step} with the rates divided by {2**slower} ({slower} of {s.rollbacks})',
+        file=sys.stderr,
+    )
     t.save()
-    t.engine.ranks.first(lambda: [p.unlink() for p in folder.glob('*.pt') if p.stem > f'{state.step:07d}-{state.fakes:08d}'] and None)
+    t.engine.ranks.first(
+        lambda: [p.unlink() for p in folder.glob('*.pt') if p.stem > f'{state.step:07d}-{state.fakes:08d}'] and None
+    )
 
 
 def _regular(folder: Path, before: int, every: int) -> dict | None:
     "The newest whole checkpoint between two cycles at a multiple of `every` generator steps, at least one step before `before`."
     for path in sorted(folder.glob('*.pt'), reverse=True):
-        if int(path.stem[:7]) >= before or int(path.stem[:7]) % every: continue
-        try: saved = load_checkpoint(path)
-        except Exception: continue
-        if not saved['recent']: return saved
+        if int(path.stem[:7]) >= before or int(path.stem[:7]) % every:
+            continue
+        try:
+            saved = load_checkpoint(path)
+        except Exception:
+            continue
+        if not saved['recent']:
+            return saved
     return None
 
 
 def out_of_memory(e: BaseException) -> bool:
     "Whether an exception says that memory of host or device ran out."
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and any(w in str(e) for w in ("can't allocate memory", 'out of memory'))
+    return (
+        isinstance(e, (MemoryError, torch.OutOfMemoryError))
+        or isinstance(e, RuntimeError)
+        and any(w in str(e) for w in ("can't allocate memory", 'out of memory'))
+    )
 
 
 @contextmanager
 def telling_what_helps(s: Settings):
     "Turns running out of memory into a UserError that names the knobs."
-    try: yield
+    try:
+        yield
     except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e): raise
-        raise UserError(f'out of memory at batch {s.batch}, ranks {s.rank_student} and {s.rank_fake} ({str(e).splitlines()[0][:120]}); checkpointing=true or offload=true go on from the last checkpoint '
-                        "to the same bits; frozen=int8, a smaller batch or smaller ranks start another run") from e
+        if not out_of_memory(e):
+            raise
+        raise UserError(
+            f'out of memory at batch {s.batch}, ranks {s.rank_student} and {s.rank_fake} ({str(e).splitlines()[0][:120]}); checkpointing=true or offload=true go on from the last checkpoint '
+            'to the same bits; frozen=int8, a smaller batch or smaller ranks start another run'
+        ) from e

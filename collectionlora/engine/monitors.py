@@ -40,11 +40,19 @@ class Watch:
         self.ask = engine.backbone.velocity
         b, s = batch, engine.s
         x = to_x0(*self._sampled(engine, b, g))
-        self.cond, self.t, eps = b.student, engine.times_like(len(x), g, s.fake_shift, s.fake_min, s.fake_max), engine.noise(b.student, g)
+        self.cond, self.t, eps = (
+            b.student,
+            engine.times_like(len(x), g, s.fake_shift, s.fake_min, s.fake_max),
+            engine.noise(b.student, g),
+        )
         self.x_t, v = add_noise(x, eps, self.t), velocity(x, eps)
         ask = lambda role, x_t, cond: self.ask(role, x_t, self.t, cond)
-        self.seen = {'probe_effect': effect, 'probe_lead': better_by(ask('fake', self.x_t, b.student), ask('base', self.x_t, b.student), v)}
-        if b.y is not None: self.seen |= self._on_targets(ask, b, eps)
+        self.seen = {
+            'probe_effect': effect,
+            'probe_lead': better_by(ask('fake', self.x_t, b.student), ask('base', self.x_t, b.student), v),
+        }
+        if b.y is not None:
+            self.seen |= self._on_targets(ask, b, eps)
         self.before = ask('student', self.x_t, b.student)
 
     def _sampled(self, engine, b, g):
@@ -54,8 +62,11 @@ class Watch:
     def _on_targets(self, ask: Callable, b, eps: Tensor) -> dict:
         y_t, v = add_noise(b.y, eps, self.t), velocity(b.y, eps)
         teacher, base = ask(b.role, y_t, b.teacher), ask('base', y_t, b.teacher)
-        return {'probe_lead_targets': better_by(ask('fake', y_t, b.student), ask('base', y_t, b.student), v),
-                'probe_shift': apart(teacher, base), 'probe_gain': better_by(teacher, base, v)}
+        return {
+            'probe_lead_targets': better_by(ask('fake', y_t, b.student), ask('base', y_t, b.student), v),
+            'probe_shift': apart(teacher, base),
+            'probe_gain': better_by(teacher, base, v),
+        }
 
     @torch.no_grad()
     def after(self) -> dict:
@@ -72,84 +83,148 @@ def due(history: Sequence[Mapping], step: int, every: int, effect: str | None, e
 @dataclass(frozen=True)
 class Finding:
     "A known failure, by name, with what was seen and what to do."
+
     name: str
     seen: str
     advice: str
 
-    def __str__(self): return f'{self.name}: {self.seen}. {self.advice}'
+    def __str__(self):
+        return f'{self.name}: {self.seen}. {self.advice}'
 
 
-LIMITS = {'shift': 1e-3, 'gain': -.1, 'move': .2, 'lead': .005, 'cosine': -.4, 'growth': 1.5, 'looks': 3, 'young': 20, 'anchor': 1.3, 'window': 20}
+LIMITS = {
+    'shift': 1e-3,
+    'gain': -0.1,
+    'move': 0.2,
+    'lead': 0.005,
+    'cosine': -0.4,
+    'growth': 1.5,
+    'looks': 3,
+    'young': 20,
+    'anchor': 1.3,
+    'window': 20,
+}
 
 
 def late(history: Sequence[Mapping], key: str) -> list[float]:
     "The values of a monitor in the second half of its looks."
     found = [h[key] for h in history if h.get(key) is not None]
-    return found[len(found) // 2:]
+    return found[len(found) // 2 :]
 
 
 def _teacher_is_base(history) -> Finding | None:
     shifts = {}
     for h in history:
-        if h.get('probe_shift') is not None: shifts.setdefault(h['probe_effect'], []).append(h['probe_shift'])
+        if h.get('probe_shift') is not None:
+            shifts.setdefault(h['probe_effect'], []).append(h['probe_shift'])
     same = [id for id, v in shifts.items() if statistics.median(v) < LIMITS['shift']]
-    if same: return Finding('a teacher is the base', f"the teacher of {', '.join(map(repr, same))} answers as the base without an adapter does",
-                            'Its file holds no effect, or something else stands in its place: look at it with `collectionlora inspect`, and train it again')
+    if same:
+        return Finding(
+            'a teacher is the base',
+            f'the teacher of {", ".join(map(repr, same))} answers as the base without an adapter does',
+            'Its file holds no effect, or something else stands in its place: look at it with `collectionlora inspect`, and train it again',
+        )
 
 
 def _wrong_teacher(history) -> Finding | None:
     gains = {}
     for h in history:
-        if h.get('probe_gain') is not None: gains.setdefault(h['probe_effect'], []).append(h['probe_gain'])
-    lost = {id: statistics.median(v) for id, v in gains.items() if len(v) >= LIMITS['looks'] and statistics.median(v) < LIMITS['gain']}
-    if lost: return Finding('a teacher does not know its targets', ', '.join(f'{id!r} is {-v:.0%} worse on them than the base' for id, v in lost.items()),
-                            'Its file belongs to another effect, or the targets were painted by another one: compare the hashes, and paint the targets again')
+        if h.get('probe_gain') is not None:
+            gains.setdefault(h['probe_effect'], []).append(h['probe_gain'])
+    lost = {
+        id: statistics.median(v)
+        for id, v in gains.items()
+        if len(v) >= LIMITS['looks'] and statistics.median(v) < LIMITS['gain']
+    }
+    if lost:
+        return Finding(
+            'a teacher does not know its targets',
+            ', '.join(f'{id!r} is {-v:.0%} worse on them than the base' for id, v in lost.items()),
+            'Its file belongs to another effect, or the targets were painted by another one: compare the hashes, and paint the targets again',
+        )
 
 
 def _rate_too_high(history) -> Finding | None:
     moves = late(history, 'probe_move')
     if moves and statistics.median(moves) > LIMITS['move']:
-        return Finding('rate too high', f'one update moves the answers of the student by {statistics.median(moves):.0%} of their size', 'Lower lr_student, or raise lr_warmup')
-    alone = [(h['step'], h['loss_fm']) for h in history if h.get('loss_fm') is not None and h.get('loss_bs') is None]      # anchored, not yet matched
+        return Finding(
+            'rate too high',
+            f'one update moves the answers of the student by {statistics.median(moves):.0%} of their size',
+            'Lower lr_student, or raise lr_warmup',
+        )
+    alone = [
+        (h['step'], h['loss_fm']) for h in history if h.get('loss_fm') is not None and h.get('loss_bs') is None
+    ]  # anchored, not yet matched
     n = LIMITS['window']
-    first, last = (statistics.median(v for _, v in part) if len(alone) >= 2 * n else 0. for part in (alone[:n], alone[-n:]))
+    first, last = (
+        statistics.median(v for _, v in part) if len(alone) >= 2 * n else 0.0 for part in (alone[:n], alone[-n:])
+    )
     if last > LIMITS['anchor'] * first:
-        return Finding('rate too high', f"the anchor's loss was {first:.2g} at first and is {last:.2g} after {alone[-1][0]} steps of anchoring", 'Lower lr_anchor (lr_student where it is not set), or raise lr_warmup')
+        return Finding(
+            'rate too high',
+            f"the anchor's loss was {first:.2g} at first and is {last:.2g} after {alone[-1][0]} steps of anchoring",
+            'Lower lr_anchor (lr_student where it is not set), or raise lr_warmup',
+        )
 
 
 def _starved(history) -> Finding | None:
     leads, targets = late(history, 'probe_lead'), late(history, 'probe_lead_targets')
-    if len(leads) < LIMITS['looks'] or history[-1]['step'] < LIMITS['young']: return None
-    wanted = LIMITS['lead'] if any('probe_shift' in h for h in history) else -LIMITS['lead']      # without effects a perfect student is the base, and nobody leads
+    if len(leads) < LIMITS['looks'] or history[-1]['step'] < LIMITS['young']:
+        return None
+    wanted = (
+        LIMITS['lead'] if any('probe_shift' in h for h in history) else -LIMITS['lead']
+    )  # without effects a perfect student is the base, and nobody leads
     if statistics.fmean(leads) < wanted:
-        seen = f'on fresh samples of the student it is {statistics.fmean(leads):+.1%} better than the base' + (f', on targets {statistics.fmean(targets):+.1%}' if targets else '')
-        return Finding('fake score starved', seen, 'It does not know what the student draws: raise fake_per_generator, lr_fake or fake_warmup')
+        seen = f'on fresh samples of the student it is {statistics.fmean(leads):+.1%} better than the base' + (
+            f', on targets {statistics.fmean(targets):+.1%}' if targets else ''
+        )
+        return Finding(
+            'fake score starved',
+            seen,
+            'It does not know what the student draws: raise fake_per_generator, lr_fake or fake_warmup',
+        )
 
 
 def _drifting(history) -> Finding | None:
     steps = [h for h in history if 'contrast_bs' in h]
-    if len(steps) < 8: return None
+    if len(steps) < 8:
+        return None
     away = lambda part: statistics.fmean(abs(math.log(max(h['contrast_bs'], 1e-6))) for h in part)
-    first, last = away(steps[:len(steps) // 4]), away(steps[-(len(steps) // 4):])
+    first, last = away(steps[: len(steps) // 4]), away(steps[-(len(steps) // 4) :])
     if last > first + math.log(LIMITS['growth']):
-        return Finding('samples drift', f"their contrast has left the targets' by a factor of {math.exp(last):.2f}, at first {math.exp(first):.2f}",
-                       'Look at the validation sheets; lower lr_student, raise weight_fm or fake_per_generator')
+        return Finding(
+            'samples drift',
+            f"their contrast has left the targets' by a factor of {math.exp(last):.2f}, at first {math.exp(first):.2f}",
+            'Look at the validation sheets; lower lr_student, raise weight_fm or fake_per_generator',
+        )
 
 
 def _terms_fight(history) -> Finding | None:
     for a, b in (('bs', 'ts'), ('bs', 'fm'), ('ts', 'fm')):
         found = late(history, f'cosine_{a}_{b}')
         if len(found) >= 10 and statistics.fmean(found) < LIMITS['cosine']:
-            return Finding('terms fight', f'the gradients of {a} and {b} have a cosine of {statistics.fmean(found):+.2f}', f'Lower weight_{b}, or look whether targets and teachers belong together')
+            return Finding(
+                'terms fight',
+                f'the gradients of {a} and {b} have a cosine of {statistics.fmean(found):+.2f}',
+                f'Lower weight_{b}, or look whether targets and teachers belong together',
+            )
 
 
 def _nothing_learnt(history) -> Finding | None:
     found = late(history, 'norm')
-    if len(found) >= 3 and max(found) < 1e-10: return Finding('no gradient', 'the student has none at all', 'Student, fake score and teacher are the same: is guidance 1, p_switch 0 or a weight 0?')
+    if len(found) >= 3 and max(found) < 1e-10:
+        return Finding(
+            'no gradient',
+            'the student has none at all',
+            'Student, fake score and teacher are the same: is guidance 1, p_switch 0 or a weight 0?',
+        )
 
 
 RULES = (_teacher_is_base, _wrong_teacher, _nothing_learnt, _rate_too_high, _starved, _drifting, _terms_fight)
-FOLLOWS = {'rate too high': {'fake score starved', 'samples drift', 'terms fight'}, 'fake score starved': {'samples drift', 'terms fight'}}
+FOLLOWS = {
+    'rate too high': {'fake score starved', 'samples drift', 'terms fight'},
+    'fake score starved': {'samples drift', 'terms fight'},
+}
 
 
 def diagnose(history: Sequence[Mapping]) -> list[Finding]:
@@ -161,7 +236,8 @@ def diagnose(history: Sequence[Mapping]) -> list[Finding]:
 # %% ../../nbs/engine/monitors.ipynb #9d9dfa2a
 def val_distance(info: Mapping) -> float | None:
     "How far a step's validation samples are from their targets (0: equal); None where none were drawn."
-    if 'val_detail' not in info: return None
+    if 'val_detail' not in info:
+        return None
     log = lambda v: abs(math.log(max(v, 1e-6)))
     return log(info['val_detail']) + log(info['val_contrast']) + info['val_colour']
 
@@ -174,26 +250,39 @@ def is_best(history: Sequence[Mapping], info: Mapping) -> bool:
 # %% ../../nbs/engine/monitors.ipynb #2dfdbcf9
 def scalars(info: Mapping) -> dict[str, float]:
     "The numbers of a step under names that boards group by: 'loss/bs', 'val/clay/detail'."
-    flat = {k.replace('_', '/', 1): v for k, v in info.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k != 'step'}
+    flat = {
+        k.replace('_', '/', 1): v
+        for k, v in info.items()
+        if isinstance(v, (int, float)) and not isinstance(v, bool) and k != 'step'
+    }
     return flat | {f'val/{id}/{k}': v for id, seen in info.get('val', {}).items() for k, v in seen.items()}
 
 
 def glance(info: Mapping) -> dict[str, str]:
     "What the bar shows of a step."
-    return {name: f'{info[k]:.3g}' for name, k in (('fm', 'loss_fm'), ('fake', 'loss_fake'), ('detail', 'detail_bs'), ('lead', 'probe_lead')) if info.get(k) is not None}
+    return {
+        name: f'{info[k]:.3g}'
+        for name, k in (('fm', 'loss_fm'), ('fake', 'loss_fake'), ('detail', 'detail_bs'), ('lead', 'probe_lead'))
+        if info.get(k) is not None
+    }
 
 
 def _tensorboard(folder: Path, run: str, settings: Mapping) -> tuple[Callable, Callable]:
     from torch.utils.tensorboard import SummaryWriter
-    board = SummaryWriter(str(folder/'tensorboard'/run))
+
+    board = SummaryWriter(str(folder / 'tensorboard' / run))
     board.add_text('settings', '\n'.join(f'    {k}: {v}' for k, v in settings.items()))
+
     def write(info):
-        for k, v in scalars(info).items(): board.add_scalar(k, v, info['step'])
+        for k, v in scalars(info).items():
+            board.add_scalar(k, v, info['step'])
+
     return write, board.close
 
 
 def _wandb(folder: Path, run: str, settings: Mapping) -> tuple[Callable, Callable]:
     import wandb
+
     board = wandb.init(project='collectionlora', name=run, dir=str(folder), config=dict(settings))
     return lambda info: board.log(scalars(info), step=info['step']), board.finish
 
@@ -203,20 +292,26 @@ BOARDS = {'tensorboard': _tensorboard, 'wandb': _wandb}
 
 class Boards:
     "Called with every step's info, writes it to the named boards and returns what a bar should show; `close` when done."
+
     def __init__(self, names: Sequence[str], folder, run: str, settings: Mapping = {}):
         opened = [self._open(name, Path(folder), run, settings) for name in names]
         self.writes, self.closes = [w for w, _ in opened], [c for _, c in opened]
 
     @staticmethod
     def _open(name: str, folder: Path, run: str, settings: Mapping) -> tuple[Callable, Callable]:
-        if name not in BOARDS: raise UserError(f'boards: {name!r} is unknown; {nearest(name, BOARDS)}')
-        try: return BOARDS[name](folder, run, settings)
-        except ImportError as e: raise UserError(f'boards: {name!r} is not installed; run `pip install {name}`, or leave it out') from e
+        if name not in BOARDS:
+            raise UserError(f'boards: {name!r} is unknown; {nearest(name, BOARDS)}')
+        try:
+            return BOARDS[name](folder, run, settings)
+        except ImportError as e:
+            raise UserError(f'boards: {name!r} is not installed; run `pip install {name}`, or leave it out') from e
 
     def __call__(self, info: Mapping) -> dict[str, str]:
-        for write in self.writes: write(info)
+        for write in self.writes:
+            write(info)
         return glance(info)
 
     def close(self) -> None:
         "Closes every board's writer."
-        for close in self.closes: close()
+        for close in self.closes:
+            close()

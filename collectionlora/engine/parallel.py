@@ -31,6 +31,7 @@ from ..core import folder_lock, UserError
 @dataclass
 class Draws:
     "A generator whose draws are made for all n samples of a batch; this process keeps those in `rows`."
+
     generator: torch.Generator
     n: int
     rows: Sequence[int]
@@ -58,6 +59,7 @@ class Ranks:
 
     rank: number of this process; world: how many there are; local: number on this machine; slices: spread AdamW's moments over the processes;
     talk: the group for what lies on the CPU (None: the default group)."""
+
     rank: int = 0
     world: int = 1
     local: int = 0
@@ -78,22 +80,26 @@ class Ranks:
 
     def own(self, folder, run: str) -> Path:
         "The folder for what every process of a run writes for itself: `folder` for the first, a hidden one in it for the others."
-        own = Path(folder)/f'.{run}.ranks'/str(self.rank) if self.rank else Path(folder)
+        own = Path(folder) / f'.{run}.ranks' / str(self.rank) if self.rank else Path(folder)
         own.mkdir(parents=True, exist_ok=True)
         return own
 
     @contextmanager
     def exchange(self):
         "Around everything that waits for the others: where one is gone, the error says so."
-        try: yield
+        try:
+            yield
         except RuntimeError as e:
-            raise PeerGone(f'process {self.rank} of {self.world}: another process of this run has died or hangs (see its log); '
-                           'the same command goes on from the last checkpoint') from e
+            raise PeerGone(
+                f'process {self.rank} of {self.world}: another process of this run has died or hangs (see its log); '
+                'the same command goes on from the last checkpoint'
+            ) from e
 
     def sum_(self, x: Tensor) -> Tensor:
         "The sum of x over all processes, in place."
         if self.world > 1:
-            with self.exchange(): dist.all_reduce(x, group=self.talk if x.device.type == 'cpu' else None)
+            with self.exchange():
+                dist.all_reduce(x, group=self.talk if x.device.type == 'cpu' else None)
         return x
 
     def total(self, value: float) -> float:
@@ -106,9 +112,11 @@ class Ranks:
 
     def gather(self, thing) -> list:
         "What all processes give here, by rank."
-        if self.world == 1: return [thing]
+        if self.world == 1:
+            return [thing]
         found = [None] * self.world
-        with self.exchange(): dist.all_gather_object(found, thing, group=self.talk)
+        with self.exchange():
+            dist.all_gather_object(found, thing, group=self.talk)
         return found
 
     def same(self, thing, what: str) -> None:
@@ -118,13 +126,18 @@ class Ranks:
 
     def first(self, f: Callable):
         "What f() returns on the first process, on all of them; its `UserError` too."
-        if self.world == 1: return f()
+        if self.world == 1:
+            return f()
         said = [None]
         if self.rank == 0:
-            try: said = [(f(), None)]
-            except UserError as e: said = [(None, str(e))]
-        with self.exchange(): dist.broadcast_object_list(said, src=0, group=self.talk)
-        if said[0][1] is not None: raise UserError(said[0][1])
+            try:
+                said = [(f(), None)]
+            except UserError as e:
+                said = [(None, str(e))]
+        with self.exchange():
+            dist.broadcast_object_list(said, src=0, group=self.talk)
+        if said[0][1] is not None:
+            raise UserError(said[0][1])
         return said[0][0]
 
     def in_turn(self, f: Callable):
@@ -143,7 +156,8 @@ class Ranks:
     def leave(self) -> None:
         "Ends the exchange; to be called last, when nothing that was exchanged is held any more."
         gc.collect()
-        if self.world > 1 and dist.is_initialized(): dist.destroy_process_group()
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
 # %% ../../nbs/engine/parallel.ipynb #d74e89fb
 def join(device: str = 'cpu', slices: bool = False, hours: float = 4.0) -> Ranks:
@@ -151,12 +165,18 @@ def join(device: str = 'cpu', slices: bool = False, hours: float = 4.0) -> Ranks
 
     slices: keep AdamW's moments in slices, one per process; hours: how long to wait for a process that is alive."""
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get('WORLD_SIZE', 1))
-    if world == 1: return Ranks()
+    if world == 1:
+        return Ranks()
     local = int(os.environ.get('LOCAL_RANK', 0))
-    if device == 'cuda': torch.cuda.set_device(local)
+    if device == 'cuda':
+        torch.cuda.set_device(local)
     if not dist.is_initialized():
         dist.init_process_group('cpu:gloo,cuda:nccl' if device == 'cuda' else 'gloo', timeout=timedelta(hours=hours))
-    talk = None if 'gloo' in str(dist.get_backend_config()) else dist.new_group(backend='gloo', timeout=timedelta(hours=hours))
+    talk = (
+        None
+        if 'gloo' in str(dist.get_backend_config())
+        else dist.new_group(backend='gloo', timeout=timedelta(hours=hours))
+    )
     return Ranks(dist.get_rank(), world, local, slices, talk)
 
 # %% ../../nbs/engine/parallel.ipynb #ebfac85d
@@ -164,9 +184,12 @@ def _one_of(f: Callable, rank: int, world: int, folder: str, slices: bool) -> No
     "The body of a forked process: joins, works in one thread (OpenMP's pool does not survive a fork), leaves its answer in a file, and ends without torch's clean-up."
     torch.set_num_threads(1)
     try:
-        dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=world, timeout=timedelta(minutes=5))
+        dist.init_process_group(
+            'gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=world, timeout=timedelta(minutes=5)
+        )
         answer = (f(join(slices=slices)), None)
-    except BaseException as e: answer = (None, f'{type(e).__name__}: {e}')
+    except BaseException as e:
+        answer = (None, f'{type(e).__name__}: {e}')
     Path(folder, f'{rank}.part').write_bytes(pickle.dumps(answer))
     os.replace(f'{folder}/{rank}.part', f'{folder}/{rank}')
     os._exit(0)
@@ -175,12 +198,19 @@ def _one_of(f: Callable, rank: int, world: int, folder: str, slices: bool) -> No
 def together(f: Callable, world: int = 2, slices: bool = False) -> list[tuple]:
     "(answer, error) of `f(ranks)` on each of `world` forked processes; error is None, or the exception as text, or that the process died."
     with tempfile.TemporaryDirectory() as folder:
-        start = lambda rank: multiprocessing.get_context('fork').Process(target=_one_of, args=(f, rank, world, folder, slices))
+        start = lambda rank: multiprocessing.get_context('fork').Process(
+            target=_one_of, args=(f, rank, world, folder, slices)
+        )
         jobs = [start(rank) for rank in range(world)]
-        for job in jobs: job.start()
-        for job in jobs: job.join()
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join()
         found = [Path(folder, str(rank)) for rank in range(world)]
-        return [pickle.loads(p.read_bytes()) if p.is_file() else (None, f'died ({job.exitcode})') for p, job in zip(found, jobs)]
+        return [
+            pickle.loads(p.read_bytes()) if p.is_file() else (None, f'died ({job.exitcode})')
+            for p, job in zip(found, jobs)
+        ]
 
 # %% ../../nbs/engine/parallel.ipynb #a1279539
 class SlicedAdamW(torch.optim.AdamW):
@@ -190,7 +220,9 @@ class SlicedAdamW(torch.optim.AdamW):
         n, w = whole.numel(), ranks.world
         self.whole, self.ranks, self.full = whole, ranks, {}
         self.bounds = [slice(r * n // w, (r + 1) * n // w) for r in range(w)]
-        super().__init__([nn.Parameter(whole.detach()[self.bounds[ranks.rank]])], **settings)      # shares the memory of `whole`
+        super().__init__(
+            [nn.Parameter(whole.detach()[self.bounds[ranks.rank]])], **settings
+        )  # shares the memory of `whole`
 
     @property
     def mine(self) -> nn.Parameter:
@@ -204,7 +236,8 @@ class SlicedAdamW(torch.optim.AdamW):
         super().step(closure)
         self.mine.grad = None
         with self.ranks.exchange():
-            for r, part in enumerate(self.bounds): dist.broadcast(self.whole.detach()[part], src=r)
+            for r, part in enumerate(self.bounds):
+                dist.broadcast(self.whole.detach()[part], src=r)
 
     def collect(self) -> None:
         "Brings all moments to the first process, where `state_dict` has them from then on until the next step."
@@ -214,10 +247,12 @@ class SlicedAdamW(torch.optim.AdamW):
     def _collected(self, part: Tensor) -> Tensor | None:
         r, part = self.ranks, part.detach().cpu()
         with r.exchange():
-            if r.rank: return dist.send(part, 0, group=r.talk)
+            if r.rank:
+                return dist.send(part, 0, group=r.talk)
             whole = torch.empty(self.whole.shape)
             whole[self.bounds[0]] = part
-            for k in range(1, r.world): dist.recv(whole[self.bounds[k]], k, group=r.talk)
+            for k in range(1, r.world):
+                dist.recv(whole[self.bounds[k]], k, group=r.talk)
         return whole
 
     def state_dict(self) -> dict:
@@ -227,12 +262,16 @@ class SlicedAdamW(torch.optim.AdamW):
     def load_state_dict(self, saved: dict) -> None:
         "Takes this process's slice of plain AdamW's state."
         part = self.bounds[self.ranks.rank]
-        super().load_state_dict(saved | {'state': {i: {k: v[part] if v.ndim else v for k, v in s.items()} for i, s in saved['state'].items()}})
+        super().load_state_dict(
+            saved
+            | {'state': {i: {k: v[part] if v.ndim else v for k, v in s.items()} for i, s in saved['state'].items()}}
+        )
 
 
 def optimiser(weights: nn.Parameter, ranks: Ranks, **settings) -> torch.optim.AdamW:
     "Fused AdamW on a flat parameter, sliced where the ranks say so."
-    if ranks.slices and ranks.world > 1: return SlicedAdamW(weights, ranks, fused=True, **settings)
+    if ranks.slices and ranks.world > 1:
+        return SlicedAdamW(weights, ranks, fused=True, **settings)
     return torch.optim.AdamW([weights], fused=True, **settings)
 
 
@@ -242,9 +281,11 @@ def save_together(ranks: Ranks, optimisers: Sequence, save: Callable, agreed: bo
     agreed False: the others may be elsewhere (this process was left, not stopped together with them); then only what needs nobody is saved."""
     sliced = [o for o in optimisers if isinstance(o, SlicedAdamW)]
     if not agreed:
-        if ranks.rank == 0 and not sliced: save()
+        if ranks.rank == 0 and not sliced:
+            save()
         return
-    for o in sliced: o.collect()
+    for o in sliced:
+        o.collect()
     ranks.first(lambda: save() and None)
 
 # %% ../../nbs/engine/parallel.ipynb #6c1c15b9
@@ -253,22 +294,28 @@ def shard_base(base: Base, ranks: Ranks, device: str = 'cpu') -> Base:
 
     Adapters, present and later ones, stay whole. The encoders move to `device`. With one process the base only moves."""
     pipe, name = base.pipe, ranks.device(device)
-    for part in (pipe.vae, pipe.text_encoder): part.to(name)
+    for part in (pipe.vae, pipe.text_encoder):
+        part.to(name)
     if ranks.world == 1:
         pipe.transformer.to(name)
         return base
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device, (ranks.world,))
     adapters = {p for n, p in pipe.transformer.named_parameters() if '.lora_' in n}
-    for module in (*pipe.transformer.transformer_blocks, pipe.transformer): fully_shard(module, mesh=mesh, ignored_params=adapters)
-    warnings.filterwarnings('ignore', message='FSDP2-wrapped module')           # about in-place changes of the output, of which there are none
+    for module in (*pipe.transformer.transformer_blocks, pipe.transformer):
+        fully_shard(module, mesh=mesh, ignored_params=adapters)
+    warnings.filterwarnings(
+        'ignore', message='FSDP2-wrapped module'
+    )  # about in-place changes of the output, of which there are none
     return base
 
 
 def is_sharded(backbone) -> bool:
     "Whether the base of a backbone is spread over the processes, so that all of them must compute in step."
     from torch.distributed.fsdp import FSDPModule
+
     return isinstance(getattr(backbone, 'transformer', None), FSDPModule)
 
 
@@ -280,9 +327,27 @@ def bytes_here(module: nn.Module) -> int:
 # %% ../../nbs/engine/parallel.ipynb #0c803158
 def check_scale(ranks: Ranks, backbone: Backbone, s) -> None:
     "Raises `UserError` if settings `s` of a distillation do not go with so many processes, or with a spread base."
-    if ranks.world > s.batch: raise UserError(f'settings: batch is {s.batch}, fewer samples than the {ranks.world} processes; raise it or start fewer processes')
-    if ranks.world == 1 or not is_sharded(backbone): return
-    wrong = [name for name, value in (('routes', s.routes == 1), ('one_exit', s.one_exit), ('shared_rollout', not s.shared_rollout)) if not value]
-    if getattr(backbone, 'offloading', False): raise UserError('offload: would copy a base that is spread over processes to the host at every forward; use checkpointing instead')
-    if wrong: raise UserError(f'settings: {wrong[0]} is {getattr(s, wrong[0])}, but on a base spread over processes all compute in step; '
-                              'set routes to 1, one_exit to true and shared_rollout to false')
+    if ranks.world > s.batch:
+        raise UserError(
+            f'settings: batch is {s.batch}, fewer samples than the {ranks.world} processes; raise it or start fewer processes'
+        )
+    if ranks.world == 1 or not is_sharded(backbone):
+        return
+    wrong = [
+        name
+        for name, value in (
+            ('routes', s.routes == 1),
+            ('one_exit', s.one_exit),
+            ('shared_rollout', not s.shared_rollout),
+        )
+        if not value
+    ]
+    if getattr(backbone, 'offloading', False):
+        raise UserError(
+            'offload: would copy a base that is spread over processes to the host at every forward; use checkpointing instead'
+        )
+    if wrong:
+        raise UserError(
+            f'settings: {wrong[0]} is {getattr(s, wrong[0])}, but on a base spread over processes all compute in step; '
+            'set routes to 1, one_exit to true and shared_rollout to false'
+        )

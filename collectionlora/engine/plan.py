@@ -25,23 +25,35 @@ def passes(s: Settings) -> dict[str, float]:
     bs, ts, fm = (float(bool(w)) for w in (s.weight_bs, s.weight_ts, s.weight_fm))
     generator = dict(forward=(rolled + scored) * bs + e * ts * scored, gradient=bs + e * (ts + fm))
     targets = e * s.fake_targets * ts
-    sampled = s.few_steps * (1 - targets) / s.fake_per_generator + targets if s.shared_rollout else (rolled + 1) * (1 - targets) + targets
+    sampled = (
+        s.few_steps * (1 - targets) / s.fake_per_generator + targets
+        if s.shared_rollout
+        else (rolled + 1) * (1 - targets) + targets
+    )
     n = s.fake_per_generator
-    return {k: s.batch * v for k, v in dict(forward=generator['forward'] + n * sampled, gradient=generator['gradient'] + n).items()}
+    return {
+        k: s.batch * v
+        for k, v in dict(forward=generator['forward'] + n * sampled, gradient=generator['gradient'] + n).items()
+    }
 
 
 def pass_seconds(backbone: Backbone, cond: Cond, role: str, repeats: int = 3) -> dict[str, float]:
     "Seconds per sample of a bare forward and of a bare forward and backward of `role` at this batch, best of `repeats`."
     h, w = cond.grids[0]
-    x, t = torch.zeros(len(cond), h * w, cond.source.shape[-1], device=backbone.device), torch.full((len(cond),), .5, device=backbone.device)
+    x, t = (
+        torch.zeros(len(cond), h * w, cond.source.shape[-1], device=backbone.device),
+        torch.full((len(cond),), 0.5, device=backbone.device),
+    )
 
     def once(grad):
         start = time.perf_counter()
         with torch.set_grad_enabled(grad):
             loss = backbone.velocity(role, x, t, cond).square().mean()
-            if grad: torch.autograd.grad(loss, backbone.parameters(role), allow_unused=True)
+            if grad:
+                torch.autograd.grad(loss, backbone.parameters(role), allow_unused=True)
         loss.item()
         return (time.perf_counter() - start) / len(cond)
+
     return {name: min(once(grad) for _ in range(repeats)) for name, grad in (('forward', False), ('gradient', True))}
 
 
@@ -49,24 +61,42 @@ def plan(s: Settings, seconds: Mapping[str, float], effects: int, general: int) 
     "What a run will do and take: samples per effect, transformer passes, estimated seconds (without validation)."
     cycle = passes(s)
     per_step = sum(cycle[k] * seconds[k] for k in cycle)
-    warm = s.fake_warmup * s.batch * ((s.few_steps + 1) / 2 * seconds['forward'] + seconds['gradient']) + s.anchor_first * s.batch * seconds['gradient']
-    return {'generator steps': s.steps, 'fake-score updates': s.fake_warmup + (s.steps - s.anchor_first) * s.fake_per_generator, 'effects': effects,
-            'general images': general, 'generator samples per effect': round((s.anchor_first + (s.steps - s.anchor_first) * s.p_switch) * s.batch / max(1, effects)),
-            'passes per step': {k: round(v, 1) for k, v in cycle.items()}, 'seconds per step': per_step, 'seconds': per_step * (s.steps - s.anchor_first) + warm}
+    warm = (
+        s.fake_warmup * s.batch * ((s.few_steps + 1) / 2 * seconds['forward'] + seconds['gradient'])
+        + s.anchor_first * s.batch * seconds['gradient']
+    )
+    return {
+        'generator steps': s.steps,
+        'fake-score updates': s.fake_warmup + (s.steps - s.anchor_first) * s.fake_per_generator,
+        'effects': effects,
+        'general images': general,
+        'generator samples per effect': round(
+            (s.anchor_first + (s.steps - s.anchor_first) * s.p_switch) * s.batch / max(1, effects)
+        ),
+        'passes per step': {k: round(v, 1) for k, v in cycle.items()},
+        'seconds per step': per_step,
+        'seconds': per_step * (s.steps - s.anchor_first) + warm,
+    }
 
 
 def kept_bytes(backbone: Backbone, cond: Cond, role: str) -> int:
     "Bytes that a gradient pass of this batch keeps for its backward, the model's own weights left out."
     (h, w), weights, found = cond.grids[0], backbone.storages(), {}
-    x, t = torch.zeros(len(cond), h * w, cond.source.shape[-1], device=backbone.device), torch.full((len(cond),), .5, device=backbone.device)
+    x, t = (
+        torch.zeros(len(cond), h * w, cond.source.shape[-1], device=backbone.device),
+        torch.full((len(cond),), 0.5, device=backbone.device),
+    )
 
     def note(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights: found[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
         return tensor
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor): v = backbone.velocity(role, x, t, cond)
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        v = backbone.velocity(role, x, t, cond)
     total = sum(found.values())
-    del v                                                # it has kept the graph, and so all addresses, until here
+    del v  # it has kept the graph, and so all addresses, until here
     return total
 
 
@@ -82,15 +112,25 @@ def memory(base: Base, s: Settings, cond: Cond, conditions: int, role: str) -> d
     weights = base.backbone.flat(role).nbytes
     fake = weights * s.rank_fake // s.rank_student
     terms = sum(map(bool, (s.weight_bs, s.weight_ts, s.weight_fm))) if s.p_switch else 1
-    return {'frozen base': frozen, 'student: weights, mean, two moments, gradients': weights * (4 + terms), 'fake score: weights, two moments, gradient': 4 * fake,
-            'activations of a gradient pass': kept_bytes(base.backbone, cond, role), 'conditions and targets, on the host': conditions,
-            'encoders, while they encode': base.encoder_bytes}
+    return {
+        'frozen base': frozen,
+        'student: weights, mean, two moments, gradients': weights * (4 + terms),
+        'fake score: weights, two moments, gradient': 4 * fake,
+        'activations of a gradient pass': kept_bytes(base.backbone, cond, role),
+        'conditions and targets, on the host': conditions,
+        'encoders, while they encode': base.encoder_bytes,
+    }
 
 
 def disk(s: Settings, adapter: int, conditions: int, keep: int = 3) -> dict[str, int]:
     "Bytes of what a run leaves on disk, for an adapter of rank s.rank_student that holds `adapter` bytes and a condition cache of `conditions` bytes."
     state = adapter * 4 + 3 * adapter * s.rank_fake // s.rank_student
-    return {'collection': adapter, 'best look': adapter, 'checkpoints, at most': (keep + 3) * state, 'condition cache, shared between runs': conditions}
+    return {
+        'collection': adapter,
+        'best look': adapter,
+        'checkpoints, at most': (keep + 3) * state,
+        'condition cache, shared between runs': conditions,
+    }
 
 
 def measured_plan(base: Base, effects, general, cache: ConditionCache, s: Settings, processes: int = 1) -> dict:
@@ -103,6 +143,10 @@ def measured_plan(base: Base, effects, general, cache: ConditionCache, s: Settin
     held = min(cache.memory, entries) + targets
     b.add_role('measured', s.rank_student)
     try:
-        with telling_what_helps(s): found = plan(s, pass_seconds(b, cond, 'measured'), len(effects), len(general)) | {'memory': memory(base, s, cond, held, 'measured')}
+        with telling_what_helps(s):
+            found = plan(s, pass_seconds(b, cond, 'measured'), len(effects), len(general)) | {
+                'memory': memory(base, s, cond, held, 'measured')
+            }
         return found | {'disk': disk(s, b.flat('measured').nbytes, entries)}
-    finally: b.remove('measured')
+    finally:
+        b.remove('measured')

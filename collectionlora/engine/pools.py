@@ -28,18 +28,21 @@ class Pool:
 
     student, uncond: conditions of R rows; teacher: of the M effect rows or None; y: targets [M, N, C] or None;
     rows: effect id -> its rows, None -> those of the general stream."""
+
     student: Conditions
     uncond: Conditions
     teacher: Conditions | None
     y: Tensor | None
     rows: Mapping[str | None, tuple[int, ...]]
 
-    def __len__(self) -> int: return len(self.student)
+    def __len__(self) -> int:
+        return len(self.student)
 
 
 @dataclass(frozen=True)
 class Sample:
     "One row to be: image file, prompts of student and teacher, effect id (None: general stream), target (file, latents [N, C], or None)."
+
     source: Path
     student: str
     teacher: str
@@ -51,7 +54,7 @@ def samples_of(effects: Sequence[EffectSet], general: Sequence[tuple]) -> list[S
     "The rows of all effects, then of the general stream. Raises UserError if an effect has no trigger or description."
     found = []
     for e in effects:
-        targets = target_latents(e) if (e.folder/'latents').is_dir() else e.targets
+        targets = target_latents(e) if (e.folder / 'latents').is_dir() else e.targets
         prompt = student_prompt(e.trigger, e.description, e.category)
         found += [Sample(s, prompt, e.prompt, e.id, y) for s, y in zip(e.sources, targets)]
     return found + [Sample(Path(p), c, c) for p, c in general]
@@ -59,10 +62,13 @@ def samples_of(effects: Sequence[EffectSet], general: Sequence[tuple]) -> list[S
 
 def load_pools(cache: ConditionCache, samples: Sequence[Sample]) -> list[Pool]:
     "Encodes all samples into the cache; one `Pool` per latent grid. Raises UserError if a target's shape is not its source's."
-    cache.warm([(s.source, c) for s in samples for c in dict.fromkeys((s.student, s.teacher, ' '))],
-               images=[s.target for s in samples if isinstance(s.target, Path)])
+    cache.warm(
+        [(s.source, c) for s in samples for c in dict.fromkeys((s.student, s.teacher, ' '))],
+        images=[s.target for s in samples if isinstance(s.target, Path)],
+    )
     by_grid = {}
-    for s in samples: by_grid.setdefault(cache.grid(s.source), []).append(s)
+    for s in samples:
+        by_grid.setdefault(cache.grid(s.source), []).append(s)
     return [_pool(cache, group) for group in by_grid.values()]
 
 
@@ -74,17 +80,26 @@ def _pool(cache: ConditionCache, group: Sequence[Sample]) -> Pool:
     y = [s.target if isinstance(s.target, Tensor) else cache.latents([s.target])[0] for s in of_effects]
     for s, latent in zip(of_effects, y):
         if latent.shape != first.source.shape[1:]:
-            raise UserError(f'{s.target}: a target of {tuple(latent.shape)} for a source of {tuple(first.source.shape[1:])}; make their sizes equal')
+            raise UserError(
+                f'{s.target}: a target of {tuple(latent.shape)} for a source of {tuple(first.source.shape[1:])}; make their sizes equal'
+            )
     rows = {}
-    for i, s in enumerate(group): rows.setdefault(s.id, []).append(i)
-    return Pool(student, Conditions(cache, [(s.source, ' ') for s in group]), Conditions(cache, [(s.source, s.teacher) for s in of_effects]) if y else None,
-                torch.stack(y).float() if y else None, {k: tuple(v) for k, v in rows.items()})
+    for i, s in enumerate(group):
+        rows.setdefault(s.id, []).append(i)
+    return Pool(
+        student,
+        Conditions(cache, [(s.source, ' ') for s in group]),
+        Conditions(cache, [(s.source, s.teacher) for s in of_effects]) if y else None,
+        torch.stack(y).float() if y else None,
+        {k: tuple(v) for k, v in rows.items()},
+    )
 
 # %% ../../nbs/engine/pools.ipynb #72a4db69
 def deal(rows: Sequence[int], n: int, r) -> list[int]:
     "n of `rows`, each taking its turn before one repeats."
     dealt = []
-    while len(dealt) < n: dealt += r.permutation(len(rows)).tolist()
+    while len(dealt) < n:
+        dealt += r.permutation(len(rows)).tolist()
     return [rows[i] for i in dealt[:n]]
 
 
@@ -106,12 +121,14 @@ def mixed_pool(pools: Sequence[Pool], p_switch: float, r) -> tuple[Pool, float, 
     spread, ids = shares(pools), {id for p in pools for id in p.rows} - {None}
     p = p_switch if ids and any(None in p.rows for p in pools) else float(bool(ids))
     effect = [p * sum(v for id, v in part.items() if id is not None) / max(1, len(ids)) for part in spread]
-    whole = [e + (1 - p) * part.get(None, 0.) for e, part in zip(effect, spread)]
+    whole = [e + (1 - p) * part.get(None, 0.0) for e, part in zip(effect, spread)]
     k = int(r.choice(len(pools), p=[w / sum(whole) for w in whole]))
     return pools[k], effect[k] / whole[k], {id: v for id, v in spread[k].items() if id is not None}
 
 
-def mixed_rows(pool: Pool, n: int, p_effect: float, weights: Mapping[str, float], targets: float, r) -> tuple[list[int], int]:
+def mixed_rows(
+    pool: Pool, n: int, p_effect: float, weights: Mapping[str, float], targets: float, r
+) -> tuple[list[int], int]:
     """n rows over all streams, in random order: each an effect's with probability p_effect, effects in turn where their weights are equal, else drawn
     by weight. Returns (rows, k): the last k are for target simulation, about a share `targets` of the effect rows."""
     ids, w = list(weights), np.array(list(weights.values()))
@@ -119,5 +136,5 @@ def mixed_rows(pool: Pool, n: int, p_effect: float, weights: Mapping[str, float]
     turns = [] if not m else deal(range(len(ids)), m, r) if np.ptp(w) < 1e-9 else r.choice(len(ids), m, p=w / w.sum())
     effect = [deal(pool.rows[ids[k]], 1, r)[0] for k in turns]
     k = min(m, int(targets * m + r.random()))
-    first = (deal(pool.rows[None], n - m, r) if n > m else []) + effect[:m - k]
-    return [first[i] for i in r.permutation(len(first))] + effect[m - k:], k
+    first = (deal(pool.rows[None], n - m, r) if n > m else []) + effect[: m - k]
+    return [first[i] for i in r.permutation(len(first))] + effect[m - k :], k

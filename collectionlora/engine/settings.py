@@ -17,78 +17,186 @@ from ..flow import few_step_times
 
 # %% ../../nbs/engine/settings.ipynb #d07df2fc
 PRESETS = {
-    'paper': dict(steps=5000, batch=8, fake_warmup=0, fake_batch='same', fake_targets=0.0, balanced=False, few_shift=3.0, critic_shift=3.0,
-                  critic_min=0.0, fake_shift=3.0, fake_min=0.0, anchor_shift=3.0, tau_max=0.75, tau_min=0.5, guidance=4.0, rescale=True,
-                  rank_student=128, rank_fake=128, lr_student=1e-4, lr_fake=1e-4, betas=(0.9, 0.999), clip=10.0, ema=0.0),
+    'paper': dict(
+        steps=5000,
+        batch=8,
+        fake_warmup=0,
+        fake_batch='same',
+        fake_targets=0.0,
+        balanced=False,
+        few_shift=3.0,
+        critic_shift=3.0,
+        critic_min=0.0,
+        fake_shift=3.0,
+        fake_min=0.0,
+        anchor_shift=3.0,
+        tau_max=0.75,
+        tau_min=0.5,
+        guidance=4.0,
+        rescale=True,
+        rank_student=128,
+        rank_fake=128,
+        lr_student=1e-4,
+        lr_fake=1e-4,
+        betas=(0.9, 0.999),
+        clip=10.0,
+        ema=0.0,
+    ),
     'default': {},
 }
-PRESETS['authors'] = PRESETS['paper'] | dict(route_every=4, lr_warmup=0, weight_decay=0.01, truncate_times=True, tau_max=0.9, tau_min=0.75, guidance=5.0, rescale=False,
-                                             anchor_after_critic=True, normaliser_eps=0.0, low_precision=True)
+PRESETS['authors'] = PRESETS['paper'] | dict(
+    route_every=4,
+    lr_warmup=0,
+    weight_decay=0.01,
+    truncate_times=True,
+    tau_max=0.9,
+    tau_min=0.75,
+    guidance=5.0,
+    rescale=False,
+    anchor_after_critic=True,
+    normaliser_eps=0.0,
+    low_precision=True,
+)
 
 
 @dataclass(frozen=True)
 class Settings:
     "Everything that decides a distillation; noise levels t are in [0, 1]. See `describe` for what each field means."
+
     steps: int = field(default=2000, metadata=dict(help='generator updates'))
     batch: int = field(default=16, metadata=dict(help='samples per update and loss term'))
     seed: int = field(default=0, metadata=dict(help='of everything random'))
     fake_per_generator: int = field(default=5, metadata=dict(help='fake-score updates per generator update'))
     fake_warmup: int = field(default=100, metadata=dict(help='fake-score updates before the first generator update'))
-    fake_batch: str = field(default='mixed', metadata=dict(help="what the fake score trains on: 'same' stream and effect as the step's, or all 'mixed'"))
-    fake_targets: float = field(default=0.5, metadata=dict(help="share of the fake score's effect samples that are target-simulated"))
-    shared_rollout: bool = field(default=False, metadata=dict(help='one full rollout per cycle for all fake updates: cheaper, samples are correlated'))
-    anchor_first: int = field(default=0, metadata=dict(help='first generator updates with the anchor alone, before the fake score is warmed up and matching begins'))
+    fake_batch: str = field(
+        default='mixed',
+        metadata=dict(help="what the fake score trains on: 'same' stream and effect as the step's, or all 'mixed'"),
+    )
+    fake_targets: float = field(
+        default=0.5, metadata=dict(help="share of the fake score's effect samples that are target-simulated")
+    )
+    shared_rollout: bool = field(
+        default=False,
+        metadata=dict(help='one full rollout per cycle for all fake updates: cheaper, samples are correlated'),
+    )
+    anchor_first: int = field(
+        default=0,
+        metadata=dict(
+            help='first generator updates with the anchor alone, before the fake score is warmed up and matching begins'
+        ),
+    )
     p_switch: float = field(default=0.5, metadata=dict(help='probability of the effect stream'))
     route_every: int = field(default=1, metadata=dict(help='generator steps between draws of the stream'))
-    routes: int = field(default=1, metadata=dict(help='streams per generator step: the batch is dealt to so many routes, each with a teacher of its own'))
-    balanced: bool = field(default=True, metadata=dict(help='deal effects equally often to within one; else uniform draws'))
+    routes: int = field(
+        default=1,
+        metadata=dict(
+            help='streams per generator step: the batch is dealt to so many routes, each with a teacher of its own'
+        ),
+    )
+    balanced: bool = field(
+        default=True, metadata=dict(help='deal effects equally often to within one; else uniform draws')
+    )
     few_steps: int = field(default=8, metadata=dict(help='NFE of the student'))
-    few_shift: float | None = field(default=None, metadata=dict(help="shift of the student's schedule; None: the base's own"))
-    one_exit: bool = field(default=False, metadata=dict(help='one exit step for all samples of a rollout instead of one each (a base spread over processes needs it)'))
+    few_shift: float | None = field(
+        default=None, metadata=dict(help="shift of the student's schedule; None: the base's own")
+    )
+    one_exit: bool = field(
+        default=False,
+        metadata=dict(
+            help='one exit step for all samples of a rollout instead of one each (a base spread over processes needs it)'
+        ),
+    )
     truncate_times: bool = field(default=False, metadata=dict(help="cut the schedule's points to thousandths"))
-    guidance: float = field(default=4.0, metadata=dict(help="the teachers' guidance, v_uncond + w (v_cond - v_uncond); 1: none"))
-    rescale: bool = field(default=False, metadata=dict(help='rescale the guided velocity to the conditional norm, as the stock pipeline'))
+    guidance: float = field(
+        default=4.0, metadata=dict(help="the teachers' guidance, v_uncond + w (v_cond - v_uncond); 1: none")
+    )
+    rescale: bool = field(
+        default=False, metadata=dict(help='rescale the guided velocity to the conditional norm, as the stock pipeline')
+    )
     weight_bs: float = field(default=1.0, metadata=dict(help='weight of matching from backward simulation'))
     weight_ts: float = field(default=1.0, metadata=dict(help='weight of matching from target simulation'))
     weight_fm: float = field(default=1.0, metadata=dict(help='weight of trajectory anchoring'))
-    detail_power: float = field(default=0.0, metadata=dict(help="weight t^-power of the student's step in matching; 0: Eq. 1 as it is, 1: late steps count like early ones"))
+    detail_power: float = field(
+        default=0.0,
+        metadata=dict(
+            help="weight t^-power of the student's step in matching; 0: Eq. 1 as it is, 1: late steps count like early ones"
+        ),
+    )
     normaliser_eps: float = field(default=1e-6, metadata=dict(help="eps of DMD's normaliser"))
     tau_max: float = field(default=0.75, metadata=dict(help='target simulation: schedule points below it only'))
     tau_min: float = field(default=0.02, metadata=dict(help="target simulation: the critic's noise from here up"))
-    critic_shift: float | None = field(default=None, metadata=dict(help="shift of the critic's noise law; None: the base's own"))
+    critic_shift: float | None = field(
+        default=None, metadata=dict(help="shift of the critic's noise law; None: the base's own")
+    )
     critic_min: float = field(default=0.02, metadata=dict(help='backward simulation: lower bound of the critic'))
     critic_max: float = field(default=1.0, metadata=dict(help='upper bound of the critic'))
-    fake_shift: float | None = field(default=None, metadata=dict(help="shift of the fake score's noise law; None: the base's own"))
+    fake_shift: float | None = field(
+        default=None, metadata=dict(help="shift of the fake score's noise law; None: the base's own")
+    )
     fake_min: float = field(default=0.02, metadata=dict(help="lower bound of the fake score's noise"))
     fake_max: float = field(default=1.0, metadata=dict(help="upper bound of the fake score's noise"))
-    anchor_shift: float | None = field(default=None, metadata=dict(help="shift of the anchor's noise law; None: the base's own"))
+    anchor_shift: float | None = field(
+        default=None, metadata=dict(help="shift of the anchor's noise law; None: the base's own")
+    )
     anchor_min: float = field(default=0.0, metadata=dict(help="lower bound of the anchor's noise"))
     anchor_max: float = field(default=1.0, metadata=dict(help="upper bound of the anchor's noise"))
-    anchor_after_critic: bool = field(default=False, metadata=dict(help="the authors' anchor: uniform above the critic's t, shifted twice"))
+    anchor_after_critic: bool = field(
+        default=False, metadata=dict(help="the authors' anchor: uniform above the critic's t, shifted twice")
+    )
     rank_student: int = field(default=32, metadata=dict(help='rank of the result'))
     rank_fake: int = field(default=32, metadata=dict(help='rank of the fake score'))
-    init: str = field(default='zero', metadata=dict(help="'zero' or a LoRA file to start from, e.g. the acceleration LoRA or a collection"))
-    fake_init: str = field(default='base', metadata=dict(help="what the fake score is when matching begins: the 'base' (a LoRA of zeros), or the 'student' as it is then, of equal rank"))
+    init: str = field(
+        default='zero',
+        metadata=dict(help="'zero' or a LoRA file to start from, e.g. the acceleration LoRA or a collection"),
+    )
+    fake_init: str = field(
+        default='base',
+        metadata=dict(
+            help="what the fake score is when matching begins: the 'base' (a LoRA of zeros), or the 'student' as it is then, of equal rank"
+        ),
+    )
     lr_student: float = field(default=3e-4, metadata=dict(help='learning rate of the student'))
-    lr_anchor: float | None = field(default=None, metadata=dict(help="the student's learning rate at the beginning of anchor_first, from where it falls to lr_student along a cosine; None: lr_student"))
+    lr_anchor: float | None = field(
+        default=None,
+        metadata=dict(
+            help="the student's learning rate at the beginning of anchor_first, from where it falls to lr_student along a cosine; None: lr_student"
+        ),
+    )
     lr_fake: float = field(default=6e-4, metadata=dict(help='learning rate of the fake score'))
     lr_warmup: int = field(default=20, metadata=dict(help='updates over which a rate grows to its value'))
     lr_cosine: bool = field(default=False, metadata=dict(help='let both rates fall to a tenth along a cosine'))
     betas: tuple[float, float] = field(default=(0.0, 0.99), metadata=dict(help="AdamW's, both optimisers"))
     weight_decay: float = field(default=0.0, metadata=dict(help="AdamW's, both optimisers"))
     clip: float = field(default=1.0, metadata=dict(help='largest gradient norm, both optimisers'))
-    ema: float = field(default=0.99, metadata=dict(help='decay of the running mean of the student; 0: keep the last weights'))
-    fold_adapters: bool = field(default=True, metadata=dict(help='forwards without gradient run with the adapter folded into the weights (fp32 bases only): quicker'))
-    low_precision: bool = field(default=False, metadata=dict(help='round weights and optimiser states to bfloat16 after every update'))
-    explosion: float = field(default=300.0, metadata=dict(help='a run diverges when a loss or norm exceeds this many times its running median; 0: never'))
-    rollbacks: int = field(default=2, metadata=dict(help='how often a diverging run goes back to a checkpoint, with half the rates, before it stops'))
+    ema: float = field(
+        default=0.99, metadata=dict(help='decay of the running mean of the student; 0: keep the last weights')
+    )
+    fold_adapters: bool = field(
+        default=True,
+        metadata=dict(
+            help='forwards without gradient run with the adapter folded into the weights (fp32 bases only): quicker'
+        ),
+    )
+    low_precision: bool = field(
+        default=False, metadata=dict(help='round weights and optimiser states to bfloat16 after every update')
+    )
+    explosion: float = field(
+        default=300.0,
+        metadata=dict(help='a run diverges when a loss or norm exceeds this many times its running median; 0: never'),
+    )
+    rollbacks: int = field(
+        default=2,
+        metadata=dict(help='how often a diverging run goes back to a checkpoint, with half the rates, before it stops'),
+    )
 
-    def __post_init__(self): check_settings(self)
+    def __post_init__(self):
+        check_settings(self)
 
     @classmethod
     def preset(cls, name: str = 'default', **changes) -> 'Settings':
         "The settings of a preset with some fields changed. Raises UserError for unknown names and contradictions."
-        if name not in PRESETS: raise UserError(f'settings: unknown preset {name!r}; {nearest(name, PRESETS)}')
+        if name not in PRESETS:
+            raise UserError(f'settings: unknown preset {name!r}; {nearest(name, PRESETS)}')
         check_keys(changes, [f.name for f in fields(cls)], f'settings, preset {name!r}')
         return cls(**{**PRESETS[name], **changes})
 
@@ -100,50 +208,134 @@ class Settings:
 
 # %% ../../nbs/engine/settings.ipynb #0e0163ea
 POSITIVE = ('steps', 'batch', 'fake_per_generator', 'route_every', 'routes', 'few_steps', 'rank_student', 'rank_fake')
-SHARES = ('fake_targets', 'p_switch', 'tau_max', 'tau_min', 'critic_min', 'critic_max', 'fake_min', 'fake_max', 'anchor_min', 'anchor_max')
-NOT_NEGATIVE = ('rollbacks', 'seed', 'fake_warmup', 'anchor_first', 'weight_bs', 'weight_ts', 'weight_fm', 'normaliser_eps', 'detail_power', 'lr_warmup', 'weight_decay', 'explosion')
-LARGER_THAN_0 = ('few_shift', 'critic_shift', 'fake_shift', 'anchor_shift', 'lr_student', 'lr_anchor', 'lr_fake', 'clip', 'guidance')
+SHARES = (
+    'fake_targets',
+    'p_switch',
+    'tau_max',
+    'tau_min',
+    'critic_min',
+    'critic_max',
+    'fake_min',
+    'fake_max',
+    'anchor_min',
+    'anchor_max',
+)
+NOT_NEGATIVE = (
+    'rollbacks',
+    'seed',
+    'fake_warmup',
+    'anchor_first',
+    'weight_bs',
+    'weight_ts',
+    'weight_fm',
+    'normaliser_eps',
+    'detail_power',
+    'lr_warmup',
+    'weight_decay',
+    'explosion',
+)
+LARGER_THAN_0 = (
+    'few_shift',
+    'critic_shift',
+    'fake_shift',
+    'anchor_shift',
+    'lr_student',
+    'lr_anchor',
+    'lr_fake',
+    'clip',
+    'guidance',
+)
 WHOLE = (*POSITIVE, 'rollbacks', 'seed', 'fake_warmup', 'anchor_first', 'lr_warmup')
 
 
 def _typed(name: str, value, default):
     "`value` of a settings field in its own type; numbers given as whole numbers are fine."
-    if name == 'betas': return tuple(float(b) for b in value) if isinstance(value, (list, tuple)) and len(value) == 2 else None
-    if isinstance(default, (bool, str)): return value if type(value) is type(default) else None
-    if name in WHOLE: return value if type(value) is int else None
-    if value is None: return value if default is None else float('nan')
+    if name == 'betas':
+        return tuple(float(b) for b in value) if isinstance(value, (list, tuple)) and len(value) == 2 else None
+    if isinstance(default, (bool, str)):
+        return value if type(value) is type(default) else None
+    if name in WHOLE:
+        return value if type(value) is int else None
+    if value is None:
+        return value if default is None else float('nan')
     return float(value) if type(value) in (int, float) and math.isfinite(value) else None
 
 
 def _ranges(s) -> list[tuple[bool, str]]:
     "(wrong?, sentence) of every rule about single values."
     get = lambda n: getattr(s, n)
-    return [*((get(n) < 1, f'{n} is {get(n)}; give at least 1') for n in POSITIVE),
-            *((get(n) < 0, f'{n} is {get(n)}; give 0 or more') for n in NOT_NEGATIVE),
-            *(((get(n) is not None) and get(n) <= 0, f'{n} is {get(n)}; give a positive number') for n in LARGER_THAN_0),
-            *((not 0 <= get(n) <= 1, f'{n} is {get(n)}; it lies in [0, 1]' + (' (write 0.75, not 750)' if get(n) > 1 else '')) for n in SHARES),
-            (s.fake_batch not in ('same', 'mixed'), f"fake_batch is {s.fake_batch!r}; give 'same' or 'mixed'"),
-            (s.fake_init not in ('base', 'student'), f"fake_init is {s.fake_init!r}; give 'base' or 'student'"),
-            (not all(0 <= b < 1 for b in (*s.betas, s.ema)), f'betas {s.betas} and ema {s.ema} lie in [0, 1)')]
+    return [
+        *((get(n) < 1, f'{n} is {get(n)}; give at least 1') for n in POSITIVE),
+        *((get(n) < 0, f'{n} is {get(n)}; give 0 or more') for n in NOT_NEGATIVE),
+        *(((get(n) is not None) and get(n) <= 0, f'{n} is {get(n)}; give a positive number') for n in LARGER_THAN_0),
+        *(
+            (
+                not 0 <= get(n) <= 1,
+                f'{n} is {get(n)}; it lies in [0, 1]' + (' (write 0.75, not 750)' if get(n) > 1 else ''),
+            )
+            for n in SHARES
+        ),
+        (s.fake_batch not in ('same', 'mixed'), f"fake_batch is {s.fake_batch!r}; give 'same' or 'mixed'"),
+        (s.fake_init not in ('base', 'student'), f"fake_init is {s.fake_init!r}; give 'base' or 'student'"),
+        (not all(0 <= b < 1 for b in (*s.betas, s.ema)), f'betas {s.betas} and ema {s.ema} lie in [0, 1)'),
+    ]
 
 
 def _contradictions(s) -> list[tuple[bool, str]]:
     "(wrong?, sentence) of every rule about values together."
     effects = s.p_switch > 0
-    return [*((getattr(s, f'{n}_min') >= getattr(s, f'{n}_max'), f'{n}_min must lie below {n}_max') for n in ('critic', 'fake', 'anchor')),
-            (effects and s.weight_ts > 0 and s.tau_min >= s.critic_max, f'tau_min {s.tau_min} leaves target simulation no noise below critic_max {s.critic_max}'),
-            (s.anchor_after_critic and (s.anchor_min, s.anchor_max) != (0., 1.), 'anchor_after_critic draws its own bounds; leave anchor_min and anchor_max at 0 and 1'),
-            (s.anchor_after_critic and effects and s.weight_bs == 0, 'anchor_after_critic needs the critic of backward simulation, whose weight_bs is 0'),
-            (s.p_switch < 1 and s.weight_bs == 0, 'weight_bs is 0, but the general stream has no other term; set p_switch to 1'),
-            (s.anchor_first > 0 and not (effects and s.weight_fm), 'anchor_first needs effects and the anchor; set p_switch and weight_fm above 0'),
-            (s.lr_anchor is not None and not s.anchor_first, 'lr_anchor is the rate during anchor_first, which is 0; set anchor_first above 0'),
-            (s.anchor_first >= s.steps, f'anchor_first is {s.anchor_first} of {s.steps} steps, so matching never begins; lower it'),
-            (effects and s.weight_bs == s.weight_ts == s.weight_fm == 0, 'all weights are 0; nothing would be learnt'),
-            (s.fake_init == 'student' and s.rank_fake != s.rank_student, f"fake_init 'student' needs rank_fake {s.rank_fake} equal to rank_student {s.rank_student}"),
-            (s.routes > s.batch, f'routes is {s.routes}, more than the {s.batch} samples of a batch; lower it or raise batch'),
-            (s.routes > 1 and s.route_every > 1, 'routes above 1 draws a stream per route and step; set route_every to 1'),
-            (s.routes > 1 and s.fake_batch == 'same', "routes above 1 leaves no single stream for fake_batch 'same'; set it to 'mixed'"),
-            (s.shared_rollout and s.fake_batch == 'same' and s.route_every == 1 and s.fake_per_generator == 1, 'shared_rollout with one fake update per cycle only costs more')]
+    return [
+        *(
+            (getattr(s, f'{n}_min') >= getattr(s, f'{n}_max'), f'{n}_min must lie below {n}_max')
+            for n in ('critic', 'fake', 'anchor')
+        ),
+        (
+            effects and s.weight_ts > 0 and s.tau_min >= s.critic_max,
+            f'tau_min {s.tau_min} leaves target simulation no noise below critic_max {s.critic_max}',
+        ),
+        (
+            s.anchor_after_critic and (s.anchor_min, s.anchor_max) != (0.0, 1.0),
+            'anchor_after_critic draws its own bounds; leave anchor_min and anchor_max at 0 and 1',
+        ),
+        (
+            s.anchor_after_critic and effects and s.weight_bs == 0,
+            'anchor_after_critic needs the critic of backward simulation, whose weight_bs is 0',
+        ),
+        (
+            s.p_switch < 1 and s.weight_bs == 0,
+            'weight_bs is 0, but the general stream has no other term; set p_switch to 1',
+        ),
+        (
+            s.anchor_first > 0 and not (effects and s.weight_fm),
+            'anchor_first needs effects and the anchor; set p_switch and weight_fm above 0',
+        ),
+        (
+            s.lr_anchor is not None and not s.anchor_first,
+            'lr_anchor is the rate during anchor_first, which is 0; set anchor_first above 0',
+        ),
+        (
+            s.anchor_first >= s.steps,
+            f'anchor_first is {s.anchor_first} of {s.steps} steps, so matching never begins; lower it',
+        ),
+        (effects and s.weight_bs == s.weight_ts == s.weight_fm == 0, 'all weights are 0; nothing would be learnt'),
+        (
+            s.fake_init == 'student' and s.rank_fake != s.rank_student,
+            f"fake_init 'student' needs rank_fake {s.rank_fake} equal to rank_student {s.rank_student}",
+        ),
+        (
+            s.routes > s.batch,
+            f'routes is {s.routes}, more than the {s.batch} samples of a batch; lower it or raise batch',
+        ),
+        (s.routes > 1 and s.route_every > 1, 'routes above 1 draws a stream per route and step; set route_every to 1'),
+        (
+            s.routes > 1 and s.fake_batch == 'same',
+            "routes above 1 leaves no single stream for fake_batch 'same'; set it to 'mixed'",
+        ),
+        (
+            s.shared_rollout and s.fake_batch == 'same' and s.route_every == 1 and s.fake_per_generator == 1,
+            'shared_rollout with one fake update per cycle only costs more',
+        ),
+    ]
 
 
 def check_settings(s: Settings) -> None:
@@ -155,8 +347,10 @@ def check_settings(s: Settings) -> None:
             raise UserError(f'settings: {f.name} is {getattr(s, f.name)!r}; it must be {kind} ({f.metadata["help"]})')
         object.__setattr__(s, f.name, value)
     for wrong, sentence in [*_ranges(s), *_contradictions(s)]:
-        if wrong: raise UserError(f'settings: {sentence}')
-    if s.p_switch > 0 and s.weight_ts > 0 and s.few_shift is not None: generator_times(schedule_of(s), s.tau_max)
+        if wrong:
+            raise UserError(f'settings: {sentence}')
+    if s.p_switch > 0 and s.weight_ts > 0 and s.few_shift is not None:
+        generator_times(schedule_of(s), s.tau_max)
 
 
 def schedule_of(s: Settings, shift: float | None = None) -> list[float]:

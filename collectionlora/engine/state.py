@@ -30,6 +30,7 @@ from ..files.dialects import Lora
 @dataclass
 class State:
     "All that changes: updates done, weights (views of the backbone's flat tensors), running mean, optimisers, history."
+
     step: int
     fakes: int
     student: nn.Parameter
@@ -38,48 +39,79 @@ class State:
     opt_student: torch.optim.Optimizer
     opt_fake: torch.optim.Optimizer
     history: list[dict]
-    recent: list[float]      # losses of the fake updates since the last generator update
-    seen: dict               # the guard's memory: recent values of every loss and norm
-    slower: int              # how often the rates were halved
+    recent: list[float]  # losses of the fake updates since the last generator update
+    seen: dict  # the guard's memory: recent values of every loss and norm
+    slower: int  # how often the rates were halved
 
     @classmethod
     def fresh(cls, backbone: Backbone, s: Settings, ranks: Ranks = Ranks()) -> 'State':
         "The state before the first update."
         student, fake = (nn.Parameter(backbone.flat(role)) for role in ('student', 'fake'))
         adam = lambda p, lr: optimiser(p, ranks, lr=lr, betas=s.betas, weight_decay=s.weight_decay)
-        return cls(0, 0, student, fake, student.detach().clone(), adam(student, s.lr_student), adam(fake, s.lr_fake), [], [], {}, 0)
+        return cls(
+            0,
+            0,
+            student,
+            fake,
+            student.detach().clone(),
+            adam(student, s.lr_student),
+            adam(fake, s.lr_fake),
+            [],
+            [],
+            {},
+            0,
+        )
 
     def pack(self, fingerprint: dict) -> dict:
         "What a checkpoint holds, on the CPU."
         cpu = lambda x: x.detach().cpu().clone()
-        return dict(fingerprint=fingerprint, step=self.step, fakes=self.fakes, student=cpu(self.student), fake=cpu(self.fake), mean=cpu(self.mean),
-                    opt_student=self.opt_student.state_dict(), opt_fake=self.opt_fake.state_dict(), history=self.history, recent=self.recent,
-                    seen=self.seen, slower=self.slower)
+        return dict(
+            fingerprint=fingerprint,
+            step=self.step,
+            fakes=self.fakes,
+            student=cpu(self.student),
+            fake=cpu(self.fake),
+            mean=cpu(self.mean),
+            opt_student=self.opt_student.state_dict(),
+            opt_fake=self.opt_fake.state_dict(),
+            history=self.history,
+            recent=self.recent,
+            seen=self.seen,
+            slower=self.slower,
+        )
 
     @torch.no_grad()
     def unpack(self, saved: dict) -> None:
         "Takes over what `pack` wrote, in place."
-        for name in ('student', 'fake', 'mean'): getattr(self, name).copy_(saved[name])
-        for name in ('opt_student', 'opt_fake'): getattr(self, name).load_state_dict(saved[name])
-        for name in ('step', 'fakes', 'history', 'recent', 'seen', 'slower'): setattr(self, name, saved[name])
+        for name in ('student', 'fake', 'mean'):
+            getattr(self, name).copy_(saved[name])
+        for name in ('opt_student', 'opt_fake'):
+            getattr(self, name).load_state_dict(saved[name])
+        for name in ('step', 'fakes', 'history', 'recent', 'seen', 'slower'):
+            setattr(self, name, saved[name])
 
 
 @contextmanager
 def writing(path):
     "Turns a write that fails into a UserError that says what is whole and what to do."
-    try: yield
+    try:
+        yield
     except (OSError, RuntimeError) as e:
-        raise UserError(f'{path}: cannot be written ({e}); the last checkpoint is whole: make room and run the same command to go on') from e
+        raise UserError(
+            f'{path}: cannot be written ({e}); the last checkpoint is whole: make room and run the same command to go on'
+        ) from e
 
 
 def save_checkpoint(folder: Path, state: State, fingerprint: dict, keep: int = 3, every: int = 1) -> Path:
     "Writes the state at once as `folder`/<step>-<fake updates>.pt; the last `keep` stay, and those of the last two multiples of `every`."
-    path = folder/f'{state.step:07d}-{state.fakes:08d}.pt'
-    with writing(path), replacing(path) as part: torch.save(state.pack(fingerprint), part)
+    path = folder / f'{state.step:07d}-{state.fakes:08d}.pt'
+    with writing(path), replacing(path) as part:
+        torch.save(state.pack(fingerprint), part)
     files = sorted(folder.glob('*.pt'))
     regular = sorted({k for p in files if (k := int(p.stem[:7])) % every == 0})[-2:]
     for old in files[:-keep]:
-        if int(old.stem[:7]) not in regular: old.unlink()
+        if int(old.stem[:7]) not in regular:
+            old.unlink()
     return path
 
 
@@ -90,17 +122,21 @@ def compare_fingerprints(saved: dict, wanted: dict, path) -> None:
         was, now = saved.get(part, {}), wanted[part]
         for name in sorted({*was, *now} - flexible):
             if was.get(name) != now.get(name):
-                raise UserError(f'{path}: made with {part} / {name} = {_short(was.get(name))}, this run has {_short(now.get(name))}; '
-                                'give the old one back, or choose another output folder')
+                raise UserError(
+                    f'{path}: made with {part} / {name} = {_short(was.get(name))}, this run has {_short(now.get(name))}; '
+                    'give the old one back, or choose another output folder'
+                )
 
 
-def _short(value) -> str: return value[:12] if isinstance(value, str) and len(value) == 64 else 'none' if value is None else repr(value)
+def _short(value) -> str:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else 'none' if value is None else repr(value)
 
 
 def load_checkpoint(path: Path) -> dict:
     "A checkpoint whose every byte is as it was written. Raises whatever reading a damaged file raises."
-    with zipfile.ZipFile(path) as z:                     # torch.load itself compares no checksum
-        if bad := z.testzip(): raise zipfile.BadZipFile(f'{bad} does not match its checksum')
+    with zipfile.ZipFile(path) as z:  # torch.load itself compares no checksum
+        if bad := z.testzip():
+            raise zipfile.BadZipFile(f'{bad} does not match its checksum')
     return torch.load(path, weights_only=True)
 
 
@@ -108,22 +144,28 @@ def latest_checkpoint(folder: Path, fingerprint: dict) -> dict | None:
     "The newest whole checkpoint, or None; a damaged one is passed over with a note. Raises UserError if it is another run's."
     files = sorted(folder.glob('*.pt'), reverse=True)
     for path in files:
-        try: saved = load_checkpoint(path)
+        try:
+            saved = load_checkpoint(path)
         except Exception as e:
             print(f'{path}: damaged ({type(e).__name__}), going back to the one before', file=sys.stderr)
             continue
         compare_fingerprints(saved['fingerprint'], fingerprint, path)
         if saved['step'] > fingerprint['settings']['steps']:
-            raise UserError(f"{path}: is at step {saved['step']}, beyond steps = {fingerprint['settings']['steps']}; give more steps or another output folder")
+            raise UserError(
+                f'{path}: is at step {saved["step"]}, beyond steps = {fingerprint["settings"]["steps"]}; give more steps or another output folder'
+            )
         return saved
-    if files: print(f'{folder}: no checkpoint is whole, so the run starts again from step 0', file=sys.stderr)
+    if files:
+        print(f'{folder}: no checkpoint is whole, so the run starts again from step 0', file=sys.stderr)
     return None
 
 # %% ../../nbs/engine/state.ipynb #12193db4
 class Interruption:
     """`with unit():` holds one update. The first Ctrl-C inside only sets `asked`, a second one breaks the update off and leaves
     `whole` False. Outside the main thread signals are left alone."""
-    def __init__(self, ranks: Ranks = Ranks()): self.asked, self.whole, self.ranks = False, True, ranks
+
+    def __init__(self, ranks: Ranks = Ranks()):
+        self.asked, self.whole, self.ranks = False, True, ranks
 
     def _note(self, *_):
         self.asked = True
@@ -140,9 +182,11 @@ class Interruption:
             yield
             self.whole = True
         finally:
-            if main: signal.signal(signal.SIGINT, before)
-        self.asked = self.ranks.any(self.asked)         # where one process is asked, all stop here
-        if self.asked: raise KeyboardInterrupt
+            if main:
+                signal.signal(signal.SIGINT, before)
+        self.asked = self.ranks.any(self.asked)  # where one process is asked, all stop here
+        if self.asked:
+            raise KeyboardInterrupt
 
 
 class Diverged(UserError):
@@ -151,7 +195,13 @@ class Diverged(UserError):
 
 class Guard:
     "Notices numbers that stop making sense: NaN, infinity, or `limit` times the running median of the same quantity; `seen` is its memory."
-    NAMES = {'bs': 'backward simulation (bs)', 'ts': 'target simulation (ts)', 'fm': 'trajectory anchoring (fm)', 'fake': 'the fake score'}
+
+    NAMES = {
+        'bs': 'backward simulation (bs)',
+        'ts': 'target simulation (ts)',
+        'fm': 'trajectory anchoring (fm)',
+        'fake': 'the fake score',
+    }
 
     def __init__(self, limit: float, seen: dict | None = None, window: int = 50):
         self.limit, self.window, self.seen = limit, window, {} if seen is None else seen
@@ -159,14 +209,19 @@ class Guard:
     def check(self, step: int, quantity: str, term: str, value: float, stream: str = '') -> float:
         "`value` of quantity 'loss' or 'norm' of a term, compared with its own `stream`; raises Diverged naming step and term if it makes no sense."
         past = self.seen.setdefault(f'{quantity}_{term}{stream}', [])
-        what = f"step {step + 1}: the {'loss' if quantity == 'loss' else 'gradient norm'} of {self.NAMES[term]}"
-        if not math.isfinite(value): raise Diverged(f'{what} is {value}; lower lr_student, lr_fake or clip. Run again to start from the last checkpoint')
+        what = f'step {step + 1}: the {"loss" if quantity == "loss" else "gradient norm"} of {self.NAMES[term]}'
+        if not math.isfinite(value):
+            raise Diverged(
+                f'{what} is {value}; lower lr_student, lr_fake or clip. Run again to start from the last checkpoint'
+            )
         usual = statistics.median(past) if len(past) >= 20 else 0
         if self.limit and usual and abs(value) > self.limit * usual:
-            raise Diverged(f'{what} is {value:.3g}, {abs(value) / usual:.0f} times its usual {usual:.3g}: the run diverges. Lower lr_student, '
-                            'raise fake_per_generator or fake_warmup, or set explosion to 0 to go on regardless')
+            raise Diverged(
+                f'{what} is {value:.3g}, {abs(value) / usual:.0f} times its usual {usual:.3g}: the run diverges. Lower lr_student, '
+                'raise fake_per_generator or fake_warmup, or set explosion to 0 to go on regardless'
+            )
         past.append(abs(value))
-        del past[:-self.window]
+        del past[: -self.window]
         return value
 
 # %% ../../nbs/engine/state.ipynb #fb4e1a7f
@@ -177,7 +232,7 @@ def start_from(backbone: Backbone, role: str, lora: Lora) -> None:
     for name, (A, B) in backbone.lora(role).factors.items():
         if name in lora.factors:
             a, b = lora.factors[name]
-            A, B = torch.cat([a, A[len(a):]]), torch.cat([b, torch.zeros(len(B), len(A) - len(a))], 1)
+            A, B = torch.cat([a, A[len(a) :]]), torch.cat([b, torch.zeros(len(B), len(A) - len(a))], 1)
         filled[name] = (A, B)
     backbone.load(role, Lora(filled))
 
@@ -186,7 +241,10 @@ def start_from(backbone: Backbone, role: str, lora: Lora) -> None:
 def weights_of(backbone: Backbone, role: str, flat: Tensor):
     "Inside, `role` has the weights `flat`; afterwards exactly those it had."
     kept = backbone.flat(role).clone()
-    with torch.no_grad(): backbone.flat(role).copy_(flat)
-    try: yield
+    with torch.no_grad():
+        backbone.flat(role).copy_(flat)
+    try:
+        yield
     finally:
-        with torch.no_grad(): backbone.flat(role).copy_(kept)
+        with torch.no_grad():
+            backbone.flat(role).copy_(kept)

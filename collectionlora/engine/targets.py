@@ -25,18 +25,29 @@ from ..teachers import TeacherBank
 
 # %% ../../nbs/engine/targets.ipynb #3d1ccb3b
 @torch.no_grad()
-def sample_targets(backbone: Backbone, role, cond: Cond, uncond: Cond, seeds: Sequence[int], times: Sequence[float], w: float = 4.0,
-                   batch: int = 16, rescale: bool = False, progress=None) -> Tensor:
+def sample_targets(
+    backbone: Backbone,
+    role,
+    cond: Cond,
+    uncond: Cond,
+    seeds: Sequence[int],
+    times: Sequence[float],
+    w: float = 4.0,
+    batch: int = 16,
+    rescale: bool = False,
+    progress=None,
+) -> Tensor:
     """x0 [B, N, C] by Euler steps of the guided flow down `times` (1.0 first, 0.0 last); sample i starts from the noise of seeds[i].
 
     w: guidance in the usual convention (1 = none, half the work); rescale: as the stock pipeline; progress: a bar that is moved by samples."""
     (h, wide), rows, done = cond.grids[0], range(len(cond)), []
     for i in range(0, len(cond), batch):
-        part = list(rows[i:i + batch])
+        part = list(rows[i : i + batch])
         c, u = (v.index(part).to(backbone.device) for v in (cond, uncond))
-        x1 = noise_like((len(part), h*wide, cond.source.shape[-1]), [seeds[j] for j in part]).to(backbone.device)
+        x1 = noise_like((len(part), h * wide, cond.source.shape[-1]), [seeds[j] for j in part]).to(backbone.device)
         done.append(sample_ode(lambda x, t: backbone.guided(role, x, t, c, u, w, rescale), x1, times).cpu())
-        if progress is not None: progress.update(len(part))
+        if progress is not None:
+            progress.update(len(part))
     return torch.cat(done)
 
 # %% ../../nbs/engine/targets.ipynb #ffeefecb
@@ -44,42 +55,73 @@ def target_latents(effect: EffectSet) -> list[Tensor]:
     "The latents [N, C] of an effect painted by `make_targets`, in the order of its sources."
     found = []
     for stem in effect.stems:
-        file = effect.folder/'latents'/f'{stem}.safetensors'
+        file = effect.folder / 'latents' / f'{stem}.safetensors'
         try:
-            with safe_open(file, 'pt') as f: found.append(f.get_tensor('x0').clone())
-        except (OSError, SafetensorError) as e: raise UserError(f"{file}: absent or damaged; paint the targets again") from e
+            with safe_open(file, 'pt') as f:
+                found.append(f.get_tensor('x0').clone())
+        except (OSError, SafetensorError) as e:
+            raise UserError(f'{file}: absent or damaged; paint the targets again') from e
     return found
 
 
-def make_targets(base, bank: TeacherBank, effect: EffectSet, cache: ConditionCache, folder, per_source: int = 1, steps: int = 40, w: float = 4.0,
-                 shift: float | None = None, rescale: bool = False, seed: int = 0, batch: int = 16) -> EffectSet:
+def make_targets(
+    base,
+    bank: TeacherBank,
+    effect: EffectSet,
+    cache: ConditionCache,
+    folder,
+    per_source: int = 1,
+    steps: int = 40,
+    w: float = 4.0,
+    shift: float | None = None,
+    rescale: bool = False,
+    seed: int = 0,
+    batch: int = 16,
+) -> EffectSet:
     """Paints `per_source` targets of every source with the effect's teacher, as effect folder `folder`/<id> with latents/; returns it.
 
     shift None: the times at which the base's own scheduler would take `steps` steps; else an even grid pushed through `shift`.
     Finished samples are kept when it is interrupted; a finished folder with the same ingredients is returned as it is."""
     bank.get(effect.id)
     key = sha256_json([base.hash, bank.shas[effect.id], effect.pairs_hash, per_source, steps, w, shift, rescale, seed])
-    final, part = Path(folder)/effect.id, Path(folder)/f'.{effect.id}.part'
-    if (final/'made.json').is_file() and read_json(final/'made.json') == {'key': key}: return load_effect(final)
-    if (part/'made.json').is_file() and read_json(part/'made.json') != {'key': key}: shutil.rmtree(part)
+    final, part = Path(folder) / effect.id, Path(folder) / f'.{effect.id}.part'
+    if (final / 'made.json').is_file() and read_json(final / 'made.json') == {'key': key}:
+        return load_effect(final)
+    if (part / 'made.json').is_file() and read_json(part / 'made.json') != {'key': key}:
+        shutil.rmtree(part)
     _lay_out(effect, part, per_source)
-    write_json(part/'made.json', {'key': key})
+    write_json(part / 'made.json', {'key': key})
     by_grid = {}
-    for i, source in enumerate(effect.sources): by_grid.setdefault(cache.grid(source), []).extend((i, k) for k in range(per_source))
-    todo = [(i, k) for jobs in by_grid.values() for i, k in jobs if not (part/'target'/f'{effect.stems[i]}-{k}.png').is_file()]
+    for i, source in enumerate(effect.sources):
+        by_grid.setdefault(cache.grid(source), []).extend((i, k) for k in range(per_source))
+    todo = [
+        (i, k)
+        for jobs in by_grid.values()
+        for i, k in jobs
+        if not (part / 'target' / f'{effect.stems[i]}-{k}.png').is_file()
+    ]
     with bar(total=len(todo), desc=f'painting {effect.id}') as progress:
         for jobs in by_grid.values():
             jobs, grid = [j for j in jobs if j in todo], cache.grid(effect.sources[jobs[0][0]])
-            how = dict(times=base.times(steps, grid) if shift is None else ode_times(steps, shift), w=w, rescale=rescale, batch=batch, progress=progress)
-            for at in range(0, len(jobs), batch): _paint(base, bank, effect, cache, part, jobs[at:at + batch], seed, how)
+            how = dict(
+                times=base.times(steps, grid) if shift is None else ode_times(steps, shift),
+                w=w,
+                rescale=rescale,
+                batch=batch,
+                progress=progress,
+            )
+            for at in range(0, len(jobs), batch):
+                _paint(base, bank, effect, cache, part, jobs[at : at + batch], seed, how)
     return put_in_place(part, final)
 
 
 def _lay_out(effect: EffectSet, part: Path, per_source: int) -> None:
     "Manifest, sources and specs of the folder to be painted."
-    for sub in ('source', 'target', 'latents', *(['spec'] if any(effect.specs) else [])): (part/sub).mkdir(parents=True, exist_ok=True)
+    for sub in ('source', 'target', 'latents', *(['spec'] if any(effect.specs) else [])):
+        (part / sub).mkdir(parents=True, exist_ok=True)
     for stem, source, spec in zip(effect.stems, effect.sources, effect.specs):
-        for k in range(per_source): copy_source(part, f'{stem}-{k}', source, spec)
+        for k in range(per_source):
+            copy_source(part, f'{stem}-{k}', source, spec)
     copy_manifest(part, effect)
 
 
@@ -87,9 +129,19 @@ def _paint(base, bank, effect, cache, part, jobs, seed, how) -> None:
     "Samples a batch and writes each latent, then its picture at the source's size."
     sources = [effect.sources[i] for i, _ in jobs]
     cond, uncond = cache.cond([(p, effect.prompt) for p in sources]), cache.uncond(sources)
-    x0 = sample_targets(base.backbone, bank.use(effect.id), cond, uncond, [seed_of('target', seed, effect.id, effect.stems[i], k) for i, k in jobs], **how)
+    x0 = sample_targets(
+        base.backbone,
+        bank.use(effect.id),
+        cond,
+        uncond,
+        [seed_of('target', seed, effect.id, effect.stems[i], k) for i, k in jobs],
+        **how,
+    )
     for (i, k), latent, image in zip(jobs, x0, base.decode(x0, cond.grids[0])):
         stem = f'{effect.stems[i]}-{k}'
-        with replacing(part/'latents'/f'{stem}.safetensors') as file: save_file({'x0': latent.contiguous()}, file)
-        with Image.open(effect.sources[i]) as source: size = source.size if source.getexif().get(0x0112, 1) < 5 else source.size[::-1]
-        with replacing(part/'target'/f'{stem}.png') as file: (image if image.size == size else image.resize(size, Image.LANCZOS)).save(file, 'PNG')
+        with replacing(part / 'latents' / f'{stem}.safetensors') as file:
+            save_file({'x0': latent.contiguous()}, file)
+        with Image.open(effect.sources[i]) as source:
+            size = source.size if source.getexif().get(0x0112, 1) < 5 else source.size[::-1]
+        with replacing(part / 'target' / f'{stem}.png') as file:
+            (image if image.size == size else image.resize(size, Image.LANCZOS)).save(file, 'PNG')

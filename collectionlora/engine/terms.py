@@ -33,6 +33,7 @@ from ..teachers import TeacherBank
 @dataclass(frozen=True)
 class Batch:
     "What one generator update reads: conditions of student and teacher, the empty prompt, the teacher's role, targets or None."
+
     student: Cond
     teacher: Cond
     uncond: Cond
@@ -43,6 +44,7 @@ class Batch:
 @dataclass(frozen=True)
 class Part:
     "What one process saw of a term on one route: over n samples the loss, both scores' errors, the student's samples and their targets (or None)."
+
     term: str
     route: int
     n: int
@@ -56,8 +58,18 @@ class Part:
     def of(cls, term: str, route: int, b: Batch, loss: Tensor, seen: dict, away: bool) -> 'Part':
         "A part from a term's loss on a batch and what the term saw on its way; `away`: keep the pictures [n, L, C] off the device."
         x, y = (seen['x'], b.y) if 'x' in seen and b.y is not None else (None, None)
-        if away and x is not None: x, y = x.cpu(), y.cpu()
-        return cls(term, route, len(b.student), loss.item(), {k: seen[k] for k in ('fake_error', 'teacher_error') if k in seen}, x, y, b.student.grids[0])
+        if away and x is not None:
+            x, y = x.cpu(), y.cpu()
+        return cls(
+            term,
+            route,
+            len(b.student),
+            loss.item(),
+            {k: seen[k] for k in ('fake_error', 'teacher_error') if k in seen},
+            x,
+            y,
+            b.student.grids[0],
+        )
 
 
 def monitors(parts: Sequence[Part]) -> tuple[float, dict]:
@@ -66,7 +78,9 @@ def monitors(parts: Sequence[Part]) -> tuple[float, dict]:
     seen, drifts = {k: mean([(p.n, p.errors[k]) for p in parts]) for k in parts[0].errors}, []
     for route in sorted({p.route for p in parts if p.x is not None}):
         of = [p for p in parts if p.route == route]
-        drifts.append((sum(p.n for p in of), compare(torch.cat([p.x for p in of]), torch.cat([p.y for p in of]), of[0].grid)))
+        drifts.append(
+            (sum(p.n for p in of), compare(torch.cat([p.x for p in of]), torch.cat([p.y for p in of]), of[0].grid))
+        )
     seen |= {k: mean([(n, d[k]) for n, d in drifts]) for k in (drifts[0][1] if drifts else ())}
     return mean([(p.n, p.loss) for p in parts]), seen
 
@@ -74,11 +88,28 @@ def monitors(parts: Sequence[Part]) -> tuple[float, dict]:
 class Engine:
     "Computes the losses of student and fake score on one backbone; roles 'student' and 'fake' must exist on it."
 
-    def __init__(self, backbone: Backbone, bank: TeacherBank | None, pools: Sequence[Pool], settings: Settings, times: Sequence[float], ranks: Ranks = Ranks()):
-        self.backbone, self.bank, self.pools, self.s, self.times, self.ranks = backbone, bank, pools, settings, list(times), ranks
+    def __init__(
+        self,
+        backbone: Backbone,
+        bank: TeacherBank | None,
+        pools: Sequence[Pool],
+        settings: Settings,
+        times: Sequence[float],
+        ranks: Ranks = Ranks(),
+    ):
+        self.backbone, self.bank, self.pools, self.s, self.times, self.ranks = (
+            backbone,
+            bank,
+            pools,
+            settings,
+            list(times),
+            ranks,
+        )
         self.sharded = ranks.world > 1 and is_sharded(backbone)
         self.low_times = [t for t in self.times if t < settings.tau_max]
-        self.fake_targets = settings.fake_targets if self.low_times and settings.weight_ts else 0.      # nobody asks the fake score about samples that no term makes
+        self.fake_targets = (
+            settings.fake_targets if self.low_times and settings.weight_ts else 0.0
+        )  # nobody asks the fake score about samples that no term makes
         self.passes, self._shared = {'forward': 0, 'gradient': 0}, (None,)
 
     # --- forwards, counted in samples
@@ -95,7 +126,9 @@ class Engine:
     def noise(self, cond: Cond, g) -> Tensor:
         "Noise [n, L, C] for a batch."
         h, w = cond.grids[0]
-        return drawn(g, len(cond), lambda n, g: torch.randn(n, h * w, cond.source.shape[-1], generator=g)).to(self.backbone.device)
+        return drawn(g, len(cond), lambda n, g: torch.randn(n, h * w, cond.source.shape[-1], generator=g)).to(
+            self.backbone.device
+        )
 
     def times_like(self, n, g, shift, lo, hi):
         "n noise levels in [lo, hi] by the law of `draw_times`."
@@ -107,7 +140,11 @@ class Engine:
 
     def still(self, role):
         "Context for forwards of `role` without gradient: its adapter folded into the weights where that rounds nothing away."
-        return self.backbone.merged(role) if self.s.fold_adapters and self.backbone.dtype == torch.float32 and not self.sharded else nullcontext()
+        return (
+            self.backbone.merged(role)
+            if self.s.fold_adapters and self.backbone.dtype == torch.float32 and not self.sharded
+            else nullcontext()
+        )
 
     def alone_or_told(self):
         "Context for an update: on a base spread over processes every forward waits for the others, and says so if one is gone."
@@ -117,18 +154,22 @@ class Engine:
     def exits(self, n: int, g) -> list[int]:
         "Exit steps of n samples of a rollout, largest first; with `one_exit` the same for all."
         few = len(self.times)
-        return drawn(g, n, lambda n, g: torch.tensor(draw_exits(1, few, g) * n if self.s.one_exit else draw_exits(n, few, g))).tolist()
+        return drawn(
+            g, n, lambda n, g: torch.tensor(draw_exits(1, few, g) * n if self.s.one_exit else draw_exits(n, few, g))
+        ).tolist()
 
     def simulate(self, cond: Cond, g) -> tuple[Tensor, Tensor]:
         "Backward simulation: (x_t, t) at a random exit step of every sample; to be called inside still('student')."
-        g = fork(g)                                     # for it draws as often as its longest exit says
+        g = fork(g)  # for it draws as often as its longest exit says
         exits = self.exits(len(cond), g)
         v = lambda x, t, rows: self.velocity('student', x, t, cond if rows.stop == len(cond) else cond.index(rows))
         return rollout_each(v, self.noise(cond, g), self.times, exits, lambda k: self.noise(cond, g))
 
     def diffuse(self, y: Tensor, g) -> tuple[Tensor, Tensor]:
         "Target simulation's start: y noised to random points of the schedule below tau_max."
-        t = torch.tensor(self.low_times)[drawn(g, len(y), lambda n, g: torch.randint(len(self.low_times), (n,), generator=g))].to(y.device)
+        t = torch.tensor(self.low_times)[
+            drawn(g, len(y), lambda n, g: torch.randint(len(self.low_times), (n,), generator=g))
+        ].to(y.device)
         return add_noise(y, drawn(g, len(y), lambda n, g: torch.randn(n, *y.shape[1:], generator=g)).to(y.device), t), t
 
     def full_rollout(self, cond: Cond, g) -> Tensor:
@@ -136,7 +177,8 @@ class Engine:
         x, found = self.noise(cond, g), []
         with torch.no_grad():
             for k, t in enumerate(self.times):
-                if k: x = add_noise(found[-1], self.noise(cond, g), t)
+                if k:
+                    x = add_noise(found[-1], self.noise(cond, g), t)
                 level = torch.full((len(x),), t, device=x.device)
                 found.append(to_x0(x, self.velocity('student', x, level, cond), level))
         return torch.stack(found)
@@ -150,31 +192,44 @@ class Engine:
         s, x, eps = self.s, x0.detach(), self.noise(b.student, g)
         t = self.times_like(len(x), g, s.critic_shift, lo, s.critic_max)
         x_t, v = add_noise(x, eps, t), velocity(x, eps)
-        with torch.no_grad(), self.still('fake'): v_fake = self.velocity('fake', x_t, t, b.student)
-        with torch.no_grad(), self.still(b.role): v_real = self.guided(b, x_t, t)
-        loss = pseudo_target_loss(x0 * t_in[:, None, None]**-s.detail_power, velocity_gradient(v, v_fake, v_real, s.normaliser_eps))
+        with torch.no_grad(), self.still('fake'):
+            v_fake = self.velocity('fake', x_t, t, b.student)
+        with torch.no_grad(), self.still(b.role):
+            v_real = self.guided(b, x_t, t)
+        loss = pseudo_target_loss(
+            x0 * t_in[:, None, None] ** -s.detail_power, velocity_gradient(v, v_fake, v_real, s.normaliser_eps)
+        )
         return loss, dict(t=t, x=x, fake_error=F.mse_loss(v_fake, v).item(), teacher_error=F.mse_loss(v_real, v).item())
 
     def terms(self, b: Batch, g, coarse: bool = False) -> Generator[tuple[str, Tensor, dict], None, None]:
         "(name, weighted loss, seen) of Eq. 9's terms for this batch, each with its own graph; terms of weight 0 are not computed, only the anchor while `coarse`."
         s, t_critic = self.s, None
         if s.weight_bs and not coarse:
-            with self.still('student'): start = self.simulate(b.student, g)
+            with self.still('student'):
+                start = self.simulate(b.student, g)
             loss, seen = self.match(*start, b, g, s.critic_min)
             t_critic = seen['t']
             yield 'bs', s.weight_bs * loss, seen
-        if b.y is None: return
+        if b.y is None:
+            return
         if s.weight_ts and not coarse:
             loss, seen = self.match(*self.diffuse(b.y, g), b, g, s.tau_min)
             yield 'ts', s.weight_ts * loss, seen
         if s.weight_fm:
             eps, t = self.noise(b.student, g), self.anchor_times(len(b.y), t_critic, g)
-            yield 'fm', s.weight_fm * anchor_loss(self.velocity('student', add_noise(b.y, eps, t), t, b.student), b.y, eps), {}
+            yield (
+                'fm',
+                s.weight_fm * anchor_loss(self.velocity('student', add_noise(b.y, eps, t), t, b.student), b.y, eps),
+                {},
+            )
 
     def anchor_times(self, n: int, t_critic, g) -> Tensor:
         "n noise levels of the anchor; drawn on top of the critic's where the authors' order is asked for."
         s = self.s
-        if s.anchor_after_critic: return doubly_shifted(t_critic, drawn(g, n, lambda n, g: torch.rand(n, generator=g)).to(t_critic.device), s.anchor_shift)
+        if s.anchor_after_critic:
+            return doubly_shifted(
+                t_critic, drawn(g, n, lambda n, g: torch.rand(n, generator=g)).to(t_critic.device), s.anchor_shift
+            )
         return self.times_like(n, g, s.anchor_shift, s.anchor_min, s.anchor_max)
 
     # --- batches and gradients
@@ -190,8 +245,11 @@ class Engine:
 
     def _rows(self, pool: Pool, rows: Sequence[int], id: str | None) -> Batch:
         student, uncond = self.to(pool.student.index(rows)), self.to(pool.uncond.index(rows))
-        if id is None: return Batch(student, student, uncond, 'base', None)
-        return Batch(student, self.to(pool.teacher.index(rows)), uncond, self.bank.use(id), pool.y[rows].to(self.backbone.device))
+        if id is None:
+            return Batch(student, student, uncond, 'base', None)
+        return Batch(
+            student, self.to(pool.teacher.index(rows)), uncond, self.bank.use(id), pool.y[rows].to(self.backbone.device)
+        )
 
     def batch(self, id: str | None, step: int, route: int = 0) -> Batch:
         "The generator's batch of a step's route, as far as it is this process's: rows of effect `id` with its teacher in the slot, or general rows with the base."
@@ -202,21 +260,25 @@ class Engine:
 
     def fake_samples(self, id: str | None, update: int) -> tuple[Tensor, Cond]:
         "Fresh samples of the student for a fake update, and their conditions; nothing here has a gradient."
-        with torch.no_grad(), self.still('student'): return (self.shared_samples if self.s.shared_rollout else self.own_samples)(id, update)
+        with torch.no_grad(), self.still('student'):
+            return (self.shared_samples if self.s.shared_rollout else self.own_samples)(id, update)
 
     def starts(self, n: int, *purpose):
         "The draws of a fake batch's first n samples, which are rolled out, and of the others, which start from targets."
         lanes, seed = range(self.s.batch), seed_of(self.s.seed, *purpose)
         roll, targets = self.ranks.draws(seed, lanes[:n]), self.ranks.draws(seed_of(seed, 'targets'), lanes[n:])
-        if self.sharded and n: roll.rows = roll.rows or [0]          # all processes compute in step, be it for nothing
+        if self.sharded and n:
+            roll.rows = roll.rows or [0]  # all processes compute in step, be it for nothing
         return roll, targets
 
     def own_samples(self, id: str | None, update: int) -> tuple[Tensor, Cond]:
         "Samples of a fake update from rollouts of its own."
         cond, y, n = self.fake_rows(id, update)
         (roll, targets), m, found = self.starts(n, 'fake samples', update), len(cond) - len(y), []
-        if roll.rows: found.append([x[:m] for x in self.simulate(cond.index(slice(0, len(roll.rows))), roll)])
-        if len(y): found.append(self.diffuse(y, targets))
+        if roll.rows:
+            found.append([x[:m] for x in self.simulate(cond.index(slice(0, len(roll.rows))), roll)])
+        if len(y):
+            found.append(self.diffuse(y, targets))
         x_t, t = (torch.cat(parts) for parts in zip(*found))
         return to_x0(x_t, self.velocity('student', x_t, t, cond), t), cond
 
@@ -229,7 +291,8 @@ class Engine:
             self._shared = first, cond, y, n, self.full_rollout(cond.index(slice(0, m)), start) if m else None
         _, cond, y, n, rollout = self._shared
         (roll, targets), m, found = self.starts(n, 'fake samples', update), len(cond) - len(y), []
-        if m: found.append(rollout[self.exits(m, roll), torch.arange(m)])
+        if m:
+            found.append(rollout[self.exits(m, roll), torch.arange(m)])
         if len(y):
             x_t, t = self.diffuse(y, targets)
             found.append(to_x0(x_t, self.velocity('student', x_t, t, cond.index(slice(m, None))), t))
@@ -247,7 +310,10 @@ class Engine:
             rows, k = mixed_rows(pool, s.batch, p_effect, weights, self.fake_targets, r)
         else:
             pool = choose_pool(self.pools, r, id)
-            rows, k = deal(pool.rows[id], s.batch, r), int(self.fake_targets * s.batch + r.random()) if id and self.fake_targets else 0
+            rows, k = (
+                deal(pool.rows[id], s.batch, r),
+                int(self.fake_targets * s.batch + r.random()) if id and self.fake_targets else 0,
+            )
         n, mine = s.batch - k, self.ranks.rows(range(s.batch))
         targets = [rows[i] for i in mine if i >= n]
         y = pool.y[targets] if targets else torch.zeros(0)
@@ -257,9 +323,12 @@ class Engine:
         "d loss / d weights of `role` in the layout of its flat tensor."
         flat, params = self.backbone.flat(role), self.backbone.parameters(role)
         out = torch.zeros_like(flat)
-        for p, grad in zip(params, torch.autograd.grad(loss, params, allow_unused=True)):     # the last block's text stream ends unused
+        for p, grad in zip(
+            params, torch.autograd.grad(loss, params, allow_unused=True)
+        ):  # the last block's text stream ends unused
             at = p.storage_offset() - flat.storage_offset()
-            if grad is not None: out[at:at + p.numel()] = grad.reshape(-1)
+            if grad is not None:
+                out[at : at + p.numel()] = grad.reshape(-1)
         return out
 
     def summed(self, loss: Tensor, role: str, n: int) -> tuple[Tensor, float]:
@@ -273,7 +342,8 @@ class Engine:
         weights = {k: getattr(self.s, f'weight_{k}') for k in (('fm',) if coarse else ('bs', 'ts', 'fm'))}
         for route, id in enumerate(ids):
             g = self.ranks.draws(seed_of(self.s.seed, 'generator', step * len(ids) + route), self.lanes(route))
-            if not g.rows: continue
+            if not g.rows:
+                continue
             b = self.batch(id, step, route)
             for name, loss, seen in self.terms(b, g, coarse):
                 grad = self.flat_gradient(loss * (len(g.rows) / self.s.batch), 'student')
@@ -281,7 +351,11 @@ class Engine:
                 found.append(Part.of(name, route, b, loss, seen, away=self.ranks.world > 1))
         parts = [p for found in self.ranks.gather(found) for p in found]
         mine = lambda k: grads.pop(k) if k in grads else torch.zeros_like(self.backbone.flat('student'))
-        return {k: (self.ranks.sum_(mine(k)), *monitors([p for p in parts if p.term == k])) for k, w in weights.items() if w and (k == 'bs' or any(ids))}
+        return {
+            k: (self.ranks.sum_(mine(k)), *monitors([p for p in parts if p.term == k]))
+            for k, w in weights.items()
+            if w and (k == 'bs' or any(ids))
+        }
 
 # %% ../../nbs/engine/terms.ipynb #54139688
 def rate_at(s: Settings, step: int, updates: int) -> float:
@@ -297,7 +371,11 @@ def in_stage(s: Settings, step: int) -> int:
 
 def student_rate(s: Settings, step: int) -> float:
     "The student's learning rate; it grows anew in each stage, and while it is only anchored falls from `lr_anchor` to `lr_student`."
-    extra = (s.lr_anchor - s.lr_student) * (0.5 + 0.5 * math.cos(math.pi * step / s.anchor_first)) if s.lr_anchor and step < s.anchor_first else 0.0
+    extra = (
+        (s.lr_anchor - s.lr_student) * (0.5 + 0.5 * math.cos(math.pi * step / s.anchor_first))
+        if s.lr_anchor and step < s.anchor_first
+        else 0.0
+    )
     return (s.lr_student + extra) * rate_at(s, step, in_stage(s, step))
 
 
@@ -311,14 +389,16 @@ def apply_gradient(weights: nn.Parameter, grad: Tensor, opt, lr: float, s: Setti
     weights.grad = None
     if s.low_precision:
         moments = opt.state[opt.param_groups[0]['params'][0]]
-        for x in (weights, moments['exp_avg'], moments['exp_avg_sq']): x.copy_(x.bfloat16())
+        for x in (weights, moments['exp_avg'], moments['exp_avg_sq']):
+            x.copy_(x.bfloat16())
     return norm
 
 
 def fake_update(engine: Engine, state: State, id: str | None, guard: Guard) -> None:
     "One update of the fake score on the student's current samples."
     s, k = engine.s, state.fakes
-    if k == 0 and s.fake_init == 'student': state.fake.data.copy_(state.student.data)
+    if k == 0 and s.fake_init == 'student':
+        state.fake.data.copy_(state.student.data)
     x0, cond = engine.fake_samples(id, k)
     g = engine.ranks.draws(seed_of(s.seed, 'fake noise', k), range(s.batch))
     eps, t = engine.noise(cond, g), engine.times_like(len(cond), g, s.fake_shift, s.fake_min, s.fake_max)
@@ -341,11 +421,17 @@ def generator_update(engine: Engine, state: State, ids: Sequence[str | None], gu
         info |= {f'{k}_{name}': v for k, v in seen.items()}
     n = s.fake_per_generator
     info |= {'warmup': state.recent[:-n]} | ({'loss_fake': statistics.fmean(state.recent[-n:])} if state.recent else {})
-    info |= {f'cosine_{a}_{b}': F.cosine_similarity(grads[a], grads[b], 0).item() for a, b in (('bs', 'ts'), ('bs', 'fm'), ('ts', 'fm')) if a in grads and b in grads}
-    if step == s.anchor_first: state.opt_student.state.clear()
+    info |= {
+        f'cosine_{a}_{b}': F.cosine_similarity(grads[a], grads[b], 0).item()
+        for a, b in (('bs', 'ts'), ('bs', 'fm'), ('ts', 'fm'))
+        if a in grads and b in grads
+    }
+    if step == s.anchor_first:
+        state.opt_student.state.clear()
     lr, k = student_rate(s, step) / 2**state.slower, in_stage(s, step)
     info |= dict(norm=apply_gradient(state.student, sum(grads.values()), state.opt_student, lr, s), lr=lr)
     decay = min(s.ema, (1 + k) / (10 + k))
-    with torch.no_grad(): state.mean.lerp_(state.student.detach(), 1 - decay)
+    with torch.no_grad():
+        state.mean.lerp_(state.student.detach(), 1 - decay)
     state.step, state.recent = step + 1, []
     return info

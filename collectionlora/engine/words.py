@@ -31,10 +31,12 @@ from ..files.effects import EffectSet, load_image
 # %% ../../nbs/engine/words.ipynb #2dda674b
 Backend = Callable[[Sequence[tuple[Image.Image, Image.Image]], str], str]
 
-QUESTION = ('Each pair below shows a picture before and after one and the same visual effect. The effect was asked for with the words "{prompt}". '
-            'Write one instruction for an image editor that brings about this effect on a new picture: name the style, materials, colours, background, pose, '
-            'light and added objects that both results share, leave out what is particular to one of the pairs, and say that the subject is kept. '
-            'Answer with that instruction only, one sentence of at most 60 words, without quotation marks.')
+QUESTION = (
+    'Each pair below shows a picture before and after one and the same visual effect. The effect was asked for with the words "{prompt}". '
+    'Write one instruction for an image editor that brings about this effect on a new picture: name the style, materials, colours, background, pose, '
+    'light and added objects that both results share, leave out what is particular to one of the pairs, and say that the subject is kept. '
+    'Answer with that instruction only, one sentence of at most 60 words, without quotation marks.'
+)
 
 
 class Refusal(UserError):
@@ -44,8 +46,12 @@ class Refusal(UserError):
 def clean(text: str, limit: int = 600) -> str:
     "One line without surrounding quotes, lists or markdown. Raises `UserError` if nothing or more than `limit` characters are left."
     text = re.sub(r'\s+', ' ', text).strip().strip('"\'“”`*- ').strip()
-    if not text: raise UserError('the back end answered with an empty description; try again or write it into prompts.yaml yourself')
-    if len(text) > limit: raise UserError(f'the back end answered with {len(text)} characters (at most {limit}): {text[:80]!r}...')
+    if not text:
+        raise UserError(
+            'the back end answered with an empty description; try again or write it into prompts.yaml yourself'
+        )
+    if len(text) > limit:
+        raise UserError(f'the back end answered with {len(text)} characters (at most {limit}): {text[:80]!r}...')
     return text
 
 
@@ -53,20 +59,25 @@ def rewrite(pairs: Sequence[tuple], teacher_prompt: str, backend: Backend) -> st
     """The student's description of an effect, from at most two (source, target) pairs (paths or images) and the teacher's prompt.
 
     Raises `Refusal` if the model declines, `UserError` if its answer is empty or unusable."""
-    if not pairs: raise UserError('rewrite: no pairs; give one or two (source, target) pairs of the effect')
+    if not pairs:
+        raise UserError('rewrite: no pairs; give one or two (source, target) pairs of the effect')
     opened = [tuple(im if isinstance(im, Image.Image) else load_image(im) for im in pair) for pair in pairs[:2]]
     return clean(backend(opened, teacher_prompt))
 
 
 class WorldDescriber:
     "The miniature world's own description of effect `id`: the truth, without a model."
+
     def __init__(self, effect_id: str):
         if effect_id not in world.EFFECTS:
-            raise UserError(f"WorldDescriber: {effect_id!r} is no effect of the miniature world; {nearest(effect_id, world.EFFECTS)} "
-                            "For your own effects write `description:` into effect.yaml or use a vision-language model")
+            raise UserError(
+                f'WorldDescriber: {effect_id!r} is no effect of the miniature world; {nearest(effect_id, world.EFFECTS)} '
+                'For your own effects write `description:` into effect.yaml or use a vision-language model'
+            )
         self.effect_id = effect_id
 
-    def __call__(self, pairs, teacher_prompt: str) -> str: return world.describe(self.effect_id)
+    def __call__(self, pairs, teacher_prompt: str) -> str:
+        return world.describe(self.effect_id)
 
 # %% ../../nbs/engine/words.ipynb #96ea038c
 def _data_url(image: Image.Image) -> str:
@@ -90,43 +101,85 @@ class OpenAIVision:
     key_env: environment variable that holds the key (servers of your own often need none). Statuses 429 and 5xx and lost connections are
     tried `retries` times more, after `wait`, 2 `wait`, ... seconds or as the server asks (at most a minute)."""
 
-    def __init__(self, base_url: str, model: str, key_env: str = 'OPENAI_API_KEY', retries: int = 4, wait: float = 1.0, timeout: float = 120.0,
-                 client: bool | None = None):
-        self.url, self.model, self.retries, self.wait, self.timeout = base_url.rstrip('/'), model, retries, wait, timeout
-        self.key, self.client = os.environ.get(key_env, ''), find_spec('openai') is not None if client is None else client
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        key_env: str = 'OPENAI_API_KEY',
+        retries: int = 4,
+        wait: float = 1.0,
+        timeout: float = 120.0,
+        client: bool | None = None,
+    ):
+        self.url, self.model, self.retries, self.wait, self.timeout = (
+            base_url.rstrip('/'),
+            model,
+            retries,
+            wait,
+            timeout,
+        )
+        self.key, self.client = (
+            os.environ.get(key_env, ''),
+            find_spec('openai') is not None if client is None else client,
+        )
 
     def __call__(self, pairs, teacher_prompt: str) -> str:
         content = _content(pairs, teacher_prompt, lambda im: {'type': 'image_url', 'image_url': {'url': _data_url(im)}})
-        body = {'model': self.model, 'messages': [{'role': 'user', 'content': content}], 'temperature': 0, 'max_tokens': 200}
+        body = {
+            'model': self.model,
+            'messages': [{'role': 'user', 'content': content}],
+            'temperature': 0,
+            'max_tokens': 200,
+        }
         return self._text(self._by_client(body) if self.client else self._by_urllib(body))
 
     def _by_client(self, body: dict) -> dict:
         import openai
-        client = openai.OpenAI(base_url=self.url, api_key=self.key or 'none', timeout=self.timeout, max_retries=self.retries)
-        try: return json.loads(client.chat.completions.with_raw_response.create(**body).text)
-        except (openai.APIError, ValueError) as e: raise UserError(f"{self.url}: {' '.join(str(e).split())[:300]}") from e
+
+        client = openai.OpenAI(
+            base_url=self.url, api_key=self.key or 'none', timeout=self.timeout, max_retries=self.retries
+        )
+        try:
+            return json.loads(client.chat.completions.with_raw_response.create(**body).text)
+        except (openai.APIError, ValueError) as e:
+            raise UserError(f'{self.url}: {" ".join(str(e).split())[:300]}') from e
 
     def _by_urllib(self, body: dict) -> dict:
         headers = {'Content-Type': 'application/json', **({'Authorization': f'Bearer {self.key}'} if self.key else {})}
         request = urllib.request.Request(f'{self.url}/chat/completions', json.dumps(body).encode(), headers)
         for attempt in range(self.retries + 1):
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer: raw = answer.read().decode('utf-8', 'replace')
+                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                    raw = answer.read().decode('utf-8', 'replace')
                 break
             except urllib.error.HTTPError as e:
-                said, pause = f"HTTP {e.code} {e.read().decode('utf-8', 'replace')[:200]}", e.headers.get('Retry-After') or ''
-                if e.code != 429 and e.code < 500: raise UserError(f"{self.url}: {said}; check the address, the model {self.model!r} and the key") from e
-            except OSError as e: said, pause = str(e), ''
-            if attempt < self.retries: time.sleep(min(60, float(pause) if pause.isdigit() else self.wait * 2**attempt))
-        else: raise UserError(f"{self.url}: no answer after {self.retries + 1} attempts ({said}); try again later")
-        try: return json.loads(raw)
-        except ValueError as e: raise UserError(f"{self.url}: answered with {raw[:80]!r} instead of JSON; is this the address of the API?") from e
+                said, pause = (
+                    f'HTTP {e.code} {e.read().decode("utf-8", "replace")[:200]}',
+                    e.headers.get('Retry-After') or '',
+                )
+                if e.code != 429 and e.code < 500:
+                    raise UserError(
+                        f'{self.url}: {said}; check the address, the model {self.model!r} and the key'
+                    ) from e
+            except OSError as e:
+                said, pause = str(e), ''
+            if attempt < self.retries:
+                time.sleep(min(60, float(pause) if pause.isdigit() else self.wait * 2**attempt))
+        else:
+            raise UserError(f'{self.url}: no answer after {self.retries + 1} attempts ({said}); try again later')
+        try:
+            return json.loads(raw)
+        except ValueError as e:
+            raise UserError(
+                f'{self.url}: answered with {raw[:80]!r} instead of JSON; is this the address of the API?'
+            ) from e
 
     def _text(self, answer: dict) -> str:
         try:
             choice = answer['choices'][0]
             message = choice['message']
-        except (KeyError, IndexError, TypeError) as e: raise UserError(f"{self.url}: answered without choices: {str(answer)[:200]}") from e
+        except (KeyError, IndexError, TypeError) as e:
+            raise UserError(f'{self.url}: answered without choices: {str(answer)[:200]}') from e
         if message.get('refusal') or choice.get('finish_reason') == 'content_filter':
             raise Refusal(message.get('refusal') or message.get('content') or 'stopped by the content filter')
         return message.get('content') or ''
@@ -137,14 +190,26 @@ class LocalQwenVL:
 
     def __init__(self, folder, device: str = 'cpu', dtype: torch.dtype | None = None, max_new_tokens: int = 120):
         from transformers import Qwen2_5_VLForConditionalGeneration
+
         folder = Path(folder)
-        parts = (folder/'text_encoder', folder/'processor') if (folder/'model_index.json').is_file() else (folder, folder)
-        if not (parts[0]/'config.json').is_file():
-            raise UserError(f"{folder}: holds no Qwen2.5-VL (no {parts[0].name}/config.json); give its folder or that of an edit pipeline")
+        parts = (
+            (folder / 'text_encoder', folder / 'processor')
+            if (folder / 'model_index.json').is_file()
+            else (folder, folder)
+        )
+        if not (parts[0] / 'config.json').is_file():
+            raise UserError(
+                f'{folder}: holds no Qwen2.5-VL (no {parts[0].name}/config.json); give its folder or that of an edit pipeline'
+            )
         try:
-            self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(parts[0], dtype=dtype, local_files_only=True).to(device).eval()
+            self.model = (
+                Qwen2_5_VLForConditionalGeneration.from_pretrained(parts[0], dtype=dtype, local_files_only=True)
+                .to(device)
+                .eval()
+            )
             self.processor = PilProcessor(parts[1])
-        except (OSError, ValueError) as e: raise UserError(f"{folder}: cannot be loaded as Qwen2.5-VL ({' '.join(str(e).split())[:200]})") from e
+        except (OSError, ValueError) as e:
+            raise UserError(f'{folder}: cannot be loaded as Qwen2.5-VL ({" ".join(str(e).split())[:200]})') from e
         self.folder, self.max_new_tokens = folder, max_new_tokens
 
     @torch.no_grad()
@@ -153,10 +218,14 @@ class LocalQwenVL:
         mark = '<|vision_start|><|image_pad|><|vision_end|>'
         parts = _content(pairs, teacher_prompt, lambda im: {'type': 'text', 'text': mark})
         text = '<|im_start|>user\n' + '\n'.join(p['text'] for p in parts) + '<|im_end|>\n<|im_start|>assistant\n'
-        inputs = self.processor(text=[text], images=[im for pair in pairs for im in pair], return_tensors='pt').to(self.model.device)
+        inputs = self.processor(text=[text], images=[im for pair in pairs for im in pair], return_tensors='pt').to(
+            self.model.device
+        )
         kinds = token_types(inputs['input_ids'], self.model.config)
-        out = self.model.generate(**inputs, mm_token_type_ids=kinds, max_new_tokens=self.max_new_tokens, do_sample=False)
-        return self.processor.tokenizer.decode(out[0, inputs['input_ids'].shape[1]:], skip_special_tokens=True)
+        out = self.model.generate(
+            **inputs, mm_token_type_ids=kinds, max_new_tokens=self.max_new_tokens, do_sample=False
+        )
+        return self.processor.tokenizer.decode(out[0, inputs['input_ids'].shape[1] :], skip_special_tokens=True)
 
 # %% ../../nbs/engine/words.ipynb #d393d5d6
 PROMPT_KEYS = ('trigger', 'description', 'by', 'refusal')
@@ -167,15 +236,24 @@ def read_prompts(path) -> dict[str, dict]:
     entries = read_yaml(path)
     for id, entry in entries.items():
         where = f'{path}, effect {id!r}'
-        if not isinstance(entry, dict): raise UserError(f"{where}: must hold `trigger:` and `description:`")
+        if not isinstance(entry, dict):
+            raise UserError(f'{where}: must hold `trigger:` and `description:`')
         check_keys(entry, PROMPT_KEYS, where)
         for key in ('trigger', 'description'):
-            if not (isinstance(entry.get(key), str) and entry[key].strip()): raise UserError(f"{where}: {key!r} is missing or empty; write it or delete the entry")
+            if not (isinstance(entry.get(key), str) and entry[key].strip()):
+                raise UserError(f'{where}: {key!r} is missing or empty; write it or delete the entry')
     check_triggers({id: e['trigger'] for id, e in entries.items()})
     return entries
 
 
-def write_prompts(effects: Sequence[EffectSet], backend_for: Callable[[EffectSet], Backend | None], seed: int, path, taken: Iterable[str] = (), base=None) -> dict[str, dict]:
+def write_prompts(
+    effects: Sequence[EffectSet],
+    backend_for: Callable[[EffectSet], Backend | None],
+    seed: int,
+    path,
+    taken: Iterable[str] = (),
+    base=None,
+) -> dict[str, dict]:
     """Completes the prompts.yaml at `path` for all effects, entry by entry, and returns it.
 
     What effect.yaml gives is used as given; missing triggers come from `choose_triggers` on `base` (None: from `make_triggers`), missing descriptions from
@@ -186,29 +264,44 @@ def write_prompts(effects: Sequence[EffectSet], backend_for: Callable[[EffectSet
     given = {e.id: e.trigger for e in effects if e.trigger and e.id not in entries}
     known = {**{id: e['trigger'] for id, e in entries.items()}, **given}
     lacking = [e.id for e in effects if e.id not in known]
-    drawn = choose_triggers(base, lacking, seed, taken, list(known.values())) if base and lacking else make_triggers(lacking, seed, {*taken, *known.values()})
+    drawn = (
+        choose_triggers(base, lacking, seed, taken, list(known.values()))
+        if base and lacking
+        else make_triggers(lacking, seed, {*taken, *known.values()})
+    )
     check_triggers({**known, **drawn})
     for e in effects:
-        if e.id in entries: continue
+        if e.id in entries:
+            continue
         entries[e.id] = {'trigger': (known | drawn)[e.id], **_describe(e, backend_for, seed)}
         write_yaml(path, entries)
     return entries
 
 
 def _describe(effect: EffectSet, backend_for, seed: int) -> dict:
-    if effect.description: return {'description': effect.description, 'by': 'effect.yaml'}
+    if effect.description:
+        return {'description': effect.description, 'by': 'effect.yaml'}
     plain = {'description': effect.prompt, 'by': 'teacher prompt'}
-    if (backend := backend_for(effect)) is None: return plain
+    if (backend := backend_for(effect)) is None:
+        return plain
     chosen = rng('describe', seed, effect.id).permutation(len(effect))[:2]
-    try: return {'description': rewrite([(effect.sources[i], effect.wanted()[i]) for i in chosen], effect.prompt, backend), 'by': type(backend).__name__}
-    except Refusal as e: return {**plain, 'refusal': str(e)}
+    try:
+        return {
+            'description': rewrite([(effect.sources[i], effect.wanted()[i]) for i in chosen], effect.prompt, backend),
+            'by': type(backend).__name__,
+        }
+    except Refusal as e:
+        return {**plain, 'refusal': str(e)}
 
 
 def with_prompts(effects: Sequence[EffectSet], path) -> list[EffectSet]:
     "The effects with trigger and description from a prompts.yaml. Raises `UserError` if an effect has no entry."
     entries = read_prompts(path)
     for e in effects:
-        if e.id not in entries: raise UserError(f"{path}: has no entry for effect {e.id!r}; {nearest(e.id, entries)} Run the AOP step again to add it")
+        if e.id not in entries:
+            raise UserError(
+                f'{path}: has no entry for effect {e.id!r}; {nearest(e.id, entries)} Run the AOP step again to add it'
+            )
     return [replace(e, trigger=entries[e.id]['trigger'], description=entries[e.id]['description']) for e in effects]
 
 

@@ -16,7 +16,7 @@ from ..core import nearest, replacing, UserError, write_json
 from .header import decode_metadata, file_sha256, read_table, usage_hint
 
 # %% ../../nbs/files/card.ipynb #57210030
-WIDTH = 3072           # of Qwen-Image's transformer
+WIDTH = 3072  # of Qwen-Image's transformer
 
 
 def inspect(path) -> dict:
@@ -26,11 +26,24 @@ def inspect(path) -> dict:
     header = decode_metadata(table.metadata, str(path))
     downs = {k: e for k, e in table.tensors.items() if '.lora_A.' in k or '.lora_down.' in k}
     ours = {k.removeprefix('collectionlora.'): v for k, v in header.items() if k.startswith('collectionlora.')}
-    return {'file': path.name, 'bytes': path.stat().st_size, 'modules': len(downs), 'title': header.get('modelspec.title', path.stem),
-            'ranks': dict(sorted(Counter(e.shape[0] for e in downs.values() if e.shape).items())), 'license': header.get('modelspec.license'),
-            'dtypes': sorted({e.dtype for e in table.tensors.values()}), 'layers': sorted({layer(k) for k in downs}), 'width': next((e.shape[1] for k, e in downs.items() if 'to_q' in k and len(e.shape) == 2), None),
-            'effects': ours.get('effects', []), 'sampling': ours.get('sampling', {}), 'base': ours.get('base', {}), 'train': ours.get('train', {}),
-            'parents': ours.get('parents', []), 'schema': ours.get('schema'), 'payload_sha256': ours.get('payload_sha256')}
+    return {
+        'file': path.name,
+        'bytes': path.stat().st_size,
+        'modules': len(downs),
+        'title': header.get('modelspec.title', path.stem),
+        'ranks': dict(sorted(Counter(e.shape[0] for e in downs.values() if e.shape).items())),
+        'license': header.get('modelspec.license'),
+        'dtypes': sorted({e.dtype for e in table.tensors.values()}),
+        'layers': sorted({layer(k) for k in downs}),
+        'width': next((e.shape[1] for k, e in downs.items() if 'to_q' in k and len(e.shape) == 2), None),
+        'effects': ours.get('effects', []),
+        'sampling': ours.get('sampling', {}),
+        'base': ours.get('base', {}),
+        'train': ours.get('train', {}),
+        'parents': ours.get('parents', []),
+        'schema': ours.get('schema'),
+        'payload_sha256': ours.get('payload_sha256'),
+    }
 
 
 def layer(key: str) -> str:
@@ -52,11 +65,21 @@ def printable(value) -> str:
 
 def facts(info: dict) -> list[tuple[str, str]]:
     "The rows of the facts table."
-    rows = [('file', f"{info['file']}  ({megabytes(info['bytes'])})"), ('title', info['title']), ('base', info['base'].get('id') or info['base'].get('hash') or 'not said'),
-            ('rank', ', '.join(f'{r} on {n} modules' for r, n in info['ranks'].items())), ('numbers', ', '.join(info['dtypes'])),
-            ('sampling', usage_hint(info['sampling']) if info['sampling'] else 'not said'), ('effects', str(len(info['effects']))),
-            ('license', info['license'] or 'not said')]
-    rows += [('needs', 'diffusers 0.40 or newer, or ComfyUI or DiffSynth: older diffusers scale mixed ranks wrongly')] if len(info['ranks']) > 1 else []
+    rows = [
+        ('file', f'{info["file"]}  ({megabytes(info["bytes"])})'),
+        ('title', info['title']),
+        ('base', info['base'].get('id') or info['base'].get('hash') or 'not said'),
+        ('rank', ', '.join(f'{r} on {n} modules' for r, n in info['ranks'].items())),
+        ('numbers', ', '.join(info['dtypes'])),
+        ('sampling', usage_hint(info['sampling']) if info['sampling'] else 'not said'),
+        ('effects', str(len(info['effects']))),
+        ('license', info['license'] or 'not said'),
+    ]
+    rows += (
+        [('needs', 'diffusers 0.40 or newer, or ComfyUI or DiffSynth: older diffusers scale mixed ranks wrongly')]
+        if len(info['ranks']) > 1
+        else []
+    )
     return [(k, printable(v)) for k, v in rows]
 
 
@@ -65,7 +88,11 @@ def terminal(info: dict):
     from rich.console import Group
     from rich.table import Table as Grid
     from rich.text import Text
-    about, listing = Grid(show_header=False, box=None), Grid('id', 'category', 'trigger', 'prompt', title=f"{len(info['effects'])} effects", title_justify='left')
+
+    about, listing = (
+        Grid(show_header=False, box=None),
+        Grid('id', 'category', 'trigger', 'prompt', title=f'{len(info["effects"])} effects', title_justify='left'),
+    )
     for row in facts(info):
         about.add_row(*map(Text, row))
     for e in info['effects']:
@@ -81,12 +108,21 @@ img{width:100%;border-radius:.4rem}code{word-break:break-word}dt{font-weight:600
 def _tile(effect: dict) -> str:
     e = lambda v: html.escape(printable(v))
     shot = effect.get('thumbnail', '')
-    safe = isinstance(shot, str) and shot.startswith(('data:image/png;base64,', 'data:image/jpeg;base64,', 'data:image/webp;base64,'))
-    parts = [f'<img alt="Example of the effect {e(effect["id"])}" src="{html.escape(shot)}">' if safe else '', f'<h3>{e(effect["id"])}</h3>',
-             f'<small>{e(effect.get("category", ""))}</small>']
+    safe = isinstance(shot, str) and shot.startswith(
+        ('data:image/png;base64,', 'data:image/jpeg;base64,', 'data:image/webp;base64,')
+    )
+    parts = [
+        f'<img alt="Example of the effect {e(effect["id"])}" src="{html.escape(shot)}">' if safe else '',
+        f'<h3>{e(effect["id"])}</h3>',
+        f'<small>{e(effect.get("category", ""))}</small>',
+    ]
     parts += [f'<p>{e(effect["description"])}</p>'] if effect.get('description') else []
     parts += [f'<p>trigger <code>{e(effect["trigger"])}</code></p>'] if effect.get('trigger') else []
-    parts += [f'<p><small>{e(", ".join(f"{k} {v}" for k, v in effect["metrics"].items()))}</small></p>'] if effect.get('metrics') else []
+    parts += (
+        [f'<p><small>{e(", ".join(f"{k} {v}" for k, v in effect["metrics"].items()))}</small></p>']
+        if effect.get('metrics')
+        else []
+    )
     return '<li>' + ''.join(parts) + '</li>'
 
 
@@ -95,11 +131,17 @@ def gallery_html(info: dict) -> str:
     rows = ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>' for k, v in facts(info))
     title = html.escape(printable(info['title']))
     policy = '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">'
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">{policy}<title>{title}</title>'
-            f'<style>{STYLE}</style></head><body><h1>{title}</h1><dl>{rows}</dl><ul class="grid">{"".join(map(_tile, info["effects"]))}</ul></body></html>\n')
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">{policy}<title>{title}</title>'
+        f'<style>{STYLE}</style></head><body><h1>{title}</h1><dl>{rows}</dl><ul class="grid">{"".join(map(_tile, info["effects"]))}</ul></body></html>\n'
+    )
 
 # %% ../../nbs/files/card.ipynb #d09e38e2
-MODEL_FILES = {'transformer': 'qwen_image_edit_2509_fp8_e4m3fn.safetensors', 'text_encoder': 'qwen_2.5_vl_7b_fp8_scaled.safetensors', 'vae': 'qwen_image_vae.safetensors'}
+MODEL_FILES = {
+    'transformer': 'qwen_image_edit_2509_fp8_e4m3fn.safetensors',
+    'text_encoder': 'qwen_2.5_vl_7b_fp8_scaled.safetensors',
+    'vae': 'qwen_image_vae.safetensors',
+}
 
 
 def student_prompt(effect: dict) -> str:
@@ -111,9 +153,9 @@ def find_effect(info: dict, effect_id: str | None) -> dict:
     "One effect of the catalogue; the first when none is named."
     by_id = {e['id']: e for e in info['effects']}
     if not by_id:
-        raise UserError(f"{info['file']} lists no effects.")
+        raise UserError(f'{info["file"]} lists no effects.')
     if effect_id is not None and effect_id not in by_id:
-        raise UserError(f"{info['file']} has no effect {effect_id!r}; {nearest(effect_id, by_id)}")
+        raise UserError(f'{info["file"]} has no effect {effect_id!r}; {nearest(effect_id, by_id)}')
     return by_id[effect_id or next(iter(by_id))]
 
 
@@ -121,9 +163,11 @@ def comfyui_workflow(info: dict, effect_id: str | None = None, seed: int = 0, fi
     "ComfyUI workflow (API format) for one effect of a collection file: its prompt, its sigmas, its sampler, no CFG."
     effect, sampling = find_effect(info, effect_id), info['sampling']
     if not sampling.get('times') or sampling.get('cfg', 1) != 1:
-        raise UserError(f"{info['file']}: header field collectionlora.sampling must give times and cfg 1 to make a workflow.")
+        raise UserError(
+            f'{info["file"]}: header field collectionlora.sampling must give times and cfg 1 to make a workflow.'
+        )
     sigmas = ', '.join(f'{t:.6f}'.rstrip('0').rstrip('.') for t in sampling['times']) + ', 0'
-    to = lambda node: (node,)                                          # a tuple is a wire from a node's first output
+    to = lambda node: (node,)  # a tuple is a wire from a node's first output
     nodes = {
         'model': ('UNETLoader', {'unet_name': files['transformer'], 'weight_dtype': 'default'}),
         'clip': ('CLIPLoader', {'clip_name': files['text_encoder'], 'type': 'qwen_image', 'device': 'default'}),
@@ -131,21 +175,37 @@ def comfyui_workflow(info: dict, effect_id: str | None = None, seed: int = 0, fi
         'collection': ('LoraLoaderModelOnly', {'model': to('model'), 'lora_name': info['file'], 'strength_model': 1.0}),
         'photo': ('LoadImage', {'image': 'input.png'}),
         'scaled': ('FluxKontextImageScale', {'image': to('photo')}),
-        'prompt': ('TextEncodeQwenImageEditPlus', {'clip': to('clip'), 'vae': to('vae'), 'image1': to('scaled'), 'prompt': student_prompt(effect)}),
+        'prompt': (
+            'TextEncodeQwenImageEditPlus',
+            {'clip': to('clip'), 'vae': to('vae'), 'image1': to('scaled'), 'prompt': student_prompt(effect)},
+        ),
         'size': ('VAEEncode', {'pixels': to('scaled'), 'vae': to('vae')}),
         'guider': ('BasicGuider', {'model': to('collection'), 'conditioning': to('prompt')}),
         'sampler': ('KSamplerSelect', {'sampler_name': 'lcm' if sampling.get('stochastic') else 'euler'}),
         'sigmas': ('ManualSigmas', {'sigmas': sigmas}),
         'noise': ('RandomNoise', {'noise_seed': seed}),
-        'sample': ('SamplerCustomAdvanced', {'noise': to('noise'), 'guider': to('guider'), 'sampler': to('sampler'), 'sigmas': to('sigmas'), 'latent_image': to('size')}),
+        'sample': (
+            'SamplerCustomAdvanced',
+            {
+                'noise': to('noise'),
+                'guider': to('guider'),
+                'sampler': to('sampler'),
+                'sigmas': to('sigmas'),
+                'latent_image': to('size'),
+            },
+        ),
         'picture': ('VAEDecode', {'samples': to('sample'), 'vae': to('vae')}),
-        'save': ('SaveImage', {'images': to('picture'), 'filename_prefix': 'collectionlora'})}
+        'save': ('SaveImage', {'images': to('picture'), 'filename_prefix': 'collectionlora'}),
+    }
     number = {name: str(i) for i, name in enumerate(nodes, 1)}
     wired = lambda v: [number[v[0]], 0] if isinstance(v, tuple) else v
-    return {number[name]: {'class_type': kind, 'inputs': {k: wired(v) for k, v in inputs.items()}, '_meta': {'title': name}} for name, (kind, inputs) in nodes.items()}
+    return {
+        number[name]: {'class_type': kind, 'inputs': {k: wired(v) for k, v in inputs.items()}, '_meta': {'title': name}}
+        for name, (kind, inputs) in nodes.items()
+    }
 
 # %% ../../nbs/files/card.ipynb #2aa7e68d
-SNIPPET = '''import torch
+SNIPPET = """import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline
 from diffusers.utils import load_image
 
@@ -153,7 +213,7 @@ pipe = QwenImageEditPlusPipeline.from_pretrained({base!r}, torch_dtype=torch.bfl
 pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling={stochastic})
 pipe.load_lora_weights(".", weight_name={file!r})
 image = pipe(image=load_image("input.png"), prompt={prompt!r},
-             sigmas={times}, num_inference_steps={steps}, true_cfg_scale=1.0).images[0]'''
+             sigmas={times}, num_inference_steps={steps}, true_cfg_scale=1.0).images[0]"""
 
 
 def _cell(value) -> str:
@@ -164,19 +224,60 @@ def model_card(info: dict, sha256: str | None = None) -> str:
     "README in the form of a Hugging Face model card, from the header alone."
     quote = lambda v: json.dumps(printable(v), ensure_ascii=False)
     sampling, base, effects = info['sampling'], info['base'], info['effects']
-    repo = base.get('repo') or (base['id'] if '/' in base.get('id', '') else None)      # a folder's name is no address
-    front = ['---', *([f'base_model: {quote(repo)}', 'base_model_relation: adapter'] if repo else []),
-             'library_name: diffusers', 'pipeline_tag: image-to-image', *([f"license: {quote(info['license'])}"] if info['license'] else []),
-             'tags: [lora, qwen-image-edit, few-step, collectionlora]', '---']
-    out = [*front, '', f"# {_cell(info['title'])}", '', *(f'- **{k}**: {_cell(v)}' for k, v in facts(info)), *([f'- **sha256**: `{sha256}`'] if sha256 else []), '']
-    other = '' if info['width'] in (None, WIDTH) else f' It names the files of Qwen-Image-Edit; this LoRA is of a base {info["width"]} wide, which has to take their place.'
+    repo = base.get('repo') or (base['id'] if '/' in base.get('id', '') else None)  # a folder's name is no address
+    front = [
+        '---',
+        *([f'base_model: {quote(repo)}', 'base_model_relation: adapter'] if repo else []),
+        'library_name: diffusers',
+        'pipeline_tag: image-to-image',
+        *([f'license: {quote(info["license"])}'] if info['license'] else []),
+        'tags: [lora, qwen-image-edit, few-step, collectionlora]',
+        '---',
+    ]
+    out = [
+        *front,
+        '',
+        f'# {_cell(info["title"])}',
+        '',
+        *(f'- **{k}**: {_cell(v)}' for k, v in facts(info)),
+        *([f'- **sha256**: `{sha256}`'] if sha256 else []),
+        '',
+    ]
+    other = (
+        ''
+        if info['width'] in (None, WIDTH)
+        else f' It names the files of Qwen-Image-Edit; this LoRA is of a base {info["width"]} wide, which has to take their place.'
+    )
     if effects and sampling.get('times'):
-        code = SNIPPET.format(base=repo or (f"path/to/{base['id']}" if base.get('id') else 'Qwen/Qwen-Image-Edit-2509'), stochastic=bool(sampling.get('stochastic')), file=info['file'],
-                              prompt=printable(student_prompt(effects[0])), times=[round(t, 6) for t in sampling['times']], steps=len(sampling['times']))
-        out += ['## Use', '', '```python', code, '```', '', f'In ComfyUI, load the workflow beside this file; its sampler is `lcm` with exactly these sigmas.{other}', '']
+        code = SNIPPET.format(
+            base=repo or (f'path/to/{base["id"]}' if base.get('id') else 'Qwen/Qwen-Image-Edit-2509'),
+            stochastic=bool(sampling.get('stochastic')),
+            file=info['file'],
+            prompt=printable(student_prompt(effects[0])),
+            times=[round(t, 6) for t in sampling['times']],
+            steps=len(sampling['times']),
+        )
+        out += [
+            '## Use',
+            '',
+            '```python',
+            code,
+            '```',
+            '',
+            f'In ComfyUI, load the workflow beside this file; its sampler is `lcm` with exactly these sigmas.{other}',
+            '',
+        ]
     if effects:
         out += ['## Effects', '', '| id | category | trigger | prompt |', '|---|---|---|---|']
-        out += ['| ' + ' | '.join(_cell(v or '') for v in (e['id'], e.get('category'), e.get('trigger'), e.get('prompt') or e.get('description'))) + ' |' for e in effects]
+        out += [
+            '| '
+            + ' | '.join(
+                _cell(v or '')
+                for v in (e['id'], e.get('category'), e.get('trigger'), e.get('prompt') or e.get('description'))
+            )
+            + ' |'
+            for e in effects
+        ]
     return '\n'.join(out) + '\n'
 
 # %% ../../nbs/files/card.ipynb #cab125a6
@@ -184,7 +285,10 @@ def write_card(path) -> list[Path]:
     "Write `<stem>.README.md`, `<stem>.html` and `<stem>.comfyui.json` beside a collection file; returns the paths written."
     path = Path(path)
     info = inspect(path)
-    texts = {path.with_name(f'{path.stem}.README.md'): model_card(info, file_sha256(path)), path.with_name(f'{path.stem}.html'): gallery_html(info)}
+    texts = {
+        path.with_name(f'{path.stem}.README.md'): model_card(info, file_sha256(path)),
+        path.with_name(f'{path.stem}.html'): gallery_html(info),
+    }
     for target, text in texts.items():
         with replacing(target) as part:
             Path(part).write_text(text, encoding='utf-8')

@@ -17,7 +17,7 @@ def comfyui_view(tensors: dict, modules) -> dict:
                 a, b = tensors.get(f'{stem}.{down}{adapter}.weight'), tensors.get(f'{stem}.{up}{adapter}.weight')
                 if a is not None and b is not None:
                     alpha = tensors.get(f'{stem}.alpha')
-                    out[m] = a, b * (1. if alpha is None else float(alpha) / a.shape[0])
+                    out[m] = a, b * (1.0 if alpha is None else float(alpha) / a.shape[0])
     return out
 
 
@@ -31,7 +31,7 @@ def diffsynth_view(tensors: dict, modules) -> dict:
             continue
         i = parts.index(up)
         a, alpha = tensors[key.replace(up, down)], tensors.get('.'.join(parts[:i] + ['alpha']))
-        name = '.'.join(parts[parts[0] == 'diffusion_model':i])
+        name = '.'.join(parts[parts[0] == 'diffusion_model' : i])
         if name in modules:
-            out[name] = a, b * (1. if alpha is None else float(alpha) / a.shape[0])
+            out[name] = a, b * (1.0 if alpha is None else float(alpha) / a.shape[0])
     return out

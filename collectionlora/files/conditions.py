@@ -30,21 +30,31 @@ ENCODING = 'edit-plus-1+mm_token_type_ids'
 
 class _Memory:
     "Least recently used tensors up to a number of bytes."
-    def __init__(self, limit: int): self.limit, self.bytes, self.kept = limit, 0, OrderedDict()
+
+    def __init__(self, limit: int):
+        self.limit, self.bytes, self.kept = limit, 0, OrderedDict()
 
     def get(self, key):
-        if key in self.kept: self.kept.move_to_end(key)
+        if key in self.kept:
+            self.kept.move_to_end(key)
         return self.kept.get(key)
 
     def put(self, key, entry: dict):
         size = lambda e: sum(v.nbytes for v in e.values() if isinstance(v, Tensor))
-        if key in self.kept: return
+        if key in self.kept:
+            return
         self.kept[key], self.bytes = entry, self.bytes + size(entry)
-        while self.bytes > self.limit and len(self.kept) > 1: self.bytes -= size(self.kept.popitem(last=False)[1])
+        while self.bytes > self.limit and len(self.kept) > 1:
+            self.bytes -= size(self.kept.popitem(last=False)[1])
 
 # %% ../../nbs/files/conditions.ipynb #fbd87f0d
 def _batch(images: Sequence[dict], prompts: Sequence[dict]) -> Cond:
-    return Cond.cat([Cond(source=i['value'][None], emb=e['value'][None], mask=None, grids=(i['grid'], i['grid'])) for i, e in zip(images, prompts)])
+    return Cond.cat(
+        [
+            Cond(source=i['value'][None], emb=e['value'][None], mask=None, grids=(i['grid'], i['grid']))
+            for i, e in zip(images, prompts)
+        ]
+    )
 
 
 class ConditionCache:
@@ -59,46 +69,71 @@ class ConditionCache:
 
     def _sha(self, path: Path) -> str:
         stat = os.stat(path) if os.path.exists(path) else None
-        if stat is None: raise UserError(f"{path}: no such file")
+        if stat is None:
+            raise UserError(f'{path}: no such file')
         key = (str(path), stat.st_mtime_ns, stat.st_size)
-        if key not in self._shas: self._shas[key] = sha256_file(path)
+        if key not in self._shas:
+            self._shas[key] = sha256_file(path)
         return self._shas[key]
 
     def _key(self, path, prompt: str | None, flip: bool) -> str:
         "Name of an entry: the latents of an image (prompt None) or the embeddings of image and prompt."
-        return hashlib.sha256('\0'.join([ENCODING, self.base.encoding, self.base.hash, str(self.base.backbone.dtype), self._sha(Path(path)), 'flip' if flip else '',
-                                         'image' if prompt is None else 'prompt:' + prompt]).encode()).hexdigest()
+        return hashlib.sha256(
+            '\0'.join(
+                [
+                    ENCODING,
+                    self.base.encoding,
+                    self.base.hash,
+                    str(self.base.backbone.dtype),
+                    self._sha(Path(path)),
+                    'flip' if flip else '',
+                    'image' if prompt is None else 'prompt:' + prompt,
+                ]
+            ).encode()
+        ).hexdigest()
 
-    def _file(self, key: str) -> Path: return self.folder/key[:2]/f'{key}.safetensors'
+    def _file(self, key: str) -> Path:
+        return self.folder / key[:2] / f'{key}.safetensors'
 
     def _read(self, key: str) -> dict | None:
         "The entry, or None if it is absent or damaged."
-        if (entry := self._memory.get(key)) is not None: return entry
+        if (entry := self._memory.get(key)) is not None:
+            return entry
         try:
             with safe_open(self._file(key), 'pt') as f:
-                entry = {'value': f.get_tensor('value').clone(), 'grid': tuple(json.loads((f.metadata() or {}).get('grid', '[]')))}
-        except (OSError, SafetensorError, ValueError): return None
+                entry = {
+                    'value': f.get_tensor('value').clone(),
+                    'grid': tuple(json.loads((f.metadata() or {}).get('grid', '[]'))),
+                }
+        except (OSError, SafetensorError, ValueError):
+            return None
         self._memory.put(key, entry)
         return entry
 
     def _whole(self, key: str) -> bool:
         "Whether an entry can be read, as far as its header tells: reading 20,000 of them whole takes minutes."
-        if self._memory.get(key) is not None: return True
+        if self._memory.get(key) is not None:
+            return True
         return self._head(key) is not None
 
     def _head(self, key: str) -> tuple | None:
         "The grid in an entry's header (empty: none), or None if the entry is absent or damaged."
         try:
-            with safe_open(self._file(key), 'pt') as f: return tuple(json.loads((f.metadata() or {}).get('grid', '[]'))) if 'value' in f.keys() else None
-        except (OSError, SafetensorError, ValueError): return None
+            with safe_open(self._file(key), 'pt') as f:
+                return tuple(json.loads((f.metadata() or {}).get('grid', '[]'))) if 'value' in f.keys() else None
+        except (OSError, SafetensorError, ValueError):
+            return None
 
     def _write(self, key: str, value: Tensor, grid: tuple = ()) -> None:
         file, value = self._file(key), value.detach().cpu().contiguous()
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as part: save_file({'value': value}, part, metadata={'grid': json.dumps(list(grid))})
+            with replacing(file) as part:
+                save_file({'value': value}, part, metadata={'grid': json.dumps(list(grid))})
         except (OSError, SafetensorError) as e:
-            raise UserError(f"{self.folder}: the cache cannot be written ({e}); make room and run the same again, what is encoded stays") from e
+            raise UserError(
+                f'{self.folder}: the cache cannot be written ({e}); make room and run the same again, what is encoded stays'
+            ) from e
         self._memory.put(key, {'value': value, 'grid': tuple(grid)})
         self.encoded += 1
 
@@ -107,26 +142,30 @@ class ConditionCache:
         turn = ImageOps.mirror if flip else (lambda im: im)
         images, prompts = [turn(load_image(p)) for p, _ in asked], [c for _, c in asked]
         if prompts[0] is None:
-            for (p, c), im in zip(asked, images): self._write(self._key(p, c, flip), self.base.encode_images([im])[0], self.base.grid(im))
+            for (p, c), im in zip(asked, images):
+                self._write(self._key(p, c, flip), self.base.encode_images([im])[0], self.base.grid(im))
         else:
             emb, mask = self.base.encode_prompts(images, prompts)
-            for i, (p, c) in enumerate(asked): self._write(self._key(p, c, flip), emb[i] if mask is None else emb[i][mask[i].bool()])
+            for i, (p, c) in enumerate(asked):
+                self._write(self._key(p, c, flip), emb[i] if mask is None else emb[i][mask[i].bool()])
 
     def _shape(self, path: Path, prompt: str | None) -> tuple:
         "What requests must share to be encoded together without padding, so that no entry depends on its neighbours."
-        with Image.open(path) as im: size = im.size, im.getexif().get(0x0112, 1) > 4
+        with Image.open(path) as im:
+            size = im.size, im.getexif().get(0x0112, 1) > 4
         return (size, None) if prompt is None else (size, len(self.base.pipe.tokenizer(prompt)['input_ids']))
 
     def _fill(self, asked: Sequence[tuple[Path, str | None]], flip: bool = False, desc: str = 'encoding') -> None:
         "Makes sure that every request has an entry on disk."
         missing = {}
         for key, (p, c) in {self._key(p, c, flip): (Path(p), c) for p, c in asked}.items():
-            if not self._whole(key): missing.setdefault(self._shape(p, c), []).append((p, c))
+            if not self._whole(key):
+                missing.setdefault(self._shape(p, c), []).append((p, c))
         with bar(total=sum(map(len, missing.values())), desc=desc) as progress:
             for group in missing.values():
                 for i in range(0, len(group), self.batch):
-                    self._encode(group[i:i + self.batch], flip)
-                    progress.update(len(group[i:i + self.batch]))
+                    self._encode(group[i : i + self.batch], flip)
+                    progress.update(len(group[i : i + self.batch]))
 
     def _get(self, asked, flip: bool) -> list[dict]:
         asked = [(Path(p), c) for p, c in asked]
@@ -139,7 +178,8 @@ class ConditionCache:
     def grid(self, path) -> tuple[int, int]:
         "Height and width of the latent grid, in tokens, on which the image of this file lands."
         key = self._key(path, None, False)
-        if (kept := self._memory.get(key)) is not None: return kept['grid']
+        if (kept := self._memory.get(key)) is not None:
+            return kept['grid']
         return self._head(key) or self._get([(path, None)], False)[0]['grid']
 
     def latents(self, paths: Sequence, flip: bool = False) -> Tensor:
@@ -151,7 +191,9 @@ class ConditionCache:
         found = self._get([(p, None) for p in paths], flip)
         for p, e in zip(paths, found):
             if e['grid'] != found[0]['grid']:
-                raise UserError(f"{p}: its latent grid is {e['grid']}, but that of {paths[0]} is {found[0]['grid']}; put them in different batches")
+                raise UserError(
+                    f'{p}: its latent grid is {e["grid"]}, but that of {paths[0]} is {found[0]["grid"]}; put them in different batches'
+                )
         return found
 
     def cond(self, pairs: Sequence[tuple], flip: bool = False) -> Cond:
@@ -182,15 +224,19 @@ class Conditions:
         images = {p: cache._key(p, None, False) for p, _ in self.pairs}
         self.keys = [(images[p], cache._key(p, c, False)) for p, c in self.pairs]
 
-    def __len__(self) -> int: return len(self.pairs)
+    def __len__(self) -> int:
+        return len(self.pairs)
 
     def _entry(self, i: int, prompt: bool) -> dict:
         key, (path, c) = self.keys[i][prompt], self.pairs[i]
         if (found := self.cache._read(key)) is None and self.cache.base.encoder_bytes:
             self.cache._fill([(path, c if prompt else None)])
             found = self.cache._read(key)
-        if found is None: raise UserError(f"{path}: its entry in {self.cache.folder} is gone or damaged, and the encoders are unloaded or the picture was replaced; "
-                                          'put the picture back where it was and run the same again: it is encoded anew, and the run goes on from its last checkpoint')
+        if found is None:
+            raise UserError(
+                f'{path}: its entry in {self.cache.folder} is gone or damaged, and the encoders are unloaded or the picture was replaced; '
+                'put the picture back where it was and run the same again: it is encoded anew, and the run goes on from its last checkpoint'
+            )
         return found
 
     def index(self, i) -> Cond:

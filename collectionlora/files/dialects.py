@@ -22,6 +22,7 @@ from ..core import nearest, UserError
 @dataclass
 class Lora:
     "`factors`: dotted module name -> (A [r, in], B [out, r]) with alpha/r folded into the smaller of the two (B if equal). `meta`: what the file said about itself."
+
     factors: dict
     meta: dict = field(default_factory=dict)
 
@@ -51,24 +52,60 @@ def lora_hash(lora: Lora) -> str:
     return digest.hexdigest()
 
 # %% ../../nbs/files/dialects.ipynb #8483312f
-LEAVES = ('img_mod.1', 'txt_mod.1', 'attn.to_q', 'attn.to_k', 'attn.to_v', 'attn.add_q_proj', 'attn.add_k_proj', 'attn.add_v_proj',
-          'attn.to_out.0', 'attn.to_add_out', 'img_mlp.net.0.proj', 'img_mlp.net.2', 'txt_mlp.net.0.proj', 'txt_mlp.net.2')
-TOP = ('img_in', 'txt_in', 'proj_out', 'norm_out.linear', 'time_text_embed.timestep_embedder.linear_1',
-       'time_text_embed.timestep_embedder.linear_2')
+LEAVES = (
+    'img_mod.1',
+    'txt_mod.1',
+    'attn.to_q',
+    'attn.to_k',
+    'attn.to_v',
+    'attn.add_q_proj',
+    'attn.add_k_proj',
+    'attn.add_v_proj',
+    'attn.to_out.0',
+    'attn.to_add_out',
+    'img_mlp.net.0.proj',
+    'img_mlp.net.2',
+    'txt_mlp.net.0.proj',
+    'txt_mlp.net.2',
+)
+TOP = (
+    'img_in',
+    'txt_in',
+    'proj_out',
+    'norm_out.linear',
+    'time_text_embed.timestep_embedder.linear_1',
+    'time_text_embed.timestep_embedder.linear_2',
+)
 PREFIXES = ('model.base_model.model.', 'base_model.model.', 'diffusion_model.', 'transformer.')
 FLAT_PREFIXES = ('lora_unet_', 'lora_transformer_', 'lycoris_')
 ENDING = re.compile(r'(.+?)\.(?:(lora_A|lora_B)(?:\.(?!weight$)([\w-]+))?\.weight|(lora_down|lora_up)\.weight|(alpha))')
 _any_leaf = '|'.join(map(re.escape, LEAVES))
-_dotted = re.compile(rf"transformer_blocks\.(0|[1-9][0-9]{{0,3}})\.({_any_leaf})|{'|'.join(map(re.escape, TOP))}")
+_dotted = re.compile(rf'transformer_blocks\.(0|[1-9][0-9]{{0,3}})\.({_any_leaf})|{"|".join(map(re.escape, TOP))}')
 _flat_leaf = {leaf.replace('.', '_'): leaf for leaf in LEAVES}
 _flat_top = {name.replace('.', '_'): name for name in TOP}
-_flat = re.compile(rf"transformer_blocks_(0|[1-9][0-9]{{0,3}})_({'|'.join(_flat_leaf)})")
-FOREIGN = (('FLUX', r'(double|single)_blocks[._]|single_transformer_blocks'), ('a text encoder', r'lora_te|text_encoder|language_model|clip_'),
-           ('Wan', r'(^|[._])blocks[._][0-9]+[._](cross|self)_attn'), ('SD3', r'joint_blocks|context_block'),
-           ('Stable Diffusion', r'(input|down|up|mid|output)_blocks?[._]'))
-FOREIGN_WIDTHS = {1536: 'Stable Diffusion 3', 2432: 'Stable Diffusion 3.5 Large'}      # whose attention layers are named like Qwen-Image's
-NOT_LORA = {'hada_': 'LoHa', 'lokr_': 'LoKr', 'dora_scale': 'DoRA', 'magnitude': 'DoRA', 'lora_mid': 'Tucker LoCon', 'oft_': 'OFT',
-            '.diff': 'a full difference', 'bias': 'a LoRA with bias', 'norm': 'norm weights'}
+_flat = re.compile(rf'transformer_blocks_(0|[1-9][0-9]{{0,3}})_({"|".join(_flat_leaf)})')
+FOREIGN = (
+    ('FLUX', r'(double|single)_blocks[._]|single_transformer_blocks'),
+    ('a text encoder', r'lora_te|text_encoder|language_model|clip_'),
+    ('Wan', r'(^|[._])blocks[._][0-9]+[._](cross|self)_attn'),
+    ('SD3', r'joint_blocks|context_block'),
+    ('Stable Diffusion', r'(input|down|up|mid|output)_blocks?[._]'),
+)
+FOREIGN_WIDTHS = {
+    1536: 'Stable Diffusion 3',
+    2432: 'Stable Diffusion 3.5 Large',
+}  # whose attention layers are named like Qwen-Image's
+NOT_LORA = {
+    'hada_': 'LoHa',
+    'lokr_': 'LoKr',
+    'dora_scale': 'DoRA',
+    'magnitude': 'DoRA',
+    'lora_mid': 'Tucker LoCon',
+    'oft_': 'OFT',
+    '.diff': 'a full difference',
+    'bias': 'a LoRA with bias',
+    'norm': 'norm weights',
+}
 
 
 def unflatten(flat: str) -> str | None:
@@ -80,6 +117,7 @@ def unflatten(flat: str) -> str | None:
 
 class Key(NamedTuple):
     "One tensor name taken apart: `part` is A, B or alpha; `style` how the ending is written (None for alpha)."
+
     prefix: str
     body: str
     part: str
@@ -91,12 +129,15 @@ def parse_key(key: str) -> Key:
     m = ENDING.fullmatch(key)
     if not m:
         kind = next((v for k, v in NOT_LORA.items() if k in key), None)
-        raise UserError(f'tensor {key[:120]!r} is not a LoRA factor' + (f'; it belongs to {kind}, which has no exact LoRA form.' if kind else '.'))
+        raise UserError(
+            f'tensor {key[:120]!r} is not a LoRA factor'
+            + (f'; it belongs to {kind}, which has no exact LoRA form.' if kind else '.')
+        )
     body, ab, adapter, du, alpha = m.groups()
     prefix = next((p for p in PREFIXES + FLAT_PREFIXES if body.startswith(p)), '')
     part = 'alpha' if alpha else 'A' if (ab or du) in ('lora_A', 'lora_down') else 'B'
     style = None if alpha else f'lora_A/B.{adapter}' if adapter else 'lora_A/B' if ab else 'lora_down/up'
-    return Key(prefix, body[len(prefix):], part, style)
+    return Key(prefix, body[len(prefix) :], part, style)
 
 
 def module_name(key: Key, modules: dict | None = None) -> str:
@@ -106,10 +147,14 @@ def module_name(key: Key, modules: dict | None = None) -> str:
         return name
     other = next((f for f, pattern in FOREIGN if re.search(pattern, key.prefix + key.body[:500])), None)
     if other:
-        raise UserError(f'module {key.body[:120]!r} belongs to {other}; this LoRA was made for another model than Qwen-Image-Edit.')
+        raise UserError(
+            f'module {key.body[:120]!r} belongs to {other}; this LoRA was made for another model than Qwen-Image-Edit.'
+        )
     if name in TOP:
-        raise UserError(f'module {name} lies outside the transformer blocks, where no LoRA of ours can sit; leaving it out would change the effect, '
-                        'so train the teacher again on the layers of the blocks alone.')
+        raise UserError(
+            f'module {name} lies outside the transformer blocks, where no LoRA of ours can sit; leaving it out would change the effect, '
+            'so train the teacher again on the layers of the blocks alone.'
+        )
     options = modules if modules is not None else [f'transformer_blocks.0.{leaf}' for leaf in LEAVES] + list(TOP)
     raise UserError(f'module {key.body[:120]!r} does not exist in the base; {nearest(name or key.body[:120], options)}')
 
@@ -117,6 +162,7 @@ def module_name(key: Key, modules: dict | None = None) -> str:
 @dataclass(frozen=True)
 class Dialect:
     "How one file writes its keys: the prefix, the style of the factor names, and whether alpha tensors are present."
+
     prefix: str
     style: str
     alpha: bool
@@ -125,13 +171,16 @@ class Dialect:
     def name(self) -> str:
         "The row of the reference table, e.g. `diffusion_model.<dot>.lora_A/B`."
         module = '<flat>' if self.prefix in FLAT_PREFIXES else '<dot>'
-        return f"{self.prefix}{module}.{self.style}{' + alpha' if self.alpha else ''}"
+        return f'{self.prefix}{module}.{self.style}{" + alpha" if self.alpha else ""}'
 
 
 def _one(values: Counter, what: str) -> str:
     if len(values) != 1:
-        raise UserError(f'the file mixes {what}: ' + ', '.join(f'{(v or "(none)")[:60]!r} on {n} tensors' for v, n in values.most_common(4))
-                        + '; it is ambiguous, split it into one file per adapter.')
+        raise UserError(
+            f'the file mixes {what}: '
+            + ', '.join(f'{(v or "(none)")[:60]!r} on {n} tensors' for v, n in values.most_common(4))
+            + '; it is ambiguous, split it into one file per adapter.'
+        )
     return next(iter(values))
 
 
@@ -145,7 +194,9 @@ def group_keys(names, modules: dict | None = None) -> tuple[dict, Dialect]:
         styles.update([key.style] if key.style else [])
         slot = groups.setdefault(module_name(key, modules), {})
         if key.part in slot:
-            raise UserError(f'tensors {slot[key.part][:120]!r} and {name[:120]!r} are both {key.part} of one module; the file is ambiguous.')
+            raise UserError(
+                f'tensors {slot[key.part][:120]!r} and {name[:120]!r} are both {key.part} of one module; the file is ambiguous.'
+            )
         slot[key.part] = name
     if not groups:
         raise UserError('it holds no LoRA tensor.')
@@ -154,17 +205,33 @@ def group_keys(names, modules: dict | None = None) -> tuple[dict, Dialect]:
             raise UserError(f'module {name} has no factor {min(missing)}; the file is incomplete.')
     with_alpha = sum('alpha' in slot for slot in groups.values())
     if with_alpha not in (0, len(groups)):
-        raise UserError(f'{with_alpha} of {len(groups)} modules have an alpha tensor; programs disagree about the others, so it is ambiguous.')
-    return groups, Dialect(_one(prefixes, 'key prefixes'), _one(styles, 'adapter names or factor styles'), with_alpha > 0)
+        raise UserError(
+            f'{with_alpha} of {len(groups)} modules have an alpha tensor; programs disagree about the others, so it is ambiguous.'
+        )
+    return groups, Dialect(
+        _one(prefixes, 'key prefixes'), _one(styles, 'adapter names or factor styles'), with_alpha > 0
+    )
 
 # %% ../../nbs/files/dialects.ipynb #cd6a1b22
-CHANGES_FORWARD = ('use_dora', 'use_qalora', 'use_bdlora', 'lora_bias', 'alora_invocation_tokens', 'arrow_config', 'kasa_config',
-                   'monteclora_config', 'velora_config', 'layer_replication', 'trainable_token_indices', 'target_parameters')
+CHANGES_FORWARD = (
+    'use_dora',
+    'use_qalora',
+    'use_bdlora',
+    'lora_bias',
+    'alora_invocation_tokens',
+    'arrow_config',
+    'kasa_config',
+    'monteclora_config',
+    'velora_config',
+    'layer_replication',
+    'trainable_token_indices',
+    'target_parameters',
+)
 SHIFTS_BASE = ('pissa', 'olora', 'corda', 'loftq', 'lora_ga')
 
 
 def _is_number(x) -> bool:
-    return type(x) in (int, float) and abs(x) < 1e9          # also false for NaN
+    return type(x) in (int, float) and abs(x) < 1e9  # also false for NaN
 
 
 def check_config(config) -> dict:
@@ -173,13 +240,23 @@ def check_config(config) -> dict:
         raise UserError('the adapter config is not a JSON object.')
     bad = next((k for k in CHANGES_FORWARD if config.get(k)), 'bias' if config.get('bias', 'none') != 'none' else None)
     if bad or config.get('peft_type', 'LORA') != 'LORA':
-        raise UserError(f'the adapter config sets {bad or "another peft_type"}, which is not plain LoRA and has no exact canonical form.')
+        raise UserError(
+            f'the adapter config sets {bad or "another peft_type"}, which is not plain LoRA and has no exact canonical form.'
+        )
     init = config.get('init_lora_weights')
     if isinstance(init, str) and init.lower().startswith(SHIFTS_BASE):
-        raise UserError(f'the adapter was initialised with {init[:40]!r}, which also changes the base weights; convert it with PEFT '
-                        '(path_initial_model_for_weight_conversion) first.')
-    if type(config.get('r')) is not int or not _is_number(config.get('lora_alpha')) or not isinstance(config.get('use_rslora', False), bool):
-        raise UserError('the adapter config needs a whole number r, a number lora_alpha and a true or false use_rslora.')
+        raise UserError(
+            f'the adapter was initialised with {init[:40]!r}, which also changes the base weights; convert it with PEFT '
+            '(path_initial_model_for_weight_conversion) first.'
+        )
+    if (
+        type(config.get('r')) is not int
+        or not _is_number(config.get('lora_alpha'))
+        or not isinstance(config.get('use_rslora', False), bool)
+    ):
+        raise UserError(
+            'the adapter config needs a whole number r, a number lora_alpha and a true or false use_rslora.'
+        )
     for k in ('rank_pattern', 'alpha_pattern'):
         values = config.get(k) or {}
         if not isinstance(values, dict) or not all(map(_is_number, values.values())):
@@ -191,8 +268,10 @@ def _pattern(patterns: dict, name: str, default):
     "PEFT's rule: the first pattern that matches the end of the module's name after a dot."
     for key, value in patterns.items():
         if len(key) > 200 or not re.fullmatch(r'[\w.|^$\\-]+', key):
-            raise UserError(f'pattern {key[:60]!r} is a regular expression with repeats or groups, which is not run on untrusted files; '
-                            'save the adapter again with plain module names.')
+            raise UserError(
+                f'pattern {key[:60]!r} is a regular expression with repeats or groups, which is not run on untrusted files; '
+                'save the adapter again with plain module names.'
+            )
         try:
             if re.match(rf'(.*\.)?({key})$', name):
                 return value
@@ -206,4 +285,6 @@ def config_scale(config: dict, name: str, rank: int) -> float:
     r = _pattern(config.get('rank_pattern') or {}, name, config['r'])
     if r != rank:
         raise UserError(f'the adapter config gives module {name} rank {r}, its tensors have rank {rank}.')
-    return _pattern(config.get('alpha_pattern') or {}, name, config['lora_alpha']) / (rank ** .5 if config.get('use_rslora') else rank)
+    return _pattern(config.get('alpha_pattern') or {}, name, config['lora_alpha']) / (
+        rank**0.5 if config.get('use_rslora') else rank
+    )

@@ -15,21 +15,35 @@ from .effects import EffectSet, write_effect, write_general
 # %% ../../nbs/files/drawn.ipynb #d040568a
 def pick_effects(n: int, seed: int) -> list[str]:
     "The first n effects of the world in an order drawn by seed in which the families take turns; smaller sets are parts of larger ones."
-    if not 1 <= n <= len(world.EFFECTS): raise UserError(f"pick_effects: {n} effects asked, the miniature world has 1 to {len(world.EFFECTS)}")
+    if not 1 <= n <= len(world.EFFECTS):
+        raise UserError(f'pick_effects: {n} effects asked, the miniature world has 1 to {len(world.EFFECTS)}')
     families = {}
-    for id, e in world.EFFECTS.items(): families.setdefault(e.family, []).append(id)
-    turns = [list(rng('effects of', seed, f).permutation(families[f])) for f in rng('families', seed).permutation(sorted(families))]
+    for id, e in world.EFFECTS.items():
+        families.setdefault(e.family, []).append(id)
+    turns = [
+        list(rng('effects of', seed, f).permutation(families[f]))
+        for f in rng('families', seed).permutation(sorted(families))
+    ]
     rounds = [[str(ids[k]) for ids in turns if k < len(ids)] for k in range(max(map(len, turns)))]
     return [id for r in rounds for id in r][:n]
 
 
 def write_world_effect(folder, effect_id: str, pairs: int, seed: int, stratum: str = 'train') -> EffectSet:
     "Draws `pairs` pairs of a world effect by seed and writes them as the effect folder `folder`, with ground truth in spec/."
-    if effect_id not in world.EFFECTS: raise UserError(f"{effect_id!r} is no effect of the miniature world; {nearest(effect_id, world.EFFECTS)}")
+    if effect_id not in world.EFFECTS:
+        raise UserError(f'{effect_id!r} is no effect of the miniature world; {nearest(effect_id, world.EFFECTS)}')
     e, scenes = world.EFFECTS[effect_id], []
-    for i in range(pairs): scenes.append(world.draw_scene(rng('pair', effect_id, seed, stratum, i), e.categories[i % len(e.categories)], stratum))
-    images = [(world.render(s), world.apply_effect(s, effect_id, rng('target', effect_id, seed, stratum, i))) for i, s in enumerate(scenes)]
-    return write_effect(folder, id=effect_id, category=' or '.join(e.categories), prompt=e.prompt, pairs=images, specs=scenes)
+    for i in range(pairs):
+        scenes.append(
+            world.draw_scene(rng('pair', effect_id, seed, stratum, i), e.categories[i % len(e.categories)], stratum)
+        )
+    images = [
+        (world.render(s), world.apply_effect(s, effect_id, rng('target', effect_id, seed, stratum, i)))
+        for i, s in enumerate(scenes)
+    ]
+    return write_effect(
+        folder, id=effect_id, category=' or '.join(e.categories), prompt=e.prompt, pairs=images, specs=scenes
+    )
 
 
 def write_world_general(folder, n: int, seed: int) -> list[tuple[Path, str]]:

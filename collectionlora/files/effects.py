@@ -27,11 +27,19 @@ log = logging.getLogger('collectionlora')
 
 # %% ../../nbs/files/effects.ipynb #9bb36466
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff')
-REFUSED = {'CMYK': 'inks (CMYK)', 'YCbCr': 'YCbCr', 'LAB': 'LAB', 'HSV': 'HSV', 'F': '32-bit floats', 'I': '32-bit integers'}
+REFUSED = {
+    'CMYK': 'inks (CMYK)',
+    'YCbCr': 'YCbCr',
+    'LAB': 'LAB',
+    'HSV': 'HSV',
+    'F': '32-bit floats',
+    'I': '32-bit integers',
+}
 
 
 def _transparent(image: Image.Image) -> bool:
-    if 'transparency' not in image.info and image.mode not in ('RGBA', 'LA', 'PA', 'La', 'RGBa'): return False
+    if 'transparency' not in image.info and image.mode not in ('RGBA', 'LA', 'PA', 'La', 'RGBa'):
+        return False
     return image.convert('RGBA').getchannel('A').getextrema()[0] < 255
 
 
@@ -41,10 +49,15 @@ def to_rgb(image: Image.Image, name) -> Image.Image:
     Grey, palette and fully opaque RGBA are converted and said so. Raises `UserError` for real transparency, CMYK and 16 or 32 bit."""
     mode = image.mode
     if mode in REFUSED or mode.startswith('I;16'):
-        raise UserError(f"{name}: holds {REFUSED.get(mode, '16-bit integers')}, which have no unique 8-bit RGB; convert it to RGB first")
+        raise UserError(
+            f'{name}: holds {REFUSED.get(mode, "16-bit integers")}, which have no unique 8-bit RGB; convert it to RGB first'
+        )
     if _transparent(image):
-        raise UserError(f"{name}: has transparent pixels, and only you know what belongs behind them; flatten it onto a background first")
-    if mode != 'RGB': log.warning('%s: converted from mode %s to RGB', name, mode)
+        raise UserError(
+            f'{name}: has transparent pixels, and only you know what belongs behind them; flatten it onto a background first'
+        )
+    if mode != 'RGB':
+        log.warning('%s: converted from mode %s to RGB', name, mode)
     return ImageOps.exif_transpose(image).convert('RGB')
 
 
@@ -54,10 +67,12 @@ def load_image(path) -> Image.Image:
         with Image.open(path) as image:
             image.load()
             return to_rgb(image, path)
-    except UserError: raise
-    except FileNotFoundError as e: raise UserError(f"{path}: no such file") from e
+    except UserError:
+        raise
+    except FileNotFoundError as e:
+        raise UserError(f'{path}: no such file') from e
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise UserError(f"{path}: cannot be read as an image ({e}); export it again") from e
+        raise UserError(f'{path}: cannot be read as an image ({e}); export it again') from e
 
 # %% ../../nbs/files/effects.ipynb #80455b56
 MANIFEST_KEYS = ('id', 'category', 'prompt', 'description', 'trigger')
@@ -66,6 +81,7 @@ MANIFEST_KEYS = ('id', 'category', 'prompt', 'description', 'trigger')
 @dataclass(frozen=True)
 class EffectSet:
     "One effect on disk: the manifest's fields, paired image paths in the order of their stems, and the folder."
+
     id: str
     category: str
     prompt: str
@@ -94,44 +110,62 @@ class EffectSet:
     @property
     def specs(self) -> tuple[Path | None, ...]:
         "Ground truth of each source (`spec/<stem>.json`), None where there is none."
-        paths = [self.folder/'spec'/f'{s}.json' for s in self.stems]
+        paths = [self.folder / 'spec' / f'{s}.json' for s in self.stems]
         return tuple(p if p.is_file() else None for p in paths)
 
     def wanted(self) -> tuple[Path, ...]:
         "The targets. Raises `UserError` if the effect came without a folder target/."
-        if not self.targets: raise UserError(f"{self.folder}: has no target/; give every source its target, or for comparing the targets that a teacher painted (`distill` leaves them in targets/{self.id})")
+        if not self.targets:
+            raise UserError(
+                f'{self.folder}: has no target/; give every source its target, or for comparing the targets that a teacher painted (`distill` leaves them in targets/{self.id})'
+            )
         return self.targets
 
-    def __len__(self): return len(self.sources)
+    def __len__(self):
+        return len(self.sources)
 
-    def __repr__(self): return f"EffectSet({self.id!r}, {self.category}, {len(self)} {'pairs' if self.targets else 'sources'}, {self.prompt!r})"
+    def __repr__(self):
+        return f'EffectSet({self.id!r}, {self.category}, {len(self)} {"pairs" if self.targets else "sources"}, {self.prompt!r})'
 
 # %% ../../nbs/files/effects.ipynb #08411f94
 def _read_manifest(path: Path) -> dict:
     "The checked fields of an `effect.yaml`."
-    if not path.is_file(): raise UserError(f"{path.parent}: has no effect.yaml; write one with the lines `id:`, `category:` and `prompt:`")
+    if not path.is_file():
+        raise UserError(f'{path.parent}: has no effect.yaml; write one with the lines `id:`, `category:` and `prompt:`')
     found = read_yaml(path)
     check_keys(found, MANIFEST_KEYS, str(path))
     for key in ('id', 'category', 'prompt'):
-        if key not in found: raise UserError(f"{path}: {key!r} is missing; add a line `{key}: ...`")
+        if key not in found:
+            raise UserError(f'{path}: {key!r} is missing; add a line `{key}: ...`')
     for key, value in found.items():
-        if value is None and key in ('description', 'trigger'): continue
-        if not isinstance(value, str): raise UserError(f"{path}: {key!r} must be text, got {value!r}; put it in quotes")
-        if not value.strip(): raise UserError(f"{path}: {key!r} is empty; " + ("give the instruction that the teacher is trained with"
-                                              if key == 'prompt' else "write it or remove the line"))
+        if value is None and key in ('description', 'trigger'):
+            continue
+        if not isinstance(value, str):
+            raise UserError(f'{path}: {key!r} must be text, got {value!r}; put it in quotes')
+        if not value.strip():
+            raise UserError(
+                f'{path}: {key!r} is empty; '
+                + (
+                    'give the instruction that the teacher is trained with'
+                    if key == 'prompt'
+                    else 'write it or remove the line'
+                )
+            )
     if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9_-]{0,63}', found['id']):
-        raise UserError(f"{path}: id {found['id']!r} becomes a file name; use letters, digits, - and _ (at most 64)")
+        raise UserError(f'{path}: id {found["id"]!r} becomes a file name; use letters, digits, - and _ (at most 64)')
     return {k: (found.get(k) or '').strip() or None for k in MANIFEST_KEYS}
 
 
 def _images_in(folder: Path) -> dict[str, Path]:
     "Stem -> image path, sorted; hidden files do not count."
-    if not folder.is_dir(): raise UserError(f"{folder}: no such folder; an effect has source/ and target/ with images of the same names")
+    if not folder.is_dir():
+        raise UserError(f'{folder}: no such folder; an effect has source/ and target/ with images of the same names')
     found = {}
     for p in sorted(p for p in folder.iterdir() if not p.name.startswith('.') and p.name != 'Thumbs.db'):
         if p.suffix.lower() not in IMAGE_SUFFIXES:
-            raise UserError(f"{p}: is not one of {', '.join(IMAGE_SUFFIXES)}; convert it or move it away")
-        if p.stem in found: raise UserError(f"{p}: {found[p.stem].name} has the same stem; keep one of the two")
+            raise UserError(f'{p}: is not one of {", ".join(IMAGE_SUFFIXES)}; convert it or move it away')
+        if p.stem in found:
+            raise UserError(f'{p}: {found[p.stem].name} has the same stem; keep one of the two')
         found[p.stem] = p
     return found
 
@@ -139,13 +173,17 @@ def _images_in(folder: Path) -> dict[str, Path]:
 def images_among(paths) -> list[Path]:
     "The pictures among `paths`, files or folders of them, each opened once. Raises `UserError` for what is none."
     found = [p for path in map(Path, paths) for p in (_images_in(path).values() if path.is_dir() else [path])]
-    for p in found: load_image(p)
+    for p in found:
+        load_image(p)
     return found
 
 
 def _check_pair(source: Path, target: Path) -> None:
     a, b = load_image(source).size, load_image(target).size
-    if a != b: raise UserError(f"{target}: is {b[0]}x{b[1]} but its source {source.name} is {a[0]}x{a[1]}; crop or resize one of them")
+    if a != b:
+        raise UserError(
+            f'{target}: is {b[0]}x{b[1]} but its source {source.name} is {a[0]}x{a[1]}; crop or resize one of them'
+        )
 
 
 def load_effect(folder) -> EffectSet:
@@ -154,19 +192,30 @@ def load_effect(folder) -> EffectSet:
 
     Raises `UserError` for a missing manifest, unknown or empty fields, unpaired names, unreadable images and unequal sizes of a pair."""
     folder = Path(folder)
-    if not folder.is_dir(): raise UserError(f"{folder}: no such folder; an effect is a folder with effect.yaml, source/ and target/")
-    fields = _read_manifest(folder/'effect.yaml')
-    sources, bare = _images_in(folder/'source'), not (folder/'target').exists()
-    targets = {} if bare else _images_in(folder/'target')
+    if not folder.is_dir():
+        raise UserError(f'{folder}: no such folder; an effect is a folder with effect.yaml, source/ and target/')
+    fields = _read_manifest(folder / 'effect.yaml')
+    sources, bare = _images_in(folder / 'source'), not (folder / 'target').exists()
+    targets = {} if bare else _images_in(folder / 'target')
     for have, lack, side in () if bare else ((sources, targets, 'target'), (targets, sources, 'source')):
         if alone := sorted(set(have) - set(lack)):
-            raise UserError(f"{have[alone[0]]}: has no partner {side}/{alone[0]}.png" +
-                            (f" (and {len(alone) - 1} more)" if len(alone) > 1 else '') + "; add it or remove this one")
-    if not sources: raise UserError(f"{folder/'source'}: holds no images; an effect needs pairs, about twenty of them")
-    for stem, p in sources.items(): load_image(p) if bare else _check_pair(p, targets[stem])
+            raise UserError(
+                f'{have[alone[0]]}: has no partner {side}/{alone[0]}.png'
+                + (f' (and {len(alone) - 1} more)' if len(alone) > 1 else '')
+                + '; add it or remove this one'
+            )
+    if not sources:
+        raise UserError(f'{folder / "source"}: holds no images; an effect needs pairs, about twenty of them')
+    for stem, p in sources.items():
+        load_image(p) if bare else _check_pair(p, targets[stem])
     files = [[s, sha256_file(p), *([] if bare else [sha256_file(targets[s])])] for s, p in sources.items()]
-    return EffectSet(**fields, sources=tuple(sources.values()), targets=tuple(targets[s] for s in sources if not bare),
-                     folder=folder, files_hash=sha256_json(files))
+    return EffectSet(
+        **fields,
+        sources=tuple(sources.values()),
+        targets=tuple(targets[s] for s in sources if not bare),
+        folder=folder,
+        files_hash=sha256_json(files),
+    )
 
 # %% ../../nbs/files/effects.ipynb #f8212cd5
 def check_unique(effects: Sequence[EffectSet]) -> None:
@@ -176,18 +225,28 @@ def check_unique(effects: Sequence[EffectSet]) -> None:
         for e in effects:
             key = (vars(e)[field] or '').lower()
             if key and key in seen:
-                raise UserError(f"{e.folder/'effect.yaml'}: {field} {vars(e)[field]!r} is also that of {seen[key].folder}; change one of them")
+                raise UserError(
+                    f'{e.folder / "effect.yaml"}: {field} {vars(e)[field]!r} is also that of {seen[key].folder}; change one of them'
+                )
             seen[key] = e
 
 
 def effect_folders(paths) -> list[Path]:
     "The effect folders among `paths`: each is one, or holds some (subfolders with effect.yaml or source/). Raises `UserError` where there is none."
-    is_effect = lambda p: (p/'effect.yaml').is_file() or (p/'source').is_dir()
+    is_effect = lambda p: (p / 'effect.yaml').is_file() or (p / 'source').is_dir()
     found = []
     for path in map(Path, paths):
-        if not path.is_dir(): raise UserError(f"{path}: no such folder; give an effect (a folder with effect.yaml, source/ and target/), or the folder that holds some")
-        here = [path] if is_effect(path) else sorted(p for p in path.iterdir() if not p.name.startswith('.') and is_effect(p))
-        if not here: raise UserError(f"{path}: holds no effects; each is a folder with effect.yaml, source/ and target/")
+        if not path.is_dir():
+            raise UserError(
+                f'{path}: no such folder; give an effect (a folder with effect.yaml, source/ and target/), or the folder that holds some'
+            )
+        here = (
+            [path]
+            if is_effect(path)
+            else sorted(p for p in path.iterdir() if not p.name.startswith('.') and is_effect(p))
+        )
+        if not here:
+            raise UserError(f'{path}: holds no effects; each is a folder with effect.yaml, source/ and target/')
         found += here
     return found
 
@@ -199,43 +258,59 @@ def load_effects(*paths) -> list[EffectSet]:
     return effects
 
 
-def write_effect(folder, *, id: str, category: str, prompt: str, pairs: Sequence[tuple], description: str | None = None,
-                 trigger: str | None = None, specs: Sequence[dict] | None = None, stems: Sequence[str] | None = None) -> EffectSet:
+def write_effect(
+    folder,
+    *,
+    id: str,
+    category: str,
+    prompt: str,
+    pairs: Sequence[tuple],
+    description: str | None = None,
+    trigger: str | None = None,
+    specs: Sequence[dict] | None = None,
+    stems: Sequence[str] | None = None,
+) -> EffectSet:
     """Writes an effect folder at once and reads it back, checked.
 
     pairs: (source, target), each an uint8 array [H, W, 3] or a PIL image; specs: ground truth per pair; stems: file names (0000, ...).
     An effect of the same id that lies there is replaced; anything else is left alone with a `UserError`."""
     folder, stems = Path(folder), list(stems or (f'{i:04d}' for i in range(len(pairs))))
-    if folder.exists() and not ((folder/'effect.yaml').is_file() and _read_manifest(folder/'effect.yaml')['id'] == id):
-        raise UserError(f"{folder}: exists and is not the effect {id!r}; choose another folder")
+    if folder.exists() and not (
+        (folder / 'effect.yaml').is_file() and _read_manifest(folder / 'effect.yaml')['id'] == id
+    ):
+        raise UserError(f'{folder}: exists and is not the effect {id!r}; choose another folder')
     part = folder.with_name(f'.{folder.name}.part')
     shutil.rmtree(part, ignore_errors=True)
-    for sub in ('source', 'target', *(['spec'] if specs else [])): (part/sub).mkdir(parents=True)
+    for sub in ('source', 'target', *(['spec'] if specs else [])):
+        (part / sub).mkdir(parents=True)
     for i, (stem, pair) in enumerate(zip(stems, pairs, strict=True)):
         for sub, image in zip(('source', 'target'), pair):
             image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-            image.save(part/sub/f'{stem}.png')
-        if specs: (part/'spec'/f'{stem}.json').write_text(json.dumps(specs[i]))
+            image.save(part / sub / f'{stem}.png')
+        if specs:
+            (part / 'spec' / f'{stem}.json').write_text(json.dumps(specs[i]))
     fields = dict(id=id, category=category, prompt=prompt, description=description, trigger=trigger)
-    write_yaml(part/'effect.yaml', {k: v for k, v in fields.items() if v is not None})
+    write_yaml(part / 'effect.yaml', {k: v for k, v in fields.items() if v is not None})
     return put_in_place(part, folder)
 
 
 def copy_source(part: Path, stem: str, source: Path, spec: Path | None) -> None:
     "A source and its ground truth, if there is one, into an effect folder being laid out, as `stem`."
-    shutil.copyfile(source, part/'source'/f'{stem}{source.suffix}')
-    if spec: shutil.copyfile(spec, part/'spec'/f'{stem}.json')
+    shutil.copyfile(source, part / 'source' / f'{stem}{source.suffix}')
+    if spec:
+        shutil.copyfile(spec, part / 'spec' / f'{stem}.json')
 
 
 def copy_manifest(part: Path, effect: EffectSet) -> None:
     "The effect's manifest into an effect folder being laid out."
-    write_yaml(part/'effect.yaml', {k: v for k in MANIFEST_KEYS if (v := vars(effect)[k])})
+    write_yaml(part / 'effect.yaml', {k: v for k in MANIFEST_KEYS if (v := vars(effect)[k])})
 
 
 def put_in_place(part: Path, folder: Path) -> EffectSet:
     "A finished effect folder, checked, in the place of whatever lies at `folder`."
     load_effect(part)
-    if folder.exists(): shutil.rmtree(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
     os.replace(part, folder)
     return load_effect(folder)
 
@@ -245,43 +320,54 @@ GENERAL_KEYS = ('image', 'prompt', 'spec')
 
 def _general_lines(folder) -> list[dict]:
     "The checked entries of a general folder's manifest.jsonl."
-    path = Path(folder)/'manifest.jsonl'
-    if not path.is_file(): raise UserError(f'{path}: no such file; a general folder has one line {{"image": ..., "prompt": ...}} per entry')
+    path = Path(folder) / 'manifest.jsonl'
+    if not path.is_file():
+        raise UserError(
+            f'{path}: no such file; a general folder has one line {{"image": ..., "prompt": ...}} per entry'
+        )
     entries = []
     for n, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
-        if not line.strip(): continue
-        try: entry = json.loads(line)
-        except ValueError as e: raise UserError(f"{path} line {n}: not valid JSON ({e})") from e
-        if not isinstance(entry, dict): raise UserError(f'{path} line {n}: must be {{"image": ..., "prompt": ...}}')
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as e:
+            raise UserError(f'{path} line {n}: not valid JSON ({e})') from e
+        if not isinstance(entry, dict):
+            raise UserError(f'{path} line {n}: must be {{"image": ..., "prompt": ...}}')
         check_keys(entry, GENERAL_KEYS, f'{path} line {n}')
         for key in ('image', 'prompt'):
-            if not (isinstance(entry.get(key), str) and entry[key].strip()): raise UserError(f"{path} line {n}: {key!r} is missing or empty; give it")
-        if not (Path(folder)/entry['image']).is_file(): raise UserError(f"{path} line {n}: image {entry['image']!r} does not exist")
+            if not (isinstance(entry.get(key), str) and entry[key].strip()):
+                raise UserError(f'{path} line {n}: {key!r} is missing or empty; give it')
+        if not (Path(folder) / entry['image']).is_file():
+            raise UserError(f'{path} line {n}: image {entry["image"]!r} does not exist')
         entries.append(entry)
-    if not entries: raise UserError(f"{path}: holds no entries; add one line per image")
+    if not entries:
+        raise UserError(f'{path}: holds no entries; add one line per image')
     return entries
 
 
 def load_general(folder) -> list[tuple[Path, str]]:
     "(image path, instruction) of every entry. Raises `UserError` with the line's number."
-    return [(Path(folder)/e['image'], e['prompt'].strip()) for e in _general_lines(folder)]
+    return [(Path(folder) / e['image'], e['prompt'].strip()) for e in _general_lines(folder)]
 
 
 def general_pictures(folder) -> dict[Path, dict | None]:
     "Every picture of a general folder once, in the manifest's order, with its ground truth, None where that is unknown. Raises as `load_general`."
-    return {Path(folder)/e['image']: e.get('spec') for e in _general_lines(folder)}
+    return {Path(folder) / e['image']: e.get('spec') for e in _general_lines(folder)}
 
 
 def write_general(folder, entries: Iterable[tuple]) -> list[tuple[Path, str]]:
     "Writes (image, prompt) or (image, prompt, spec) as a general folder; the manifest comes last, so half a folder is none."
     folder = Path(folder)
-    (folder/'images').mkdir(parents=True, exist_ok=True)
+    (folder / 'images').mkdir(parents=True, exist_ok=True)
     lines = []
     for i, (image, prompt, *spec) in enumerate(entries):
         image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-        image.save(folder/'images'/f'{i:05d}.png')
+        image.save(folder / 'images' / f'{i:05d}.png')
         lines.append({'image': f'images/{i:05d}.png', 'prompt': prompt, **({'spec': spec[0]} if spec else {})})
-    with replacing(folder/'manifest.jsonl') as part: part.write_text(''.join(json.dumps(e) + '\n' for e in lines))
+    with replacing(folder / 'manifest.jsonl') as part:
+        part.write_text(''.join(json.dumps(e) + '\n' for e in lines))
     return load_general(folder)
 
 # %% ../../nbs/files/effects.ipynb #ca4212cf
@@ -290,12 +376,16 @@ def borrow(effect: EffectSet, known: Mapping[Path, dict | None], n: int, seed: i
 
     Pictures whose ground truth is of another category do not fit; where fewer than `n` fit, all of them are lent."""
     fits = [p for p, s in known.items() if not s or s['category'] in effect.category.split(' or ')]
-    folder = Path(folder); part = folder.with_name(f'.{folder.name}.part')
+    folder = Path(folder)
+    part = folder.with_name(f'.{folder.name}.part')
     shutil.rmtree(part, ignore_errors=True)
-    for sub in ('source', *(['spec'] if any(effect.specs) else [])): (part/sub).mkdir(parents=True)
-    for stem, source, spec in zip(effect.stems, effect.sources, effect.specs): copy_source(part, stem, source, spec)
+    for sub in ('source', *(['spec'] if any(effect.specs) else [])):
+        (part / sub).mkdir(parents=True)
+    for stem, source, spec in zip(effect.stems, effect.sources, effect.specs):
+        copy_source(part, stem, source, spec)
     for k in sorted(rng('borrow', seed, effect.id).permutation(len(fits))[:n]):
-        shutil.copyfile(fits[k], part/'source'/f'general-{k:05d}{fits[k].suffix}')
-        if any(effect.specs) and known[fits[k]]: (part/'spec'/f'general-{k:05d}.json').write_text(json.dumps(known[fits[k]]))
+        shutil.copyfile(fits[k], part / 'source' / f'general-{k:05d}{fits[k].suffix}')
+        if any(effect.specs) and known[fits[k]]:
+            (part / 'spec' / f'general-{k:05d}.json').write_text(json.dumps(known[fits[k]]))
     copy_manifest(part, effect)
     return put_in_place(part, folder)

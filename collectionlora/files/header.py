@@ -19,15 +19,32 @@ from typing import Callable, Iterable, NamedTuple
 from ..core import check_keys, replacing, UserError
 
 # %% ../../nbs/files/header.ipynb #d15665f3
-MAX_HEADER = 3_000_000          # bytes of JSON
-MAX_PARTS = 200_000             # opening brackets and colons anywhere in it; a tensor has seven
-MAX_METADATA = 1_000_000        # bytes of metadata that we are willing to write
-ITEM = {'F64': 8, 'F32': 4, 'F16': 2, 'BF16': 2, 'I64': 8, 'I32': 4, 'I16': 2, 'I8': 1, 'U8': 1, 'U16': 2, 'U32': 4,
-        'U64': 8, 'BOOL': 1, 'F8_E4M3': 1, 'F8_E5M2': 1, 'F8_E8M0': 1}
+MAX_HEADER = 3_000_000  # bytes of JSON
+MAX_PARTS = 200_000  # opening brackets and colons anywhere in it; a tensor has seven
+MAX_METADATA = 1_000_000  # bytes of metadata that we are willing to write
+ITEM = {
+    'F64': 8,
+    'F32': 4,
+    'F16': 2,
+    'BF16': 2,
+    'I64': 8,
+    'I32': 4,
+    'I16': 2,
+    'I8': 1,
+    'U8': 1,
+    'U16': 2,
+    'U32': 4,
+    'U64': 8,
+    'BOOL': 1,
+    'F8_E4M3': 1,
+    'F8_E5M2': 1,
+    'F8_E8M0': 1,
+}
 
 
 class Entry(NamedTuple):
     "One tensor as the header describes it; `begin` and `end` count bytes from the start of the payload."
+
     dtype: str
     shape: tuple
     begin: int
@@ -36,6 +53,7 @@ class Entry(NamedTuple):
 
 class Table(NamedTuple):
     "A checked header: `metadata` str -> str, `tensors` name -> `Entry`, and `start`, the payload's offset in the file."
+
     metadata: dict
     tensors: dict
     start: int
@@ -59,7 +77,7 @@ def parse_json(text, where: str):
     try:
         text = text if isinstance(text, str) else text.decode('utf-8')
         out = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        if '\\ud' in text or '\\uD' in text:             # an escaped half of a surrogate pair is no character
+        if '\\ud' in text or '\\uD' in text:  # an escaped half of a surrogate pair is no character
             json.dumps(out, ensure_ascii=False).encode()
         return out
     except (ValueError, RecursionError) as e:
@@ -67,9 +85,11 @@ def parse_json(text, where: str):
 
 
 def _pickle_advice(path: Path) -> str:
-    return (f'{path} is a pickle, which can run any program when opened, so it is not read. On a machine you can afford to lose, run '
-            "`sd = torch.load(path, weights_only=True)`, take its LoRA dictionary (the official CollectionLoRA release keeps it under "
-            "'generator'), save it with safetensors.torch.save_file, and put its adapter_config.json in the same folder.")
+    return (
+        f'{path} is a pickle, which can run any program when opened, so it is not read. On a machine you can afford to lose, run '
+        '`sd = torch.load(path, weights_only=True)`, take its LoRA dictionary (the official CollectionLoRA release keeps it under '
+        "'generator'), save it with safetensors.torch.save_file, and put its adapter_config.json in the same folder."
+    )
 
 
 def _raw_header(path: Path) -> tuple[bytes, int]:
@@ -78,15 +98,22 @@ def _raw_header(path: Path) -> tuple[bytes, int]:
         size = path.stat().st_size
         with open(path, 'rb') as f:
             first = f.read(8)
-            if first[:2] in (b'PK', b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05') and path.suffix != '.safetensors' \
-                    or first[:4] == b'PK\x03\x04':
+            if (
+                first[:2] in (b'PK', b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05')
+                and path.suffix != '.safetensors'
+                or first[:4] == b'PK\x03\x04'
+            ):
                 raise UserError(_pickle_advice(path))
             if len(first) < 8:
-                raise UserError(f'{path} has {size} bytes and is too short for a safetensors file; copy or download it again.')
+                raise UserError(
+                    f'{path} has {size} bytes and is too short for a safetensors file; copy or download it again.'
+                )
             n = struct.unpack('<Q', first)[0]
             if n > MAX_HEADER or 8 + n > size:
-                raise UserError(f'{path} claims a header of {n} bytes (file: {size}, limit: {MAX_HEADER}); it is truncated, '
-                                'damaged, or not a safetensors file.')
+                raise UserError(
+                    f'{path} claims a header of {n} bytes (file: {size}, limit: {MAX_HEADER}); it is truncated, '
+                    'damaged, or not a safetensors file.'
+                )
             return f.read(n), size
     except OSError as e:
         raise UserError(f'{path} cannot be read: {e.strerror or e}.') from None
@@ -113,8 +140,10 @@ def _entry(path, name, e) -> Entry:
     if not _whole(shape) or not _whole(off) or len(off) != 2:
         raise UserError(f'{path}: shape and data_offsets of tensor {name[:120]!r} must be lists of whole numbers.')
     if math.prod(shape) * ITEM[dtype] != off[1] - off[0]:
-        raise UserError(f'{path}: tensor {name[:120]!r} of shape {shape} and dtype {dtype} needs {math.prod(shape) * ITEM[dtype]} bytes, '
-                        f'but its offsets span {off[1] - off[0]}; the header lies.')
+        raise UserError(
+            f'{path}: tensor {name[:120]!r} of shape {shape} and dtype {dtype} needs {math.prod(shape) * ITEM[dtype]} bytes, '
+            f'but its offsets span {off[1] - off[0]}; the header lies.'
+        )
     return Entry(dtype, tuple(shape), *off)
 
 
@@ -139,10 +168,14 @@ def read_table(path) -> Table:
     at = 0
     for name, e in sorted(tensors.items(), key=lambda item: item[1][2:]):
         if e.begin != at:
-            raise UserError(f'{path}: tensor {name[:120]!r} begins at byte {e.begin} where {at} was expected; offsets overlap or leave a hole.')
+            raise UserError(
+                f'{path}: tensor {name[:120]!r} begins at byte {e.begin} where {at} was expected; offsets overlap or leave a hole.'
+            )
         at = e.end
     if start + at != size:
-        raise UserError(f'{path} has {size} bytes but its header accounts for {start + at}; it is truncated or carries foreign data.')
+        raise UserError(
+            f'{path} has {size} bytes but its header accounts for {start + at}; it is truncated or carries foreign data.'
+        )
     return Table(meta, tensors, start)
 
 # %% ../../nbs/files/header.ipynb #bed9586e
@@ -150,7 +183,8 @@ SCHEMA_VERSION = '1.0'
 _text, _number, _sha = {'type': 'string'}, {'type': 'number'}, {'type': 'string', 'pattern': '^[0-9a-f]{64}$'}
 _strings = {'type': 'array', 'items': _text}
 EFFECT_SCHEMA = {
-    'type': 'object', 'required': ['id', 'category', 'trigger'],
+    'type': 'object',
+    'required': ['id', 'category', 'trigger'],
     'properties': {
         'id': {'type': 'string', 'minLength': 1, 'description': 'unique name used by effects() and edit()'},
         'category': {'type': 'string', 'minLength': 1, 'description': 'kind of subject the effect was trained on'},
@@ -158,25 +192,47 @@ EFFECT_SCHEMA = {
         'prompt': {**_text, 'description': 'the full student prompt'},
         'description': {**_text, 'description': 'what the effect looks like, in words'},
         'name': {'type': 'object', 'additionalProperties': _text, 'description': 'display names by language code'},
-        'teacher': {**_text, 'description': 'sha256 of the teacher LoRA'}, 'teacher_prompt': _text,
+        'teacher': {**_text, 'description': 'sha256 of the teacher LoRA'},
+        'teacher_prompt': _text,
         'strength': {**_number, 'description': 'default strength, 1 = as trained'},
         'metrics': {'type': 'object', 'additionalProperties': {'type': ['number', 'null']}},
-        'example_seed': {'type': 'integer'}, 'conflicts': _strings,
-        'thumbnail': {**_text, 'description': 'data URI of a small picture'}}}
+        'example_seed': {'type': 'integer'},
+        'conflicts': _strings,
+        'thumbnail': {**_text, 'description': 'data URI of a small picture'},
+    },
+}
 HEADER_SCHEMA = {
-    '$schema': 'https://json-schema.org/draft/2020-12/schema', 'title': 'CollectionLoRA file header, decoded', 'type': 'object',
+    '$schema': 'https://json-schema.org/draft/2020-12/schema',
+    'title': 'CollectionLoRA file header, decoded',
+    'type': 'object',
     'required': ['collectionlora.schema', 'collectionlora.payload_sha256'],
     'properties': {
         'collectionlora.schema': {'type': 'string', 'pattern': r'^[0-9]+\.[0-9]+$'},
         'collectionlora.effects': {'type': 'array', 'items': EFFECT_SCHEMA},
-        'collectionlora.sampling': {'type': 'object', 'properties': {
-            'steps': {'type': 'integer', 'minimum': 1}, 'shift': {'type': 'number', 'exclusiveMinimum': 0},
-            'times': {'type': 'array', 'items': {'type': 'number', 'minimum': 0, 'maximum': 1}, 'minItems': 1},
-            'cfg': _number, 'stochastic': {'type': 'boolean'}, 'scheduler': {'type': 'object'}}},
-        'collectionlora.base': {'type': 'object', 'properties': {'hash': _text, 'id': _text, 'repo': _text, 'revision': _text}},
+        'collectionlora.sampling': {
+            'type': 'object',
+            'properties': {
+                'steps': {'type': 'integer', 'minimum': 1},
+                'shift': {'type': 'number', 'exclusiveMinimum': 0},
+                'times': {'type': 'array', 'items': {'type': 'number', 'minimum': 0, 'maximum': 1}, 'minItems': 1},
+                'cfg': _number,
+                'stochastic': {'type': 'boolean'},
+                'scheduler': {'type': 'object'},
+            },
+        },
+        'collectionlora.base': {
+            'type': 'object',
+            'properties': {'hash': _text, 'id': _text, 'repo': _text, 'revision': _text},
+        },
         'collectionlora.train': {'type': 'object'},
-        'collectionlora.parents': {'type': 'array', 'items': {'type': 'object', 'required': ['sha256'], 'properties': {'sha256': _sha}}},
-        'collectionlora.payload_sha256': _sha, 'collectionlora.header_sha256': _sha}}
+        'collectionlora.parents': {
+            'type': 'array',
+            'items': {'type': 'object', 'required': ['sha256'], 'properties': {'sha256': _sha}},
+        },
+        'collectionlora.payload_sha256': _sha,
+        'collectionlora.header_sha256': _sha,
+    },
+}
 OWN = {k.removeprefix('collectionlora.') for k in HEADER_SCHEMA['properties']}
 
 
@@ -194,14 +250,23 @@ def decode_metadata(metadata: dict, where: str) -> dict:
         out[k] = metadata[k] if plain else parse_json(metadata[k], f'{where}: header field {k}')
     version = out.get('collectionlora.schema', SCHEMA_VERSION)
     if not version.replace('.', '', 1).isdecimal() or int(version.split('.')[0]) > int(SCHEMA_VERSION.split('.')[0]):
-        raise UserError(f'{where}: header field collectionlora.schema is {version[:40]!r}, this program reads up to {SCHEMA_VERSION}; '
-                        'upgrade collectionlora.')
+        raise UserError(
+            f'{where}: header field collectionlora.schema is {version[:40]!r}, this program reads up to {SCHEMA_VERSION}; '
+            'upgrade collectionlora.'
+        )
     for k in (f'collectionlora.{k}' for k in ('parents', 'sampling', 'base', 'train')):
         if k in out and (problem := violation(out[k], HEADER_SCHEMA['properties'][k], k)):
             raise UserError(f'{where}: header field {problem}.')
     effects = out.get('collectionlora.effects', [])
-    if not isinstance(effects, list) or not all(isinstance(e, dict) and all(isinstance(e.get(k), str) for k in ('id', 'category', 'trigger')) and isinstance(e.get('metrics', {}), dict) for e in effects):
-        raise UserError(f'{where}: header field collectionlora.effects must be a list of objects with id, category and trigger, and metrics that are an object.')
+    if not isinstance(effects, list) or not all(
+        isinstance(e, dict)
+        and all(isinstance(e.get(k), str) for k in ('id', 'category', 'trigger'))
+        and isinstance(e.get('metrics', {}), dict)
+        for e in effects
+    ):
+        raise UserError(
+            f'{where}: header field collectionlora.effects must be a list of objects with id, category and trigger, and metrics that are an object.'
+        )
     if len({e['id'] for e in effects}) != len(effects):
         raise UserError(f'{where}: two effects in the catalogue share one id.')
     return out
@@ -215,7 +280,15 @@ def catalogue(path) -> list[dict]:
     return header['collectionlora.effects']
 
 # %% ../../nbs/files/header.ipynb #76b7cfae
-_KINDS = {'object': dict, 'array': (list, tuple), 'string': str, 'integer': int, 'number': (int, float), 'boolean': bool, 'null': type(None)}
+_KINDS = {
+    'object': dict,
+    'array': (list, tuple),
+    'string': str,
+    'integer': int,
+    'number': (int, float),
+    'boolean': bool,
+    'null': type(None),
+}
 
 
 def _is_kind(value, kind: str) -> bool:
@@ -244,10 +317,16 @@ def violation(value, schema: dict, where: str) -> str | None:
 
 
 def _scalar_violation(value, schema, where):
-    if isinstance(value, str) and (len(value) < schema.get('minLength', 0) or not re.search(schema.get('pattern', ''), value)):
+    if isinstance(value, str) and (
+        len(value) < schema.get('minLength', 0) or not re.search(schema.get('pattern', ''), value)
+    ):
         return f'{where} is {value[:60]!r}, which does not have the required form'
     if isinstance(value, (int, float)):
-        low, high, above = schema.get('minimum', value), schema.get('maximum', value), schema.get('exclusiveMinimum', value - 1)
+        low, high, above = (
+            schema.get('minimum', value),
+            schema.get('maximum', value),
+            schema.get('exclusiveMinimum', value - 1),
+        )
         if not (low <= value <= high and value > above):
             return f'{where} is {value}, which is out of range'
 
@@ -264,13 +343,22 @@ def modelspec(header: dict) -> dict:
     "ModelSpec and `ss_*` fields that other programs display, derived from the `collectionlora.*` fields of a header."
     effects, sampling = header.get('collectionlora.effects') or [], header.get('collectionlora.sampling')
     triggers = [e['trigger'] for e in effects if e.get('trigger')]
-    shown = [t for i, t in enumerate(triggers) if len(', '.join(triggers[:i + 1])) <= 2000]
-    out = {'modelspec.sai_model_spec': '1.0.1', 'modelspec.architecture': 'Qwen-Image-Edit-Plus/lora', 'modelspec.implementation': 'diffusers',
-           'modelspec.title': effects[0]['id'] if len(effects) == 1 else f'Collection of {len(effects)} effects' if effects else None,
-           'modelspec.trigger_phrase': ', '.join(shown) or None, 'modelspec.usage_hint': usage_hint(sampling) if sampling else None,
-           'modelspec.merged_from': ', '.join(p['sha256'] for p in header.get('collectionlora.parents') or []) or None,
-           'modelspec.tags': ', '.join(sorted({e['category'] for e in effects})) or None,
-           'ss_tag_frequency': {'effects': dict.fromkeys(triggers, 1)} if triggers else None}
+    shown = [t for i, t in enumerate(triggers) if len(', '.join(triggers[: i + 1])) <= 2000]
+    out = {
+        'modelspec.sai_model_spec': '1.0.1',
+        'modelspec.architecture': 'Qwen-Image-Edit-Plus/lora',
+        'modelspec.implementation': 'diffusers',
+        'modelspec.title': effects[0]['id']
+        if len(effects) == 1
+        else f'Collection of {len(effects)} effects'
+        if effects
+        else None,
+        'modelspec.trigger_phrase': ', '.join(shown) or None,
+        'modelspec.usage_hint': usage_hint(sampling) if sampling else None,
+        'modelspec.merged_from': ', '.join(p['sha256'] for p in header.get('collectionlora.parents') or []) or None,
+        'modelspec.tags': ', '.join(sorted({e['category'] for e in effects})) or None,
+        'ss_tag_frequency': {'effects': dict.fromkeys(triggers, 1)} if triggers else None,
+    }
     return {k: v for k, v in out.items() if v is not None}
 
 # %% ../../nbs/files/header.ipynb #736edf14
@@ -283,11 +371,17 @@ def encode_metadata(header: dict) -> dict:
             if v is not None and (problem := violation(v, HEADER_SCHEMA['properties'][k], k)):
                 raise UserError(f'Header field {problem}.')
         if k == 'lora_adapter_metadata':
-            raise UserError('Header field lora_adapter_metadata must not be written: programs that read it scale folded weights again.')
+            raise UserError(
+                'Header field lora_adapter_metadata must not be written: programs that read it scale folded weights again.'
+            )
         if v is not None:
             plain = isinstance(v, str) and (not k.startswith('collectionlora.') or k.endswith(('.schema', '_sha256')))
-            out[k] = v if plain else json.dumps(v, ensure_ascii=False, sort_keys=True, separators=(',', ':'), allow_nan=False)
-    decode_metadata(out, 'the header to write')                      # what we could not read again is not written
+            out[k] = (
+                v
+                if plain
+                else json.dumps(v, ensure_ascii=False, sort_keys=True, separators=(',', ':'), allow_nan=False)
+            )
+    decode_metadata(out, 'the header to write')  # what we could not read again is not written
     return out
 
 
@@ -312,7 +406,9 @@ def write_table(path, tensors: Iterable[tuple[str, str, tuple, Callable]], metad
         table[name] = Entry(dtype, tuple(shape), at, at := at + math.prod(shape) * ITEM[dtype])
     meta = metadata | ({f'collectionlora.{k}_sha256': '0' * 64 for k in ('payload', 'header')} if sign else {})
     if sum(len(k.encode()) + len(v.encode()) for k, v in meta.items()) > MAX_METADATA:
-        raise UserError(f'{path}: the header metadata would exceed {MAX_METADATA} bytes; shorten descriptions or drop thumbnails.')
+        raise UserError(
+            f'{path}: the header metadata would exceed {MAX_METADATA} bytes; shorten descriptions or drop thumbnails.'
+        )
     start, payload = len(_pack(meta, table)), hashlib.sha256()
     with replacing(path) as temp:
         with open(temp, 'wb') as f:
@@ -346,10 +442,16 @@ def verify(path, table: Table | None = None, payload=True) -> bool:
     want = table.metadata.get('collectionlora.payload_sha256')
     if want is None:
         if any(k.startswith('collectionlora.') for k in table.metadata):
-            raise UserError(f'{path} carries a catalogue but no payload checksum; it was changed by another program or damaged.')
+            raise UserError(
+                f'{path} carries a catalogue but no payload checksum; it was changed by another program or damaged.'
+            )
         return False
     if header_digest(table.metadata, table.tensors) != table.metadata.get('collectionlora.header_sha256'):
-        raise UserError(f'{path}: the header does not match its checksum; it was edited or damaged after it was written.')
+        raise UserError(
+            f'{path}: the header does not match its checksum; it was edited or damaged after it was written.'
+        )
     if payload and file_sha256(path, table.start) != want:
-        raise UserError(f'{path}: the weights do not match the checksum in the header; copy or download the file again.')
+        raise UserError(
+            f'{path}: the weights do not match the checksum in the header; copy or download the file again.'
+        )
     return True

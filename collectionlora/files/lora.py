@@ -20,11 +20,30 @@ from typing import NamedTuple
 import torch
 
 from ..core import check_keys, replacing, UserError
-from .dialects import (
-    _bytes, check_config, config_scale, Dialect, FLAT_PREFIXES, FOREIGN_WIDTHS, group_keys, Lora, TOP)
-from .header import (
-    catalogue, decode_metadata, encode_metadata, file_sha256, modelspec, OWN, parse_json, read_table,
-    SCHEMA_VERSION, verify, write_table)
+from collectionlora.files.dialects import (
+    _bytes,
+    check_config,
+    config_scale,
+    Dialect,
+    FLAT_PREFIXES,
+    FOREIGN_WIDTHS,
+    group_keys,
+    Lora,
+    TOP,
+)
+from collectionlora.files.header import (
+    catalogue,
+    decode_metadata,
+    encode_metadata,
+    file_sha256,
+    modelspec,
+    OWN,
+    parse_json,
+    read_table,
+    SCHEMA_VERSION,
+    verify,
+    write_table,
+)
 
 # %% ../../nbs/files/lora.ipynb #b949cea7
 FLOATS = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
@@ -33,6 +52,7 @@ INTS = {'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'U8': torch.
 
 class Payload:
     "Tensors of a checked file as views of one private memory map; pages are read when a tensor is used."
+
     def __init__(self, path, table):
         self.table = table
         with open(path, 'rb') as f:
@@ -41,7 +61,9 @@ class Payload:
     def __getitem__(self, name) -> torch.Tensor:
         e = self.table.tensors[name]
         dtype = (FLOATS | INTS)[e.dtype]
-        return torch.frombuffer(self.map, dtype=dtype, count=math.prod(e.shape), offset=self.table.start + e.begin).view(e.shape)
+        return torch.frombuffer(
+            self.map, dtype=dtype, count=math.prod(e.shape), offset=self.table.start + e.begin
+        ).view(e.shape)
 
 
 def finite(t: torch.Tensor) -> bool:
@@ -51,7 +73,7 @@ def finite(t: torch.Tensor) -> bool:
 
 def power_of_two(s: float) -> bool:
     "Multiplying by such an s loses nothing in a binary float format (short of underflow)."
-    return math.frexp(abs(s))[0] == .5
+    return math.frexp(abs(s))[0] == 0.5
 
 
 def fold(t: torch.Tensor, scale: float, dtype=None) -> torch.Tensor:
@@ -60,16 +82,20 @@ def fold(t: torch.Tensor, scale: float, dtype=None) -> torch.Tensor:
         if scale == 1:
             return t
         dtype = t.dtype if power_of_two(scale) and t.dtype != torch.float16 else torch.float32
-    wide = torch.promote_types(t.dtype, torch.float32) if scale != 1 and not power_of_two(scale) else torch.promote_types(t.dtype, dtype)
+    wide = (
+        torch.promote_types(t.dtype, torch.float32)
+        if scale != 1 and not power_of_two(scale)
+        else torch.promote_types(t.dtype, dtype)
+    )
     if scale != 1 and wide == t.dtype:
-        return (t * scale).to(dtype)                     # one pass over the memory instead of two
+        return (t * scale).to(dtype)  # one pass over the memory instead of two
     out = t.to(wide, copy=True)
     return (out if scale == 1 else out.mul_(scale)).to(dtype)
 
 
 def halves(a: torch.Tensor, b: torch.Tensor, scale: float) -> tuple[float, float]:
     "What A and B are multiplied by when a module's scale is folded in: the smaller factor takes it all, B if they are equal."
-    return (scale, 1.) if a.numel() < b.numel() else (1., scale)
+    return (scale, 1.0) if a.numel() < b.numel() else (1.0, scale)
 
 # %% ../../nbs/files/lora.ipynb #399c1fcd
 def _check_shapes(tensors, groups, modules):
@@ -77,17 +103,25 @@ def _check_shapes(tensors, groups, modules):
         a, b = tensors[slot['A']], tensors[slot['B']]
         for key, e in ((slot['A'], a), (slot['B'], b)):
             if e.dtype not in FLOATS:
-                raise UserError(f'tensor {key} has dtype {e.dtype}; quantised or integer LoRA weights cannot be read exactly.')
+                raise UserError(
+                    f'tensor {key} has dtype {e.dtype}; quantised or integer LoRA weights cannot be read exactly.'
+                )
             if len(e.shape) != 2 or 0 in e.shape:
-                raise UserError(f'tensor {key} has shape {list(e.shape)}; a LoRA factor of a linear layer has two non-zero sizes.')
+                raise UserError(
+                    f'tensor {key} has shape {list(e.shape)}; a LoRA factor of a linear layer has two non-zero sizes.'
+                )
         want = tuple(modules[name]) if modules is not None else (a.shape[1], b.shape[0])
         if a.shape[0] != b.shape[1] or (a.shape[1], b.shape[0]) != want:
-            raise UserError(f'module {name}: A {list(a.shape)} and B {list(b.shape)} do not fit a layer with {want[0]} inputs and {want[1]} '
-                            'outputs; the LoRA was made for another base or its factors are mixed up.')
+            raise UserError(
+                f'module {name}: A {list(a.shape)} and B {list(b.shape)} do not fit a layer with {want[0]} inputs and {want[1]} '
+                'outputs; the LoRA was made for another base or its factors are mixed up.'
+            )
         if 'alpha' in slot:
             e = tensors[slot['alpha']]
             if math.prod(e.shape) != 1 or e.dtype not in FLOATS | INTS:
-                raise UserError(f"tensor {slot['alpha']} must be one number, its shape is {list(e.shape)} and its dtype {e.dtype}.")
+                raise UserError(
+                    f'tensor {slot["alpha"]} must be one number, its shape is {list(e.shape)} and its dtype {e.dtype}.'
+                )
 
 
 def _check_missing(groups, modules, allow_missing) -> list[str] | None:
@@ -99,18 +133,24 @@ def _check_missing(groups, modules, allow_missing) -> list[str] | None:
     patterns = ('*',) if allow_missing is True else tuple(allow_missing or ())
     hard = [m for m in missing if not any(fnmatch.fnmatchcase(m, p) for p in patterns)]
     if hard:
-        raise UserError(f'only {len(required) - len(missing)} of {len(required)} modules are present; the first missing one is {hard[0]}. Pass '
-                        f"allow_missing with patterns such as '*.{hard[0].split('.', 2)[-1]}' if the trainer leaves them out on purpose.")
+        raise UserError(
+            f'only {len(required) - len(missing)} of {len(required)} modules are present; the first missing one is {hard[0]}. Pass '
+            f"allow_missing with patterns such as '*.{hard[0].split('.', 2)[-1]}' if the trainer leaves them out on purpose."
+        )
     return missing if modules is not None else None
 
 
 def _check_base(header, base):
     said = header.get('collectionlora.base') or {}
     if base is not None and said.get('hash') not in (None, base):
-        raise UserError(f"it was made for the base {str(said.get('id', ''))[:60]!r} ({str(said['hash'])[:12]}), the base in use is {base[:12]}.")
+        raise UserError(
+            f'it was made for the base {str(said.get("id", ""))[:60]!r} ({str(said["hash"])[:12]}), the base in use is {base[:12]}.'
+        )
     arch = header.get('modelspec.architecture', 'qwen')
     if 'qwen' not in arch.lower():
-        raise UserError(f'its header field modelspec.architecture is {arch[:60]!r}; this LoRA was made for another model than Qwen-Image-Edit.')
+        raise UserError(
+            f'its header field modelspec.architecture is {arch[:60]!r}; this LoRA was made for another model than Qwen-Image-Edit.'
+        )
 
 # %% ../../nbs/files/lora.ipynb #a3bc4a7e
 CONFIG_NAMES = ('adapter_config.json', 'lora_config/adapter_config.json')
@@ -135,8 +175,14 @@ def guess_producer(dialect: Dialect, metadata: dict) -> str:
     if 'collectionlora.schema' in metadata:
         return 'collectionlora'
     text = ' '.join(metadata)[:20000].lower() + metadata.get('software', '')[:200].lower()
-    by_prefix = {'lora_unet_': 'kohya / musubi-tuner', 'base_model.model.': 'PEFT save_pretrained', 'lora_transformer_': 'OneTrainer',
-                 'model.base_model.model.': 'CollectionLoRA (official code)', 'lycoris_': 'LyCORIS', 'transformer.': 'diffusers / SimpleTuner'}
+    by_prefix = {
+        'lora_unet_': 'kohya / musubi-tuner',
+        'base_model.model.': 'PEFT save_pretrained',
+        'lora_transformer_': 'OneTrainer',
+        'model.base_model.model.': 'CollectionLoRA (official code)',
+        'lycoris_': 'LyCORIS',
+        'transformer.': 'diffusers / SimpleTuner',
+    }
     if 'toolkit' in text:
         return 'ai-toolkit'
     if dialect.prefix == 'diffusion_model.':
@@ -148,7 +194,10 @@ def guess_producer(dialect: Dialect, metadata: dict) -> str:
 def _configs(metadata, dialect, beside):
     if 'lora_adapter_metadata' in metadata:
         raw = parse_json(metadata['lora_adapter_metadata'], 'header field lora_adapter_metadata')
-        yield 'lora_adapter_metadata', check_config({k.removeprefix('transformer.'): v for k, v in raw.items()} if isinstance(raw, dict) else raw)
+        yield (
+            'lora_adapter_metadata',
+            check_config({k.removeprefix('transformer.'): v for k, v in raw.items()} if isinstance(raw, dict) else raw),
+        )
     if beside is not None and dialect.prefix in PEFT_PREFIXES + ('',) and not dialect.alpha:
         yield beside.name, check_config(parse_json(beside.read_bytes(), str(beside)))
 
@@ -166,18 +215,21 @@ def _scales(payload, groups, dialect, beside, alpha) -> tuple[dict, str]:
             raise UserError('alpha was given, but this file was written with its scale folded in; leave alpha out.')
         found['argument'] = {n: alpha / r for n, r in ranks.items()}
     if not found and dialect.prefix in PEFT_PREFIXES:
-        raise UserError('PEFT keeps alpha in adapter_config.json, which is not beside the file; put it there or pass alpha.')
-    source, scales = next(iter(found.items()), ('none, so alpha = rank', dict.fromkeys(groups, 1.)))
+        raise UserError(
+            'PEFT keeps alpha in adapter_config.json, which is not beside the file; put it there or pass alpha.'
+        )
+    source, scales = next(iter(found.items()), ('none, so alpha = rank', dict.fromkeys(groups, 1.0)))
     for n, s in scales.items():
         if not math.isfinite(s) or s == 0:
             raise UserError(f'module {n} has the scale {s}; alpha must be finite and not zero.')
         if any(not math.isclose(other[n], s, rel_tol=1e-6) for other in found.values()):
-            raise UserError(f"module {n}: {' and '.join(found)} give different scales; the file is ambiguous.")
+            raise UserError(f'module {n}: {" and ".join(found)} give different scales; the file is ambiguous.')
     return scales, source
 
 # %% ../../nbs/files/lora.ipynb #3185d279
 class Opened(NamedTuple):
     "A checked file: `factors` maps module -> (A, B) as stored (mapped), `scales` module -> s, `meta` as in `Lora`."
+
     factors: dict
     scales: dict
     meta: dict
@@ -209,8 +261,17 @@ def _open(path, modules=None, allow_missing=(), alpha=None, base=None, check=Tru
     except UserError as e:
         raise UserError(str(e) if str(path) in str(e) else f'{path}: {e}') from None
     dtypes = sorted({table.tensors[s[k]].dtype for s in groups.values() for k in 'AB'})
-    meta = dict(path=str(path), dialect=dialect.name, producer=guess_producer(dialect, table.metadata), family='qwen-image',
-                dtype='+'.join(dtypes), alpha=source, scales=scales, missing=missing, header=header)
+    meta = dict(
+        path=str(path),
+        dialect=dialect.name,
+        producer=guess_producer(dialect, table.metadata),
+        family='qwen-image',
+        dtype='+'.join(dtypes),
+        alpha=source,
+        scales=scales,
+        missing=missing,
+        header=header,
+    )
     return Opened(factors, scales, meta)
 
 
@@ -219,18 +280,35 @@ def _check_finite(factors: dict, opened: Opened) -> None:
     for name, ab in factors.items():
         if not all(map(finite, ab)):
             stored = all(map(finite, opened.factors[name]))
-            raise UserError(f"{opened.meta['path']}: module {name} " + (f'overflows when its scale {opened.scales[name]:g} is folded in.' if stored else 'contains NaN or infinite values.'))
+            raise UserError(
+                f'{opened.meta["path"]}: module {name} '
+                + (
+                    f'overflows when its scale {opened.scales[name]:g} is folded in.'
+                    if stored
+                    else 'contains NaN or infinite values.'
+                )
+            )
 
 
-def open_lora(path, modules: dict | None = None, allow_missing=(), alpha: float | None = None, base: str | None = None, check=True) -> Opened:
+def open_lora(
+    path, modules: dict | None = None, allow_missing=(), alpha: float | None = None, base: str | None = None, check=True
+) -> Opened:
     "All checks of `read_lora` (same arguments and errors) without converting anything."
     opened = _open(path, modules, allow_missing, alpha, base, check)
-    if check: _check_finite(opened.factors, opened)
+    if check:
+        _check_finite(opened.factors, opened)
     return opened
 
 
-def read_lora(path, modules: dict | None = None, allow_missing=(), alpha: float | None = None, base: str | None = None,
-              dtype=torch.float32, check=True) -> Lora:
+def read_lora(
+    path,
+    modules: dict | None = None,
+    allow_missing=(),
+    alpha: float | None = None,
+    base: str | None = None,
+    dtype=torch.float32,
+    check=True,
+) -> Lora:
     """Read a LoRA file or folder of any known dialect, exactly or not at all.
 
     `modules`: dotted name -> (in, out) of the base's LoRA-able layers (`Backbone.modules()`); None checks names against Qwen-Image's grammar only.
@@ -238,16 +316,25 @@ def read_lora(path, modules: dict | None = None, allow_missing=(), alpha: float 
     elsewhere. `base` is the hash of the base in use, compared with the header's. `dtype=None` keeps the file's numbers and maps them
     lazily. `check=False` skips the payload's checksum and the test for NaN. Every refusal is a `UserError` that names the file."""
     opened = _open(path, modules, allow_missing, alpha, base, check)
-    out = {n: tuple(fold(f, s, dtype) for f, s in zip(ab, halves(*ab, opened.scales[n]))) for n, ab in opened.factors.items()}
-    if check: _check_finite(out, opened)
+    out = {
+        n: tuple(fold(f, s, dtype) for f, s in zip(ab, halves(*ab, opened.scales[n])))
+        for n, ab in opened.factors.items()
+    }
+    if check:
+        _check_finite(out, opened)
     return Lora(out, opened.meta)
 
 # %% ../../nbs/files/lora.ipynb #3678dcd0
 _DTYPES = {torch.float32: 'F32', torch.bfloat16: 'BF16', torch.float16: 'F16'}
-DIALECTS = {'canonical': Dialect('diffusion_model.', 'lora_A/B', False), 'ai-toolkit': Dialect('diffusion_model.', 'lora_A/B', False),
-            'diffusers': Dialect('transformer.', 'lora_A/B', False), 'peft': Dialect('base_model.model.', 'lora_A/B', False),
-            'kohya': Dialect('lora_unet_', 'lora_down/up', True), 'diffsynth': Dialect('', 'lora_A/B.default', False),
-            'lightning': Dialect('', 'lora_down/up', True)}
+DIALECTS = {
+    'canonical': Dialect('diffusion_model.', 'lora_A/B', False),
+    'ai-toolkit': Dialect('diffusion_model.', 'lora_A/B', False),
+    'diffusers': Dialect('transformer.', 'lora_A/B', False),
+    'peft': Dialect('base_model.model.', 'lora_A/B', False),
+    'kohya': Dialect('lora_unet_', 'lora_down/up', True),
+    'diffsynth': Dialect('', 'lora_A/B.default', False),
+    'lightning': Dialect('', 'lora_down/up', True),
+}
 
 
 def key_names(dialect: Dialect, module: str) -> dict:
@@ -263,8 +350,10 @@ def _rows(factors, scales, dialect, dtype, alpha):
     for name, (a, b) in factors.items():
         r, keys = a.shape[0], key_names(dialect, name)
         if a.ndim != 2 or b.ndim != 2 or r != b.shape[1] or 0 in (*a.shape, *b.shape):
-            raise UserError(f'module {name} has factors of shape {list(a.shape)} and {list(b.shape)}; they must be [r, in] and [out, r].')
-        s = scales.get(name, 1.) * (r / alpha if dialect.alpha and alpha is not None else 1.)
+            raise UserError(
+                f'module {name} has factors of shape {list(a.shape)} and {list(b.shape)}; they must be [r, in] and [out, r].'
+            )
+        s = scales.get(name, 1.0) * (r / alpha if dialect.alpha and alpha is not None else 1.0)
         for part, t, k in zip('AB', (a, b), halves(a, b, s)):
             yield keys[part], _DTYPES[dtype], tuple(t.shape), lambda n=name, t=t, k=k: _finite_bytes(n, t, k, dtype)
         if dialect.alpha:
@@ -280,7 +369,10 @@ def _finite_bytes(name, t, scale, dtype):
 
 def _write(path, factors, scales, dialect, dtype, alpha, metadata, sign):
     if dtype not in _DTYPES or not factors:
-        raise UserError(f'{path}: ' + ('an empty LoRA cannot be written.' if not factors else f'LoRA files are not written in {dtype}.'))
+        raise UserError(
+            f'{path}: '
+            + ('an empty LoRA cannot be written.' if not factors else f'LoRA files are not written in {dtype}.')
+        )
     try:
         write_table(path, list(_rows(factors, scales, dialect, dtype, alpha)), metadata, sign=sign)
     except UserError as e:
@@ -288,8 +380,16 @@ def _write(path, factors, scales, dialect, dtype, alpha, metadata, sign):
 
 
 def _metadata(rank: int, header: dict) -> dict:
-    return encode_metadata({'format': 'pt', 'ss_network_dim': str(rank), 'ss_network_alpha': str(rank), 'collectionlora.schema': SCHEMA_VERSION}
-                           | modelspec(header) | header)
+    return encode_metadata(
+        {
+            'format': 'pt',
+            'ss_network_dim': str(rank),
+            'ss_network_alpha': str(rank),
+            'collectionlora.schema': SCHEMA_VERSION,
+        }
+        | modelspec(header)
+        | header
+    )
 
 
 def write_lora(path, lora: Lora, header: dict | None = None, dtype=torch.float32) -> str:
@@ -304,10 +404,12 @@ def write_lora(path, lora: Lora, header: dict | None = None, dtype=torch.float32
 # %% ../../nbs/files/lora.ipynb #dc03be85
 def _own_fields(header: dict) -> dict:
     "What a rewritten file keeps of a header: catalogue and descriptions in this version's schema, not the checksums and not what a newer version added."
-    known = lambda k: k.startswith('modelspec.') or k.removeprefix('collectionlora.') in OWN and k != 'collectionlora.schema'
+    known = lambda k: (
+        k.startswith('modelspec.') or k.removeprefix('collectionlora.') in OWN and k != 'collectionlora.schema'
+    )
     kept = {k: v for k, v in header.items() if known(k) and not k.endswith('_sha256')}
     ours = any(k.startswith('collectionlora.') for k in kept)
-    derived = modelspec(kept) if ours else {}                            # written anew from the catalogue; what an author put there stays
+    derived = modelspec(kept) if ours else {}  # written anew from the catalogue; what an author put there stays
     return {k: v for k, v in kept.items() if k not in derived or v != derived[k]}
 
 
@@ -318,16 +420,28 @@ def _check_target(target: Path, dialect: Dialect, folder: bool) -> None:
     if not folder and target.is_dir():
         raise UserError(f'{target} is a folder; name a file.')
     if not folder and not dialect.prefix and not dialect.alpha and (target.parent / 'adapter_config.json').is_file():
-        raise UserError(f'{target}: the adapter_config.json in this folder would be applied to the file; choose another folder.')
+        raise UserError(
+            f'{target}: the adapter_config.json in this folder would be applied to the file; choose another folder.'
+        )
 
 
-def convert(source, target, dialect='canonical', dtype=None, out_alpha: float | None = None, header: dict | None = None, **reading) -> dict:
+def convert(
+    source,
+    target,
+    dialect='canonical',
+    dtype=None,
+    out_alpha: float | None = None,
+    header: dict | None = None,
+    **reading,
+) -> dict:
     """Convert a LoRA between dialects; returns the report of what was read. `reading`: the arguments of `read_lora` that decide what is accepted.
     `dtype=None` picks the smallest exact format; `out_alpha` is the alpha to write where the dialect has one (default: the rank)."""
     check_keys([dialect], DIALECTS, 'LoRA dialects')
-    factors, scales, meta = _open(source, **reading)                      # numbers are checked as they are written
+    factors, scales, meta = _open(source, **reading)  # numbers are checked as they are written
     if dtype is None and 'F64' in meta['dtype']:
-        raise UserError(f"{meta['path']}: holds float64 numbers, which no format written here keeps; pass dtype=torch.float32 (--dtype float32) to round them.")
+        raise UserError(
+            f'{meta["path"]}: holds float64 numbers, which no format written here keeps; pass dtype=torch.float32 (--dtype float32) to round them.'
+        )
     shift = all(power_of_two(s) for s in scales.values())
     dtype = dtype or (torch.bfloat16 if meta['dtype'] == 'BF16' and shift and out_alpha is None else torch.float32)
     if out_alpha is not None and not 0 < out_alpha < math.inf:
@@ -339,11 +453,18 @@ def convert(source, target, dialect='canonical', dtype=None, out_alpha: float | 
         metadata = _metadata(rank, _own_fields(meta['header']) | (header or {}))
     else:
         kept = _own_fields(meta['header']) | (header or {})
-        sign = any(k.startswith('collectionlora.') for k in kept)             # a catalogue is signed in every dialect
-        metadata = encode_metadata({'format': 'pt'} | (modelspec(kept) if sign else {}) | kept | ({'collectionlora.schema': SCHEMA_VERSION} if sign else {}))
+        sign = any(k.startswith('collectionlora.') for k in kept)  # a catalogue is signed in every dialect
+        metadata = encode_metadata(
+            {'format': 'pt'}
+            | (modelspec(kept) if sign else {})
+            | kept
+            | ({'collectionlora.schema': SCHEMA_VERSION} if sign else {})
+        )
     content = factors, scales, DIALECTS[dialect], dtype, out_alpha, metadata, sign
     if dialect == 'peft':
-        with replacing(target / 'adapter_config.json') as part:      # takes its place only after the weights have taken theirs
+        with replacing(
+            target / 'adapter_config.json'
+        ) as part:  # takes its place only after the weights have taken theirs
             Path(part).write_text(json.dumps(peft_config(factors), indent=1))
             _write(target / 'adapter_model.safetensors', *content)
     else:
@@ -356,9 +477,22 @@ def peft_config(factors: dict) -> dict:
     ranks = {n: a.shape[0] for n, (a, _) in factors.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
     other = {n: k for n, k in ranks.items() if k != r}
-    return dict(peft_type='LORA', task_type=None, r=r, lora_alpha=r, rank_pattern=other, alpha_pattern=other, target_modules=sorted(ranks),
-                use_rslora=False, use_dora=False, bias='none', lora_dropout=0.0, init_lora_weights=True, inference_mode=True,
-                base_model_name_or_path=None)
+    return dict(
+        peft_type='LORA',
+        task_type=None,
+        r=r,
+        lora_alpha=r,
+        rank_pattern=other,
+        alpha_pattern=other,
+        target_modules=sorted(ranks),
+        use_rslora=False,
+        use_dora=False,
+        bias='none',
+        lora_dropout=0.0,
+        init_lora_weights=True,
+        inference_mode=True,
+        base_model_name_or_path=None,
+    )
 
 # %% ../../nbs/files/lora.ipynb #11978150
 def annotate(path, fields: dict) -> str:
@@ -379,11 +513,15 @@ def report(lora: Lora, norms=True) -> dict:
     "What a LoRA is: producer, dialect, modules, ranks, effective alpha/r, dtype, parameters, and the norm of every module's change."
     ranks = Counter(a.shape[0] for a, _ in lora.factors.values())
     scales = lora.meta.get('scales', {})
-    seen = sorted({round(s, 6) for s in scales.values()}) or [1.]
+    seen = sorted({round(s, 6) for s in scales.values()}) or [1.0]
     out = {k: lora.meta.get(k) for k in ('path', 'producer', 'dialect', 'family', 'dtype', 'alpha')}
-    out |= dict(modules=len(lora.factors), missing=None if (missing := lora.meta.get('missing', [])) is None else len(missing), ranks={str(r): n for r, n in sorted(ranks.items())},
-                scale=seen if len(seen) <= 8 else [seen[0], seen[-1]],
-                parameters=sum(a.numel() + b.numel() for a, b in lora.factors.values()))
+    out |= dict(
+        modules=len(lora.factors),
+        missing=None if (missing := lora.meta.get('missing', [])) is None else len(missing),
+        ranks={str(r): n for r, n in sorted(ranks.items())},
+        scale=seen if len(seen) <= 8 else [seen[0], seen[-1]],
+        parameters=sum(a.numel() + b.numel() for a, b in lora.factors.values()),
+    )
     if norms:
         out['norms'] = {n: delta_norm(a, b) for n, (a, b) in lora.factors.items()}
     return out

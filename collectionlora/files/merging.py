@@ -71,35 +71,56 @@ def compress_then_merge(As, Bs, weights, rank: int, rule: Callable = weighted_su
     return balanced(u @ ur @ x, s, v @ vr @ yt.T)
 
 # %% ../../nbs/files/merging.ipynb #be3c88bc
-RULES = {'sum': weighted_sum, 'ties': ties, 'dare_linear': dare_linear, 'dare_ties': dare_ties, 'magnitude_prune': magnitude_prune}
+RULES = {
+    'sum': weighted_sum,
+    'ties': ties,
+    'dare_linear': dare_linear,
+    'dare_ties': dare_ties,
+    'magnitude_prune': magnitude_prune,
+}
 
 
-def make_rule(name: str, density: float = .2, seed: int = 0) -> Callable:
+def make_rule(name: str, density: float = 0.2, seed: int = 0) -> Callable:
     "One of PEFT's merge rules as `rule(matrices, weights)`; `density` in (0, 1) is the share of entries kept."
     check_keys([name], RULES, 'merge rules')
     if name == 'sum':
         return weighted_sum
     if not 0 < density < 1:
-        raise UserError(f'density is {density}; it must lie between 0 and 1 (1 would prune nothing, use the method svd).')
+        raise UserError(
+            f'density is {density}; it must lie between 0 and 1 (1 would prune nothing, use the method svd).'
+        )
 
     def rule(ms, weights):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed % (1 << 63))
             return RULES[name](ms, torch.tensor(weights, dtype=ms[0].dtype), density)
+
     return rule
 
 # %% ../../nbs/files/merging.ipynb #8c11103c
-METHODS = {'cat': None, 'linear': None, 'svd': (core_merge, 'sum'), 'ties_svd': (dense_merge, 'ties'), 'dare_linear_svd': (dense_merge, 'dare_linear'),
-           'dare_ties_svd': (dense_merge, 'dare_ties'), 'magnitude_prune_svd': (dense_merge, 'magnitude_prune'), 'core_ties': (core_merge, 'ties'),
-           'core_dare_ties': (core_merge, 'dare_ties'), 'core_magnitude_prune': (core_merge, 'magnitude_prune'),
-           'ctm': (compress_then_merge, 'sum'), 'ctm_ties': (compress_then_merge, 'ties')}
+METHODS = {
+    'cat': None,
+    'linear': None,
+    'svd': (core_merge, 'sum'),
+    'ties_svd': (dense_merge, 'ties'),
+    'dare_linear_svd': (dense_merge, 'dare_linear'),
+    'dare_ties_svd': (dense_merge, 'dare_ties'),
+    'magnitude_prune_svd': (dense_merge, 'magnitude_prune'),
+    'core_ties': (core_merge, 'ties'),
+    'core_dare_ties': (core_merge, 'dare_ties'),
+    'core_magnitude_prune': (core_merge, 'magnitude_prune'),
+    'ctm': (compress_then_merge, 'sum'),
+    'ctm_ties': (compress_then_merge, 'ties'),
+}
 
 
-def merge(loras: list[Lora], method: str, weights=None, rank: int | None = None, density: float = .2, seed: int = 0) -> Lora:
+def merge(
+    loras: list[Lora], method: str, weights=None, rank: int | None = None, density: float = 0.2, seed: int = 0
+) -> Lora:
     """One LoRA from many without training. `method` is a key of `METHODS`; `weights` default to 1 each (all effects on); `rank` bounds the result's
     rank and is needed by every method but `cat` and `linear`. Raises `UserError` for unknown methods, mixed shapes and missing ranks."""
     check_keys([method], METHODS, 'merge methods')
-    weights = [1.] * len(loras) if weights is None else [float(w) for w in weights]
+    weights = [1.0] * len(loras) if weights is None else [float(w) for w in weights]
     if not loras or len(weights) != len(loras):
         raise UserError(f'merge got {len(loras)} LoRAs and {len(weights)} weights.')
     if METHODS[method] and (type(rank) is not int or rank < 1):
@@ -122,8 +143,8 @@ def merge(loras: list[Lora], method: str, weights=None, rank: int | None = None,
 # %% ../../nbs/files/merging.ipynb #bd5f3bbd
 def sum_error(merged: Lora, loras: list[Lora], weights=None) -> float:
     "Frobenius distance of a merge from the exact weighted sum, relative to the sum, over all modules."
-    weights = [1.] * len(loras) if weights is None else weights
-    off = true = 0.
+    weights = [1.0] * len(loras) if weights is None else weights
+    off = true = 0.0
     for name in merged.factors:
         have = [(w, l.factors[name]) for w, l in zip(weights, loras) if name in l.factors]
         a, b = concatenate(*zip(*(f for _, f in have)), [w for w, _ in have])
@@ -137,7 +158,9 @@ def inner(x: Lora, y: Lora) -> float:
     "Sum over common modules of <Delta W_x, Delta W_y>, from factors."
     common = x.factors.keys() & y.factors.keys()
     pairs = ((x.factors[n], y.factors[n]) for n in sorted(common))
-    return sum(float(((bx.T.double() @ by.double()) * (ax.double() @ ay.T.double())).sum()) for (ax, bx), (ay, by) in pairs)
+    return sum(
+        float(((bx.T.double() @ by.double()) * (ax.double() @ ay.T.double())).sum()) for (ax, bx), (ay, by) in pairs
+    )
 
 
 def cosines(loras: list[Lora]) -> torch.Tensor:
@@ -154,6 +177,7 @@ def switch(v_fns: list[Callable], times: list[float], every: int = 1) -> Callabl
     def v(x_t, t):
         step = int((grid - t.flatten()[0].to(grid)).abs().argmin())
         return v_fns[(step // every) % len(v_fns)](x_t, t)
+
     return v
 
 

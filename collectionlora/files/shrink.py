@@ -16,7 +16,7 @@ from .lora import _own_fields, delta_norm, read_lora, write_lora
 # %% ../../nbs/files/shrink.ipynb #ffe0236f
 def factor_svd(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Thin SVD of B A from its factors: U [out, m], S [m], V [in, m] with m = min(r, in, out)."
-    if a.shape[0] >= min(a.shape[1], b.shape[0]):        # the factors are not thin: the product is the smaller thing
+    if a.shape[0] >= min(a.shape[1], b.shape[0]):  # the factors are not thin: the product is the smaller thing
         u, s, vh = torch.linalg.svd(b.float() @ a.float(), full_matrices=False)
         return u, s, vh.T
     qa, ra = torch.linalg.qr(a.float().T)
@@ -35,17 +35,21 @@ def balanced(u, s, v) -> tuple[torch.Tensor, torch.Tensor]:
 def resize(lora: Lora, rank: int | None = None, energy: float | None = None) -> Lora:
     """The best smaller LoRA by factor SVD: at most `rank` per module, or the smallest rank per module that keeps the share `energy` in (0, 1] of the
     squared norm. Modules that are small enough stay as they are. `meta['kept']` holds the share of energy kept per module."""
-    if (rank is None) == (energy is None) or (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
+    if (
+        (rank is None) == (energy is None)
+        or (rank is not None and rank < 1)
+        or (energy is not None and not 0 < energy <= 1)
+    ):
         raise UserError('resize needs either a rank of at least 1 or an energy in (0, 1].')
     factors, kept = {}, {}
     for name, (a, b) in lora.factors.items():
-        factors[name], kept[name] = (a, b), 1.
+        factors[name], kept[name] = (a, b), 1.0
         if rank is not None and a.shape[0] <= rank:
             continue
         u, s, v = factor_svd(a, b)
         share = s.double().square().cumsum(0) / s.double().square().sum().clamp(min=1e-300)
         k = rank if rank is not None else min(len(s), 1 + int((share < energy - 1e-9).sum()))
-        kept[name] = float(share[k - 1]) if s[0] > 0 else 1.
+        kept[name] = float(share[k - 1]) if s[0] > 0 else 1.0
         if k < a.shape[0]:
             factors[name] = balanced(u[:, :k], s[:k], v[:, :k])
     return Lora(factors, lora.meta | {'kept': kept})
@@ -56,7 +60,7 @@ def rank_for(lora: Lora, energy: float) -> int:
     total = torch.zeros(max(lora.rank, 1), dtype=torch.float64)
     for a, b in lora.factors.values():
         s = factor_svd(a, b)[1].double().square()
-        total[:len(s)] += s
+        total[: len(s)] += s
     return min(len(total), 1 + int((total.cumsum(0) < (energy - 1e-9) * total.sum()).sum()))
 
 
@@ -66,8 +70,12 @@ def shrink(source, target, rank: int | None = None, energy: float | None = None,
     it, but not the metrics, which were the original's; the header names that, by sha256, as parent. `dtype=None` writes bfloat16 where the original
     has it, else float32. Raises `UserError` for a `rank` above the original's."""
     lora = read_lora(source, allow_missing=True)
-    if rank is not None and rank > lora.rank: raise UserError(f'{source}: has rank {lora.rank}, so rank {rank} would not make it smaller; give {lora.rank} or less.')
-    if mixed and energy is None: raise UserError('mixed ranks follow from an energy to keep; give energy instead of rank.')
+    if rank is not None and rank > lora.rank:
+        raise UserError(
+            f'{source}: has rank {lora.rank}, so rank {rank} would not make it smaller; give {lora.rank} or less.'
+        )
+    if mixed and energy is None:
+        raise UserError('mixed ranks follow from an energy to keep; give energy instead of rank.')
     asked = {'rank': rank} if energy is None else {'energy': energy, 'mixed': mixed}
     one = rank is None and energy is not None and 0 < energy <= 1 and not mixed
     small = resize(lora, *((rank_for(lora, energy), None) if one else (rank, energy)))
@@ -75,7 +83,11 @@ def shrink(source, target, rank: int | None = None, energy: float | None = None,
     kept = sum(delta_norm(*f) ** 2 for f in small.factors.values()) / max(total, 1e-300)
     parent = {'sha256': file_sha256(lora.meta['path']), 'energy_kept': round(kept, 6), **asked}
     whole = said.get('collectionlora.effects')
-    effects = {} if whole is None else {'collectionlora.effects': [{k: v for k, v in e.items() if k != 'metrics'} for e in whole]}
+    effects = (
+        {}
+        if whole is None
+        else {'collectionlora.effects': [{k: v for k, v in e.items() if k != 'metrics'} for e in whole]}
+    )
     header = said | effects | {'collectionlora.parents': [parent]}
     write_lora(target, small, header, dtype or (torch.bfloat16 if lora.meta['dtype'] == 'BF16' else torch.float32))
     return small

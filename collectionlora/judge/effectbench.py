@@ -19,76 +19,142 @@ from .evaluate import DRAWS
 from .gate import Item, laplacian_energy
 
 # %% ../../nbs/judge/effectbench.ipynb #198e2c18
-def _sha(picture): return hashlib.sha256(picture.tobytes()).hexdigest()
+def _sha(picture):
+    return hashlib.sha256(picture.tobytes()).hexdigest()
+
 
 VERSION = 3
-BENCH_SIZES = dict(toy=(8, 5), small=(20, 20), paper=(50, 100))      # effects, pictures per category
+BENCH_SIZES = dict(toy=(8, 5), small=(20, 20), paper=(50, 100))  # effects, pictures per category
+
 
 def bench_effects(n, seed=0):
     "The first n effects of the benchmark: families in turn, within a family by a seeded shuffle."
     families = {}
-    for e in world.EFFECTS.values(): families.setdefault(e.family, []).append(e.id)
+    for e in world.EFFECTS.values():
+        families.setdefault(e.family, []).append(e.id)
     dealt = [[str(x) for x in rng('effectbench family', seed, f).permutation(ids)] for f, ids in families.items()]
     return [ids[k] for k in range(max(map(len, dealt))) for ids in dealt if k < len(ids)][:n]
+
 
 def bench_scene(category, i, seed=0):
     "Subject number i of a category: every fifth is out of distribution, the others are held-out."
     return world.draw_scene(rng('effectbench subject', seed, category, i), category, 'ood' if i % 5 == 4 else 'heldout')
 
-def _drawn(category, i, seed): return _sha(world.render(bench_scene(category, i, seed)))
-def _target(id, category, seed): return _sha(world.apply_effect(bench_scene(category, 0, seed), id, rng('effectbench target', seed, id)))
+
+def _drawn(category, i, seed):
+    return _sha(world.render(bench_scene(category, i, seed)))
+
+
+def _target(id, category, seed):
+    return _sha(world.apply_effect(bench_scene(category, 0, seed), id, rng('effectbench target', seed, id)))
 
 # %% ../../nbs/judge/effectbench.ipynb #af627265
 def build(size='toy', seed=0):
     "The manifest of a size: JSON-able dict. Raises UserError on an unknown size."
-    if size not in BENCH_SIZES: raise UserError(f"effectbench: unknown size {size!r}; {nearest(size, BENCH_SIZES)}")
+    if size not in BENCH_SIZES:
+        raise UserError(f'effectbench: unknown size {size!r}; {nearest(size, BENCH_SIZES)}')
     n, pictures = BENCH_SIZES[size]
-    effects = [dict(id=e, category=world.CATEGORIES[k % 2], family=world.EFFECTS[e].family, prompt=world.EFFECTS[e].prompt, description=world.EFFECTS[e].description,
-                    operations=json.loads(json.dumps(world.EFFECTS[e].ops)), sha256=_target(e, world.CATEGORIES[k % 2], seed)) for k, e in enumerate(bench_effects(n, seed))]
-    images = {c: [dict(id=f'{c}-{i:03d}', stratum=bench_scene(c, i, seed)['stratum'], sha256=_drawn(c, i, seed)) for i in range(pictures)] for c in world.CATEGORIES}
-    content = dict(name='EffectBench-nano', version=VERSION, size=size, seed=seed, instructions=n*pictures, effects=effects, images=images)
+    effects = [
+        dict(
+            id=e,
+            category=world.CATEGORIES[k % 2],
+            family=world.EFFECTS[e].family,
+            prompt=world.EFFECTS[e].prompt,
+            description=world.EFFECTS[e].description,
+            operations=json.loads(json.dumps(world.EFFECTS[e].ops)),
+            sha256=_target(e, world.CATEGORIES[k % 2], seed),
+        )
+        for k, e in enumerate(bench_effects(n, seed))
+    ]
+    images = {
+        c: [
+            dict(id=f'{c}-{i:03d}', stratum=bench_scene(c, i, seed)['stratum'], sha256=_drawn(c, i, seed))
+            for i in range(pictures)
+        ]
+        for c in world.CATEGORIES
+    }
+    content = dict(
+        name='EffectBench-nano',
+        version=VERSION,
+        size=size,
+        seed=seed,
+        instructions=n * pictures,
+        effects=effects,
+        images=images,
+    )
     return content | dict(sha256=sha256_json(content))
+
 
 def shipped(size):
     "The manifest file of a size that comes with the package."
-    if size not in BENCH_SIZES: raise UserError(f"effectbench: unknown size {size!r}; {nearest(size, BENCH_SIZES)}")
-    return data_dir()/'effectbench'/f'{size}.json'
+    if size not in BENCH_SIZES:
+        raise UserError(f'effectbench: unknown size {size!r}; {nearest(size, BENCH_SIZES)}')
+    return data_dir() / 'effectbench' / f'{size}.json'
+
 
 def load(path):
     "The manifest in a file, or of a shipped size by its name. Raises UserError where it is not what its hash says."
     path = shipped(path) if str(path) in BENCH_SIZES else Path(path)
-    if not path.is_file(): raise UserError(f'{path}: no such manifest; give a file or one of {", ".join(BENCH_SIZES)}' + (f' ({hint})' if (hint := nearest(path.name, BENCH_SIZES)).startswith('did') else ''))
+    if not path.is_file():
+        raise UserError(
+            f'{path}: no such manifest; give a file or one of {", ".join(BENCH_SIZES)}'
+            + (f' ({hint})' if (hint := nearest(path.name, BENCH_SIZES)).startswith('did') else '')
+        )
     m = read_json(path)
-    if not isinstance(m, dict): raise UserError(f'{path}: holds a {type(m).__name__} and no manifest; write it again with effectbench.build')
+    if not isinstance(m, dict):
+        raise UserError(f'{path}: holds a {type(m).__name__} and no manifest; write it again with effectbench.build')
     content = {k: v for k, v in m.items() if k != 'sha256'}
-    if m.get('version') != VERSION: raise UserError(f"{path}: version {m.get('version')!r}; this program reads version {VERSION}")
-    if m.get('sha256') != sha256_json(content): raise UserError(f'{path}: sha256 does not match the content; write the manifest again with effectbench.build')
-    for e in m['effects']: world.get_effect(e['id'])
+    if m.get('version') != VERSION:
+        raise UserError(f'{path}: version {m.get("version")!r}; this program reads version {VERSION}')
+    if m.get('sha256') != sha256_json(content):
+        raise UserError(f'{path}: sha256 does not match the content; write the manifest again with effectbench.build')
+    for e in m['effects']:
+        world.get_effect(e['id'])
     return m
+
 
 def verify(manifest):
     "Draws every picture and one target per effect again; UserError names the first that differs. Returns how many were compared."
     seed = manifest['seed']
-    found = [(m, 'picture', _drawn(c, i, seed)) for c, images in manifest['images'].items() for i, m in enumerate(images)] + [(e, 'target of', _target(e['id'], e['category'], seed)) for e in manifest['effects']]
+    found = [
+        (m, 'picture', _drawn(c, i, seed)) for c, images in manifest['images'].items() for i, m in enumerate(images)
+    ] + [(e, 'target of', _target(e['id'], e['category'], seed)) for e in manifest['effects']]
     for m, what, sha in found:
-        if sha != m['sha256']: raise UserError(f"effectbench: {what} {m['id']} is drawn differently now than the manifest says; results on it are not comparable")
+        if sha != m['sha256']:
+            raise UserError(
+                f'effectbench: {what} {m["id"]} is drawn differently now than the manifest says; results on it are not comparable'
+            )
     return len(found)
 
 # %% ../../nbs/judge/effectbench.ipynb #431c5355
 def items(manifest, effects: Sequence[str] | None = None, images: int | None = None):
     "The benchmark's items in a fixed order; `effects` (ids) and `images` (per category) take a part of it."
-    out, seed = [], manifest['seed']; known = {e['id']: e for e in manifest['effects']}
+    out, seed = [], manifest['seed']
+    known = {e['id']: e for e in manifest['effects']}
     for id in effects or known:
-        if id not in known: raise UserError(f"effectbench: effect {id!r} is not in the manifest; {nearest(id, known)}")
+        if id not in known:
+            raise UserError(f'effectbench: effect {id!r} is not in the manifest; {nearest(id, known)}')
         c = known[id]['category']
         for i, m in enumerate(manifest['images'][c][:images]):
             s = bench_scene(c, i, seed)
             targets = [world.apply_effect(s, id, rng('effectbench target', seed, id, m['id'], k)) for k in range(DRAWS)]
-            out.append(Item(id, c, m['id'], seed, world.render(s), s, targets[0], float(np.mean([laplacian_energy(t) for t in targets]))))
+            out.append(
+                Item(
+                    id,
+                    c,
+                    m['id'],
+                    seed,
+                    world.render(s),
+                    s,
+                    targets[0],
+                    float(np.mean([laplacian_energy(t) for t in targets])),
+                )
+            )
     return out
 
 # %% ../../nbs/judge/effectbench.ipynb #335d2716
 def write_all(folder):
     "Writes the manifests of all sizes to a folder."
     for size in BENCH_SIZES:
-        Path(folder).mkdir(parents=True, exist_ok=True); write_json(Path(folder)/f'{size}.json', build(size))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_json(Path(folder) / f'{size}.json', build(size))

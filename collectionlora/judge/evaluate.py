@@ -27,20 +27,31 @@ from ..teachers import TeacherBank
 from ..use.edit import Collection, load_role, Output, Recipe
 
 # %% ../../nbs/judge/evaluate.ipynb #9dfef1ef
-DRAWS = 4          # true targets whose mean Laplacian energy is an item's unit of detail
+DRAWS = 4  # true targets whose mean Laplacian energy is an item's unit of detail
+
 
 def held_out(effects: Mapping[str, str], images: int, seed: int = 0, seeds: int = 1) -> list[Item]:
     "Items of effects {id: category, or 'animal or portrait'} on `images` unseen subjects per category, `seeds` noises each. UserError for effects that are not the world's."
     items = []
     for effect, category in [(e, c) for e, told in effects.items() for c in told.split(' or ')]:
         world.get_effect(effect)
-        if category not in world.CATEGORIES: raise UserError(f'effect {effect!r}: category {category!r} is not one of the world; {nearest(category, world.CATEGORIES)}')
+        if category not in world.CATEGORIES:
+            raise UserError(
+                f'effect {effect!r}: category {category!r} is not one of the world; {nearest(category, world.CATEGORIES)}'
+            )
         for i in range(images):
             spec = world.draw_scene(rng('held-out subject', seed, category, i), category, 'heldout')
-            targets = [world.apply_effect(spec, effect, rng('held-out target', seed, effect, category, i, k)) for k in range(DRAWS)]
+            targets = [
+                world.apply_effect(spec, effect, rng('held-out target', seed, effect, category, i, k))
+                for k in range(DRAWS)
+            ]
             energy = float(np.mean([laplacian_energy(t) for t in targets]))
-            items += [Item(effect, category, f'{category}-{i:03d}', k, world.render(spec), spec, targets[0], energy) for k in range(seeds)]
+            items += [
+                Item(effect, category, f'{category}-{i:03d}', k, world.render(spec), spec, targets[0], energy)
+                for k in range(seeds)
+            ]
     return items
+
 
 def in_world(effects: Iterable[str], sets: Sequence[EffectSet] = ()) -> bool:
     "Whether all effects are the world's own, so that its oracle can judge them. An own effect may share a name with one of them, so folders must hold the world's pictures."
@@ -49,21 +60,33 @@ def in_world(effects: Iterable[str], sets: Sequence[EffectSet] = ()) -> bool:
 # %% ../../nbs/judge/evaluate.ipynb #9263640e
 def references(items: Sequence[Item]) -> dict[str, list[np.ndarray]]:
     "Pictures of the three reference policies, in the order of items."
+
     def other(item: Item) -> str:
         "The next effect of the same category among the items, or of the world if there is no other."
         mine = list(dict.fromkeys(i.effect for i in items if i.category == item.category))
-        if len(mine) < 2: mine = [e for e, v in world.EFFECTS.items() if item.category in v.categories]
+        if len(mine) < 2:
+            mine = [e for e, v in world.EFFECTS.items() if item.category in v.categories]
         return mine[(mine.index(item.effect) + 1) % len(mine)]
-    def draw(item: Item, effect: str, why: str): return world.apply_effect(item.spec, effect, rng(why, item.effect, item.image, item.seed))
-    return {COPY: [i.source for i in items], CEILING: [draw(i, i.effect, 'ceiling') for i in items], FLOOR: [draw(i, other(i), 'floor') for i in items]}
+
+    def draw(item: Item, effect: str, why: str):
+        return world.apply_effect(item.spec, effect, rng(why, item.effect, item.image, item.seed))
+
+    return {
+        COPY: [i.source for i in items],
+        CEILING: [draw(i, i.effect, 'ceiling') for i in items],
+        FLOOR: [draw(i, other(i), 'floor') for i in items],
+    }
 
 # %% ../../nbs/judge/evaluate.ipynb #233084d5
 def round_trip(base: Base):
     "picture uint8 [H, W, 3] -> the same through the base's autoencoder and back."
+
     def through(picture: np.ndarray) -> np.ndarray:
         image = Image.fromarray(picture)
         return np.asarray(base.decode(base.encode_images([image]), base.grid(image))[0])
+
     return through
+
 
 def oracle_for(base: Base, effects: Sequence[str], **kw) -> world.Oracle:
     "The world's oracle for some effects, tolerant of what the base's autoencoder loses."
@@ -72,39 +95,84 @@ def oracle_for(base: Base, effects: Sequence[str], **kw) -> world.Oracle:
 # %% ../../nbs/judge/evaluate.ipynb #9fb07a94
 ALL = ('base', 'teacher', 'teacher_few', 'teacher_acc', 'fm_few', 'fm_acc', 'ours')
 
-def assemble(base: Base, collection: Collection, teachers: Mapping[str, str | Path] = {}, acceleration: str | Path = '', fm: str | Path = '', slow: Recipe = Recipe.ode(),
-             teacher_prompts: Mapping[str, str] = {}, wanted: Sequence[str] = (), fast: Recipe = Recipe.few()) -> dict[str, Method]:
+
+def assemble(
+    base: Base,
+    collection: Collection,
+    teachers: Mapping[str, str | Path] = {},
+    acceleration: str | Path = '',
+    fm: str | Path = '',
+    slow: Recipe = Recipe.ode(),
+    teacher_prompts: Mapping[str, str] = {},
+    wanted: Sequence[str] = (),
+    fast: Recipe = Recipe.few(),
+) -> dict[str, Method]:
     """short name -> Method for everything the files allow, or for `wanted`; teachers: effect id -> file; fast: the recipe of an acceleration LoRA whose header
     gives none. UserError for a wanted method without its files."""
     for name in wanted:
-        if name not in ALL: raise UserError(f'methods: unknown method {name!r}; {nearest(name, ALL)}')
+        if name not in ALL:
+            raise UserError(f'methods: unknown method {name!r}; {nearest(name, ALL)}')
     prompts = {id: teacher_prompts.get(id) or e.get('teacher_prompt') for id, e in collection.catalogue.items()}
     known = all(prompts.values())
     bank = TeacherBank(base.backbone, teachers) if teachers and known else None
-    acc = load_role(base, acceleration, 'acceleration', allow_missing=True) if acceleration else None      # Lightning leaves the modulation out
+    acc = (
+        load_role(base, acceleration, 'acceleration', allow_missing=True) if acceleration else None
+    )  # Lightning leaves the modulation out
     said = read_header(acceleration) if acceleration else {}
-    if 'collectionlora.sampling' in said: fast = Recipe.read(said, str(acceleration))
-    found = contestants(bank, acc, load_role(base, fm, 'fm') if fm else None, collection, prompts.get if known else None, collection.prompt, slow, fast)
+    if 'collectionlora.sampling' in said:
+        fast = Recipe.read(said, str(acceleration))
+    found = contestants(
+        bank,
+        acc,
+        load_role(base, fm, 'fm') if fm else None,
+        collection,
+        prompts.get if known else None,
+        collection.prompt,
+        slow,
+        fast,
+    )
     for name in wanted:
-        if name not in found: raise UserError(f'methods: {name!r} needs files that were not given (teachers, acceleration, fm) or teacher prompts; give them or leave it out')
+        if name not in found:
+            raise UserError(
+                f'methods: {name!r} needs files that were not given (teachers, acceleration, fm) or teacher prompts; give them or leave it out'
+            )
     return {name: found[name] for name in (wanted or found)}
 
-def file_sizes(methods: Mapping[str, Method], collection: str | Path, teachers: Mapping[str, str | Path] = {}, acceleration: str | Path = '', fm: str | Path = '') -> dict[str, int]:
+
+def file_sizes(
+    methods: Mapping[str, Method],
+    collection: str | Path,
+    teachers: Mapping[str, str | Path] = {},
+    acceleration: str | Path = '',
+    fm: str | Path = '',
+) -> dict[str, int]:
     "method -> bytes of LoRA files that a deployment has to keep for all effects."
     size = lambda *paths: sum(Path(p).stat().st_size for p in paths if p)
-    needs = dict(teacher=[*teachers.values()], teacher_few=[*teachers.values()], teacher_acc=[*teachers.values(), acceleration], fm_few=[fm], fm_acc=[fm, acceleration], ours=[collection])
+    needs = dict(
+        teacher=[*teachers.values()],
+        teacher_few=[*teachers.values()],
+        teacher_acc=[*teachers.values(), acceleration],
+        fm_few=[fm],
+        fm_acc=[fm, acceleration],
+        ours=[collection],
+    )
     return {m.name: size(*needs[k]) for k, m in methods.items() if k in needs}
 
 # %% ../../nbs/judge/evaluate.ipynb #6c040135
-def judge_all(shown: Mapping[str, tuple[Sequence, float, int]], items: Sequence[Item], oracle, run: str = '') -> list[Row]:
+def judge_all(
+    shown: Mapping[str, tuple[Sequence, float, int]], items: Sequence[Item], oracle, run: str = ''
+) -> list[Row]:
     "`metrics.judge` for methods {name: (outputs, seconds, nfe)}: rows of one method after the other, judged scene by scene, so that the oracle fits each effect on a scene once."
     rows = {name: [None] * len(items) for name in shown}
     for k in bar(sorted(range(len(items)), key=lambda k: items[k].image), desc='judging'):
-        for name, (outputs, seconds, nfe) in shown.items(): rows[name][k], = judge(name, [items[k]], [outputs[k]], oracle, seconds, nfe, run)
+        for name, (outputs, seconds, nfe) in shown.items():
+            (rows[name][k],) = judge(name, [items[k]], [outputs[k]], oracle, seconds, nfe, run)
     return [row for found in rows.values() for row in found]
 
 # %% ../../nbs/judge/evaluate.ipynb #9dab1ce9
-def evaluate(base: Base, methods: Mapping[str, Method], items: Sequence[Item], oracle, batch: int = 16, run: str = '') -> tuple[list[Row], dict[str, list[Output]]]:
+def evaluate(
+    base: Base, methods: Mapping[str, Method], items: Sequence[Item], oracle, batch: int = 16, run: str = ''
+) -> tuple[list[Row], dict[str, list[Output]]]:
     "(rows of all methods and of the reference policies, outputs by method name); the oracle should come from `oracle_for` the same base."
     made, shown = {}, {}
     for m in methods.values():
@@ -112,53 +180,106 @@ def evaluate(base: Base, methods: Mapping[str, Method], items: Sequence[Item], o
         shown[m.name] = [o.image for o in made[m.name]], seconds, m.nfe
     scale = references(items)
     scale[ENCODED] = [round_trip(base)(p) for p in scale[CEILING]]
-    return judge_all(shown | {name: (pictures, 0., 0) for name, pictures in scale.items()}, items, oracle, run), made
+    return judge_all(shown | {name: (pictures, 0.0, 0) for name, pictures in scale.items()}, items, oracle, run), made
 
 # %% ../../nbs/judge/evaluate.ipynb #86ca2b36
-NO_ORACLE = 'These effects have no known ground truth, so bad-case rate and subject score cannot be computed. Shown instead is the distance of each output to the effect\'s target pictures in latent space (a style distance; a picture\'s own target is left out): smaller is nearer, the unedited source is the floor, and the targets among themselves are the ceiling.'
+NO_ORACLE = "These effects have no known ground truth, so bad-case rate and subject score cannot be computed. Shown instead is the distance of each output to the effect's target pictures in latent space (a style distance; a picture's own target is left out): smaller is nearer, the unedited source is the floor, and the targets among themselves are the ceiling."
 
-def user_items(effects: Sequence[EffectSet], pictures: Sequence[str | Path] = (), images: int = 0, seeds: int = 1) -> list[Item]:
+
+def user_items(
+    effects: Sequence[EffectSet], pictures: Sequence[str | Path] = (), images: int = 0, seeds: int = 1
+) -> list[Item]:
     "Items on a user's new pictures, or, where there are none, on the effects' own sources (the first `images`; 0 = all)."
-    def some(paths): return list(paths)[:images or None]
-    return [Item(e.id, e.category, Path(p).stem, k, np.asarray(load_image(p))) for e in effects for p in some(pictures or e.sources) for k in range(seeds)]
+
+    def some(paths):
+        return list(paths)[: images or None]
+
+    return [
+        Item(e.id, e.category, Path(p).stem, k, np.asarray(load_image(p)))
+        for e in effects
+        for p in some(pictures or e.sources)
+        for k in range(seeds)
+    ]
+
 
 def _others(effect: EffectSet, targets: np.ndarray, stem: str) -> np.ndarray:
     "The descriptors [K, D] of an effect's targets without the one of the source `stem`; all if it is none of its own, or the only one."
     own = effect.stems.index(stem) if stem in effect.stems else None
     return targets if own is None or len(targets) == 1 else np.delete(targets, own, 0)
 
-def evaluate_sets(base: Base, methods: Mapping[str, Method], items: Sequence[Item], effects: Sequence[EffectSet], batch: int = 16) -> tuple[list[dict], dict[str, list[Output]]]:
+
+def evaluate_sets(
+    base: Base, methods: Mapping[str, Method], items: Sequence[Item], effects: Sequence[EffectSet], batch: int = 16
+) -> tuple[list[dict], dict[str, list[Output]]]:
     "([{method, effect, distance, floor, ceiling, n, seconds, nfe}], outputs by method name); where the ceiling is not below the floor the distances say nothing."
-    def encoded(image): return descriptor(base.encode_images([image])[0].cpu().numpy())
+
+    def encoded(image):
+        return descriptor(base.encode_images([image])[0].cpu().numpy())
+
     targets = {e.id: np.stack([encoded(load_image(p)) for p in e.wanted()]) for e in effects}
     sets = {e.id: e for e in effects}
-    def far(item, d): return set_distance(d, _others(sets[item.effect], targets[item.effect], item.image))
-    floors = {id: float(np.mean([far(i, encoded(Image.fromarray(i.source))) for i in items if i.effect == id])) for id in targets}
+
+    def far(item, d):
+        return set_distance(d, _others(sets[item.effect], targets[item.effect], item.image))
+
+    floors = {
+        id: float(np.mean([far(i, encoded(Image.fromarray(i.source))) for i in items if i.effect == id]))
+        for id in targets
+    }
     ceilings = {id: leave_one_out(t) for id, t in targets.items()}
     lines, made = [], {}
     for m in methods.values():
         made[m.name], seconds = run_method(base, m, items, batch)
         for id in targets:
-            d = [far(i, descriptor(o.latents.numpy())) for i, o in zip(items, made[m.name]) if i.effect == id and o.image is not None]
-            lines.append(dict(method=m.name, effect=id, distance=float(np.mean(d)) if d else None, floor=floors[id], ceiling=ceilings[id], n=len(d), seconds=seconds, nfe=m.nfe))
+            d = [
+                far(i, descriptor(o.latents.numpy()))
+                for i, o in zip(items, made[m.name])
+                if i.effect == id and o.image is not None
+            ]
+            lines.append(
+                dict(
+                    method=m.name,
+                    effect=id,
+                    distance=float(np.mean(d)) if d else None,
+                    floor=floors[id],
+                    ceiling=ceilings[id],
+                    n=len(d),
+                    seconds=seconds,
+                    nfe=m.nfe,
+                )
+            )
     return lines, made
 
 # %% ../../nbs/judge/evaluate.ipynb #775bd867
 @dataclass(frozen=True)
 class Measured:
     "What `measure` found: rows where the world's oracle judged, `distances` (see `evaluate_sets`) where it could not; items, and outputs by method name."
+
     judged: bool
     items: list[Item]
     rows: list[Row]
     distances: list[dict]
     made: dict[str, list[Output]]
 
-def measure(base: Base, methods: Mapping[str, Method], effects: Mapping[str, str], sets: Sequence[EffectSet] = (), pictures: Sequence[str | Path] = (),
-            images: int = 2, seeds: int = 1, seed: int = 0, batch: int = 16) -> Measured:
+
+def measure(
+    base: Base,
+    methods: Mapping[str, Method],
+    effects: Mapping[str, str],
+    sets: Sequence[EffectSet] = (),
+    pictures: Sequence[str | Path] = (),
+    images: int = 2,
+    seeds: int = 1,
+    seed: int = 0,
+    batch: int = 16,
+) -> Measured:
     """Methods on unseen subjects. effects: id -> category. Judged by the oracle if all effects, and folders where given, are the world's and no own pictures are;
     else by the distance to the folders' targets. UserError if there is neither an oracle nor a folder."""
     judged = in_world(effects, sets) and not pictures
-    if not judged and not sets: raise UserError('effects: some are not the miniature world\'s, so no oracle knows them; give their effect folders, whose targets the outputs are compared with')
+    if not judged and not sets:
+        raise UserError(
+            "effects: some are not the miniature world's, so no oracle knows them; give their effect folders, whose targets the outputs are compared with"
+        )
     items = held_out(effects, images, seed, seeds) if judged else user_items(sets, pictures, images, seeds)
     rows, made = evaluate(base, methods, items, oracle_for(base, list(effects)), batch) if judged else ([], {})
     distances, made = ([], made) if judged else evaluate_sets(base, methods, items, sets, batch)
@@ -168,20 +289,35 @@ def measure(base: Base, methods: Mapping[str, Method], effects: Mapping[str, str
 def save_pictures(folder: str | Path, items: Sequence[Item], made: Mapping[str, Sequence[Output]], keep: int) -> Path:
     "Writes source, true target and every method's picture of the first `keep` items of each effect; returns the index file."
     folder, index = Path(folder), []
-    columns = {'source': [i.source for i in items], 'target': [i.truth for i in items], **{name: [o.image for o in outputs] for name, outputs in made.items()}}
+    columns = {
+        'source': [i.source for i in items],
+        'target': [i.truth for i in items],
+        **{name: [o.image for o in outputs] for name, outputs in made.items()},
+    }
     seen: dict[str, int] = {}
     for k, item in enumerate(items):
-        if item.seed != items[0].seed or seen.setdefault(item.effect, 0) >= keep: continue
+        if item.seed != items[0].seed or seen.setdefault(item.effect, 0) >= keep:
+            continue
         seen[item.effect] += 1
         for c, (column, pictures) in enumerate(columns.items()):
-            if pictures[k] is None: continue
+            if pictures[k] is None:
+                continue
             file = f'{item.effect}-{item.image}-{c}.png'
-            with replacing(folder / file) as part: (pictures[k] if isinstance(pictures[k], Image.Image) else Image.fromarray(pictures[k])).save(part, 'PNG')
+            with replacing(folder / file) as part:
+                (pictures[k] if isinstance(pictures[k], Image.Image) else Image.fromarray(pictures[k])).save(
+                    part, 'PNG'
+                )
             index.append(dict(effect=item.effect, image=item.image, column=column, file=file))
-    write_json(folder / 'index.json', dict(columns=[c for c, p in columns.items() if any(v is not None for v in p)], pictures=index))
+    write_json(
+        folder / 'index.json',
+        dict(columns=[c for c, p in columns.items() if any(v is not None for v in p)], pictures=index),
+    )
     return folder / 'index.json'
+
 
 def read_pictures(index: str | Path) -> tuple[list[str], dict[tuple[str, str, str], Image.Image]]:
     "(columns, {(effect, image, column): picture}) of an index file."
     found = read_json(index)
-    return found['columns'], {(p['effect'], p['image'], p['column']): load_image(Path(index).parent / p['file']) for p in found['pictures']}
+    return found['columns'], {
+        (p['effect'], p['image'], p['column']): load_image(Path(index).parent / p['file']) for p in found['pictures']
+    }

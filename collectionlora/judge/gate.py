@@ -21,11 +21,13 @@ from ..core import check_keys, nearest, replacing, seed_of, UserError
 # %% ../../nbs/judge/gate.ipynb #03652f4c
 NONE = 'none'
 
+
 @dataclass(frozen=True)
 class Row:
     """One judged output. `subject` is in [0, 1]; `distance` >= 0; `laplacian` is output energy / true energy; NaN where unknown.
 
     Raises UserError when a value is outside its range or an invalid row claims to have been applied."""
+
     method: str
     effect: str
     category: str
@@ -43,9 +45,12 @@ class Row:
 
     def __post_init__(self):
         who = f'row of {self.method!r}, effect {self.effect!r}, image {self.image!r}'
-        if not 0 <= self.subject <= 1: raise UserError(f'{who}: field subject is {self.subject}, it must lie in [0, 1]')
-        if self.distance < 0: raise UserError(f'{who}: field distance is {self.distance}, it must not be negative')
-        if self.applied and not self.valid: raise UserError(f'{who}: an invalid output cannot count as applied; set applied to false')
+        if not 0 <= self.subject <= 1:
+            raise UserError(f'{who}: field subject is {self.subject}, it must lie in [0, 1]')
+        if self.distance < 0:
+            raise UserError(f'{who}: field distance is {self.distance}, it must not be negative')
+        if self.applied and not self.valid:
+            raise UserError(f'{who}: an invalid output cannot count as applied; set applied to false')
 
     @property
     def pair(self) -> tuple:
@@ -55,24 +60,33 @@ class Row:
 # %% ../../nbs/judge/gate.ipynb #37dd72c9
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     "Write rows as JSON lines (NaN as null); the file appears only when it is complete."
-    def clean(row): return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in asdict(row).items()}
-    with replacing(path) as tmp: Path(tmp).write_text(''.join(json.dumps(clean(r)) + '\n' for r in rows))
+
+    def clean(row):
+        return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in asdict(row).items()}
+
+    with replacing(path) as tmp:
+        Path(tmp).write_text(''.join(json.dumps(clean(r)) + '\n' for r in rows))
+
 
 def read_rows(path: str | Path) -> list[Row]:
     "Rows of a JSON lines file; UserError names file and line of anything that is no row."
     rows, names = [], [f.name for f in fields(Row)]
     for n, line in enumerate(Path(path).read_text().splitlines(), 1):
-        try: d = json.loads(line)
-        except json.JSONDecodeError as e: raise UserError(f'{path}, line {n}: not JSON ({e.msg}); delete the line or evaluate again') from None
+        try:
+            d = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise UserError(f'{path}, line {n}: not JSON ({e.msg}); delete the line or evaluate again') from None
         check_keys(d, names, f'{path}, line {n}')
-        try: rows.append(Row(**{k: float('nan') if v is None else v for k, v in d.items()}))
-        except TypeError as e: raise UserError(f'{path}, line {n}: {e}; evaluate again') from None
+        try:
+            rows.append(Row(**{k: float('nan') if v is None else v for k, v in d.items()}))
+        except TypeError as e:
+            raise UserError(f'{path}, line {n}: {e}; evaluate again') from None
     return rows
 
 # %% ../../nbs/judge/gate.ipynb #9f2f7160
 VALUES: dict[str, Callable[[Row], float | None]] = {
     'bcr': lambda r: float(not r.applied),
-    'score': lambda r: r.subject if r.applied else 0.,
+    'score': lambda r: r.subject if r.applied else 0.0,
     'kept': lambda r: r.subject if r.applied else None,
     'distance': lambda r: None if np.isnan(r.distance) else r.distance,
     'laplacian': lambda r: None if np.isnan(r.laplacian) else r.laplacian,
@@ -80,21 +94,25 @@ VALUES: dict[str, Callable[[Row], float | None]] = {
     'nfe': lambda r: float(r.nfe),
 }
 
+
 def defined(rows: Sequence[Row], value: str) -> list[tuple[Row, float]]:
     "[(row, value)] of one quantity over the valid rows in which it is defined."
     check_keys([value], VALUES, 'metrics')
     found = ((r, VALUES[value](r)) for r in rows if r.valid)
     return [(r, v) for r, v in found if v is not None]
 
+
 def numbers(rows: Sequence[Row], value: str) -> np.ndarray:
     "The defined values of one quantity, [n]."
     return np.array([v for _, v in defined(rows, value)], dtype=float)
 
+
 def gate(rows: Sequence[Row]) -> dict[str, float]:
     "BCR, score and mean subject given applied, from one gate over the valid rows; the identity between the three is asserted."
     bcr, score, kept = (numbers(rows, v) for v in ('bcr', 'score', 'kept'))
-    if not len(bcr): raise UserError('no valid row to score; see the field `valid` of the rows')
-    out = dict(bcr=bcr.mean(), score=score.mean(), kept=kept.mean() if len(kept) else 0.)
+    if not len(bcr):
+        raise UserError('no valid row to score; see the field `valid` of the rows')
+    out = dict(bcr=bcr.mean(), score=score.mean(), kept=kept.mean() if len(kept) else 0.0)
     assert abs(out['score'] - (1 - out['bcr']) * out['kept']) < 1e-9, out
     return {k: float(v) for k, v in out.items()}
 
@@ -105,24 +123,39 @@ def confusion(rows: Sequence[Row], effects: Sequence[str]) -> np.ndarray:
     out = np.zeros((len(effects), len(effects) + 1), dtype=int)
     for r in rows:
         for name in (r.effect, r.predicted):
-            if name not in columns: raise UserError(f'row of {r.method!r}: effect {name!r} is not among the columns; {nearest(name, columns)}')
-        if r.valid: out[columns[r.effect], columns[r.predicted]] += 1
+            if name not in columns:
+                raise UserError(
+                    f'row of {r.method!r}: effect {name!r} is not among the columns; {nearest(name, columns)}'
+                )
+        if r.valid:
+            out[columns[r.effect], columns[r.predicted]] += 1
     return out
+
 
 def bleed(matrix: np.ndarray) -> dict[str, float]:
     "Shares of a confusion matrix: right, bleed (another effect), none."
     n, right, none = matrix.sum(), np.trace(matrix[:, :-1]), matrix[:, -1].sum()
     return {k: float(v / max(n, 1)) for k, v in dict(right=right, bleed=n - right - none, none=none).items()}
 
+
 def plot_confusion(matrices: dict[str, np.ndarray], effects: Sequence[str]) -> Figure:
     "One row-normalised heat map per method, side by side."
-    k, size = len(matrices), .9 + .32 * len(effects)
+    k, size = len(matrices), 0.9 + 0.32 * len(effects)
     fig = Figure(figsize=(k * size + 1.4, size + 1.0), layout='constrained')
     for ax, (name, m) in zip(np.atleast_1d(fig.subplots(1, k, sharey=True)), matrices.items()):
         share = m / np.maximum(m.sum(1, keepdims=True), 1)
         ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
         for (y, x), v in np.ndenumerate(share):
-            if v >= .005: ax.text(x, y, f'{v:.0%}'.rstrip('%'), ha='center', va='center', fontsize=6, color='white' if v > .55 else '#222')
+            if v >= 0.005:
+                ax.text(
+                    x,
+                    y,
+                    f'{v:.0%}'.rstrip('%'),
+                    ha='center',
+                    va='center',
+                    fontsize=6,
+                    color='white' if v > 0.55 else '#222',
+                )
         ax.set_xticks(range(len(effects) + 1), [*effects, NONE], rotation=90, fontsize=7)
         ax.set_yticks(range(len(effects)), effects, fontsize=7)
         ax.set_title(name, fontsize=8)
@@ -133,12 +166,13 @@ def laplacian_energy(image: np.ndarray) -> float:
     "Mean squared 4-neighbour Laplacian over the interior of a uint8 image [H, W, 3], in units of the full range squared."
     x = np.asarray(image, dtype=np.float64) / 255
     inner = 4 * x[1:-1, 1:-1] - x[:-2, 1:-1] - x[2:, 1:-1] - x[1:-1, :-2] - x[1:-1, 2:]
-    return float((inner ** 2).mean())
+    return float((inner**2).mean())
 
 # %% ../../nbs/judge/gate.ipynb #43a182a6
 @dataclass(frozen=True)
 class Item:
     "One thing to make and judge; `source` and `truth` are uint8 [H, W, 3]; `spec`, `truth` and `energy` are None where no truth is known."
+
     effect: str
     category: str
     image: str
@@ -154,21 +188,57 @@ class Item:
         return seed_of('sample', self.effect, self.image, self.seed)
 
 # %% ../../nbs/judge/gate.ipynb #fd1b2bc6
-def judge(method: str, items: Sequence[Item], outputs: Sequence, oracle, seconds: float, nfe: int, run: str = '') -> list[Row]:
+def judge(
+    method: str, items: Sequence[Item], outputs: Sequence, oracle, seconds: float, nfe: int, run: str = ''
+) -> list[Row]:
     "Rows of one method: outputs (uint8 [H, W, 3], PIL, or None for invalid) in the order of items; seconds and nfe are per image."
-    if len(items) != len(outputs): raise UserError(f'{method}: {len(outputs)} outputs for {len(items)} items; every item needs one (None if it failed)')
+    if len(items) != len(outputs):
+        raise UserError(
+            f'{method}: {len(outputs)} outputs for {len(items)} items; every item needs one (None if it failed)'
+        )
     rows = []
     for item, out in zip(items, outputs):
-        if item.spec is None: raise UserError(f'image {item.image!r} has no known truth, so the oracle cannot judge it; use `set_distance` on the effect\'s targets')
-        d = dict(method=method, effect=item.effect, category=item.category, image=item.image, seed=item.seed, seconds=seconds, nfe=nfe, run=run)
+        if item.spec is None:
+            raise UserError(
+                f"image {item.image!r} has no known truth, so the oracle cannot judge it; use `set_distance` on the effect's targets"
+            )
+        d = dict(
+            method=method,
+            effect=item.effect,
+            category=item.category,
+            image=item.image,
+            seed=item.seed,
+            seconds=seconds,
+            nfe=nfe,
+            run=run,
+        )
         if out is None:
-            rows.append(Row(**d, predicted=NONE, applied=False, subject=0., distance=float('nan'), laplacian=float('nan'), valid=False))
+            rows.append(
+                Row(
+                    **d,
+                    predicted=NONE,
+                    applied=False,
+                    subject=0.0,
+                    distance=float('nan'),
+                    laplacian=float('nan'),
+                    valid=False,
+                )
+            )
             continue
         out = np.asarray(out)
         found = oracle.score(out, item.spec, item.effect)
-        rows.append(Row(**d, predicted=found['predicted'], applied=bool(found['applied']), subject=float(np.clip(found['subject'], 0, 1)),
-                        distance=float(found['distance']), laplacian=laplacian_energy(out) / item.energy if item.energy else float('nan')))
+        rows.append(
+            Row(
+                **d,
+                predicted=found['predicted'],
+                applied=bool(found['applied']),
+                subject=float(np.clip(found['subject'], 0, 1)),
+                distance=float(found['distance']),
+                laplacian=laplacian_energy(out) / item.energy if item.energy else float('nan'),
+            )
+        )
     return rows
+
 
 def bounds(rows: Sequence[Row]) -> tuple[float, float]:
     "BCR over *all* rows if every invalid output had been good, and if every one had been bad."
@@ -181,11 +251,15 @@ def descriptor(latents: np.ndarray) -> np.ndarray:
     x = np.asarray(latents, dtype=np.float64)
     return np.concatenate([x.mean(0), x.std(0)])
 
+
 def set_distance(x: np.ndarray, targets: np.ndarray) -> float:
     "Mean Euclidean distance of one descriptor [D] to those of the target set [K, D]."
     return float(np.linalg.norm(np.asarray(targets) - x, axis=1).mean())
 
+
 def leave_one_out(targets: np.ndarray) -> float:
     "Mean set distance of each target [K, D] to the others: what a perfect output could expect; NaN for K < 2."
     t = np.asarray(targets)
-    return float(np.mean([set_distance(t[i], np.delete(t, i, 0)) for i in range(len(t))])) if len(t) > 1 else float('nan')
+    return (
+        float(np.mean([set_distance(t[i], np.delete(t, i, 0)) for i in range(len(t))])) if len(t) > 1 else float('nan')
+    )

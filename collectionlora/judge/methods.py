@@ -21,6 +21,7 @@ from ..use.edit import Blend, Collection, generate, Output, Recipe
 class Method:
     """How one contestant edits: role(effect) -> role on the backbone, prompt(effect) -> instruction; `shared` if the role is the same for all effects,
     `passes` the number of roles that are asked in every step."""
+
     name: str
     role: Callable[[str], Role | Blend]
     prompt: Callable[[str], str]
@@ -33,11 +34,14 @@ class Method:
         "Evaluations of the transformer per picture."
         return self.recipe.nfe * self.passes
 
+
 def by_role(method: Method, items: Sequence) -> dict[str, list[int]]:
     "Which items a role of the method serves: all of them under '', or, if it is not shared, an effect's under its id."
     groups: dict[str, list[int]] = {}
-    for i, item in enumerate(items): groups.setdefault('' if method.shared else item.effect, []).append(i)
+    for i, item in enumerate(items):
+        groups.setdefault('' if method.shared else item.effect, []).append(i)
     return groups
+
 
 def run_method(base: Base, method: Method, items: Sequence, batch: int = 16) -> tuple[list[Output], float]:
     "(one Output per metrics.Item, seconds per image, everything from reading the picture to decoding included)."
@@ -45,24 +49,65 @@ def run_method(base: Base, method: Method, items: Sequence, batch: int = 16) -> 
     start = time.perf_counter()
     for effect, at in by_role(method, items).items():
         mine = [items[i] for i in at]
-        made = generate(base, method.role(mine[0].effect), [_picture(m.source) for m in mine], [method.prompt(m.effect) for m in mine], [m.noise for m in mine],
-                        method.recipe, batch=batch, desc=f'{method.name} {effect}'.strip())
-        for i, o in zip(at, made): out[i] = o
+        made = generate(
+            base,
+            method.role(mine[0].effect),
+            [_picture(m.source) for m in mine],
+            [method.prompt(m.effect) for m in mine],
+            [m.noise for m in mine],
+            method.recipe,
+            batch=batch,
+            desc=f'{method.name} {effect}'.strip(),
+        )
+        for i, o in zip(at, made):
+            out[i] = o
     return out, (time.perf_counter() - start) / max(len(items), 1)
 
-def _picture(source) -> Image.Image: return source if isinstance(source, Image.Image) else Image.fromarray(source)
 
-def contestants(bank=None, acceleration: str | None = None, fm: str | None = None, collection: Collection | None = None, teacher_prompt: Callable[[str], str] | None = None,
-                student: Callable[[str], str] | None = None, slow: Recipe = Recipe.ode(), fast: Recipe = Recipe.few(), plain: Recipe = Recipe.ode(8, guidance=1.)) -> dict[str, Method]:
+def _picture(source) -> Image.Image:
+    return source if isinstance(source, Image.Image) else Image.fromarray(source)
+
+
+def contestants(
+    bank=None,
+    acceleration: str | None = None,
+    fm: str | None = None,
+    collection: Collection | None = None,
+    teacher_prompt: Callable[[str], str] | None = None,
+    student: Callable[[str], str] | None = None,
+    slow: Recipe = Recipe.ode(),
+    fast: Recipe = Recipe.few(),
+    plain: Recipe = Recipe.ode(8, guidance=1.0),
+) -> dict[str, Method]:
     """The methods that the given parts allow, by short name: base, teacher, teacher_few, teacher_acc, fm_few, fm_acc, ours. `acceleration` and `fm` are roles on the backbone,
     `bank` a teachers.TeacherBank; prompts map an effect to its instruction; `slow` is the teachers' recipe, `fast` that of acceleration,
     `plain` what anybody can do without it: few steps of the same sampler and no guidance."""
     found = {}
-    if teacher_prompt: found['base'] = Method(f'base with the teacher\'s prompt, {slow.words}', lambda e: BASE, teacher_prompt, slow)
-    if bank is not None: found['teacher'] = Method(f'teacher, {slow.words}', bank.use, teacher_prompt, slow, shared=False)
-    if bank is not None: found['teacher_few'] = Method(f'teacher alone, {plain.words}', bank.use, teacher_prompt, plain, shared=False)
-    if bank is not None and acceleration: found['teacher_acc'] = Method(f'teacher + acceleration, {fast.words}', lambda e: bank.stack(e, acceleration), teacher_prompt, fast, shared=False)
-    if fm: found['fm_few'] = Method(f'all-in-one FM, {plain.words}', lambda e: fm, student, plain)
-    if fm and acceleration: found['fm_acc'] = Method(f'all-in-one FM + acceleration, {fast.words}', lambda e: (fm, acceleration), student, fast)
-    if collection is not None: found['ours'] = Method(f'ours, {collection.recipe.words}', lambda e: collection.role, student or collection.prompt, collection.recipe)
+    if teacher_prompt:
+        found['base'] = Method(f"base with the teacher's prompt, {slow.words}", lambda e: BASE, teacher_prompt, slow)
+    if bank is not None:
+        found['teacher'] = Method(f'teacher, {slow.words}', bank.use, teacher_prompt, slow, shared=False)
+    if bank is not None:
+        found['teacher_few'] = Method(f'teacher alone, {plain.words}', bank.use, teacher_prompt, plain, shared=False)
+    if bank is not None and acceleration:
+        found['teacher_acc'] = Method(
+            f'teacher + acceleration, {fast.words}',
+            lambda e: bank.stack(e, acceleration),
+            teacher_prompt,
+            fast,
+            shared=False,
+        )
+    if fm:
+        found['fm_few'] = Method(f'all-in-one FM, {plain.words}', lambda e: fm, student, plain)
+    if fm and acceleration:
+        found['fm_acc'] = Method(
+            f'all-in-one FM + acceleration, {fast.words}', lambda e: (fm, acceleration), student, fast
+        )
+    if collection is not None:
+        found['ours'] = Method(
+            f'ours, {collection.recipe.words}',
+            lambda e: collection.role,
+            student or collection.prompt,
+            collection.recipe,
+        )
     return found

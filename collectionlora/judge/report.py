@@ -30,26 +30,31 @@ def image_uri(image, limit: int = 512) -> str:
     image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
     image, buffer = image.convert('RGB'), io.BytesIO()
     kind = 'PNG' if max(image.size) <= 128 else 'JPEG'
-    if max(image.size) > limit: image.thumbnail((limit, limit))
+    if max(image.size) > limit:
+        image.thumbnail((limit, limit))
     image.save(buffer, kind, **(dict(optimize=True) if kind == 'PNG' else dict(quality=88)))
     return f'data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
 # %% ../../nbs/judge/report.ipynb #ba06b3a3
 INKS = ('#3b7dd8', '#e07b39', '#3a9d6e', '#b45bc4', '#c94f5d', '#8a8d3f', '#4aa3b5', '#7a6ad8')
 
+
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     "At most about `most` round numbers covering [low, high]; low == high gives that number alone."
-    if not high > low: return [low]
+    if not high > low:
+        return [low]
     raw = (high - low) / most
     unit = 10 ** math.floor(math.log10(raw))
-    step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw * .999)
+    step = next(m * unit for m in (1, 2, 5, 10) if m * unit >= raw * 0.999)
     return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
 
 def thin(points: Sequence[tuple[float, float]], most: int = 200) -> list[tuple[float, float]]:
     "Neighbouring points averaged until at most `most` remain."
     size = -(-len(points) // most) if points else 1
-    groups = [points[i:i + size] for i in range(0, len(points), size)]
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [tuple(float(v) for v in np.mean(g, axis=0)) for g in groups]
+
 
 def finite(v) -> bool:
     "True for a finite number."
@@ -60,83 +65,140 @@ def _path(points, sx, sy) -> str:
     "SVG path through finite points; a non-finite value lifts the pen."
     out, pen = [], 'M'
     for x, y in points:
-        if not finite(y): pen = 'M'; continue
+        if not finite(y):
+            pen = 'M'
+            continue
         out.append(f'{pen}{sx(x):.1f} {sy(y):.1f}')
         pen = 'L'
     return ' '.join(out)
 
-def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], title: str, width: int = 420, height: int = 220) -> str:
+
+def line_chart(
+    series: Mapping[str, Sequence[tuple[float, float]]], title: str, width: int = 420, height: int = 220
+) -> str:
     "SVG of named curves of (x, y) points; UserError when no value is finite."
     values = [(x, y) for points in series.values() for x, y in points if finite(y)]
-    if not values: raise UserError(f'chart {title!r}: no finite value in {sorted(series)}')
+    if not values:
+        raise UserError(f'chart {title!r}: no finite value in {sorted(series)}')
     (x0, x1), (y0, y1) = [(min(v), max(v)) for v in zip(*values)]
-    x1, y0, y1 = (x1 if x1 > x0 else x0 + 1), (y0 if y1 > y0 else y0 - .5), (y1 if y1 > y0 else y1 + .5)
+    x1, y0, y1 = (x1 if x1 > x0 else x0 + 1), (y0 if y1 > y0 else y0 - 0.5), (y1 if y1 > y0 else y1 + 0.5)
     per_line = 3
     legend = -(-len(series) // per_line) if len(series) > 1 else 0
     left, right, top, bottom, height = 52, width - 10, 28, height - 41, height - 15 + 15 * legend
-    def sx(x): return left + (x - x0) / (x1 - x0) * (right - left)
-    def sy(y): return bottom - (y - y0) / (y1 - y0) * (bottom - top)
-    out = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}"><text x="{left}" y="16" class="t">{html.escape(title)}</text>']
-    for y in ticks(y0, y1): out.append(f'<path d="M{left} {sy(y):.1f}H{right}" class="g"/><text x="{left - 6}" y="{sy(y) + 4:.1f}" class="l e">{y:g}</text>')
-    for x in ticks(x0, x1): out.append(f'<text x="{sx(x):.1f}" y="{bottom + 15}" class="l m">{x:g}</text>')
+
+    def sx(x):
+        return left + (x - x0) / (x1 - x0) * (right - left)
+
+    def sy(y):
+        return bottom - (y - y0) / (y1 - y0) * (bottom - top)
+
+    out = [
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}"><text x="{left}" y="16" class="t">{html.escape(title)}</text>'
+    ]
+    for y in ticks(y0, y1):
+        out.append(
+            f'<path d="M{left} {sy(y):.1f}H{right}" class="g"/><text x="{left - 6}" y="{sy(y) + 4:.1f}" class="l e">{y:g}</text>'
+        )
+    for x in ticks(x0, x1):
+        out.append(f'<text x="{sx(x):.1f}" y="{bottom + 15}" class="l m">{x:g}</text>')
     for k, (name, points) in enumerate(series.items()):
         ink = INKS[k % len(INKS)]
         out.append(f'<path d="{_path(thin(points), sx, sy)}" fill="none" stroke="{ink}" stroke-width="1.6"/>')
         if len(series) > 1:
             x, y = left + k % per_line * (right - left) / per_line, bottom + 33 + 15 * (k // per_line)
-            out.append(f'<path d="M{x:.0f} {y - 4}h12" stroke="{ink}" stroke-width="3"/><text x="{x + 16:.0f}" y="{y}" class="l">{html.escape(name)}</text>')
+            out.append(
+                f'<path d="M{x:.0f} {y - 4}h12" stroke="{ink}" stroke-width="3"/><text x="{x + 16:.0f}" y="{y}" class="l">{html.escape(name)}</text>'
+            )
     return ''.join(out) + '</svg>'
 
 # %% ../../nbs/judge/report.ipynb #277b2571
-UNSEEN = ('step', 'seconds', 'forward', 'gradient')      # of a history: bookkeeping, not monitors
+UNSEEN = ('step', 'seconds', 'forward', 'gradient')  # of a history: bookkeeping, not monitors
+
 
 def curves(history: Sequence[Mapping]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     "chart -> series -> [(step, value)] of a history: 'a_b' is series b of chart a; names seen fewer than twice are left out."
     out: dict[str, dict[str, list]] = {}
     for i, point in enumerate(history):
         for name, v in point.items():
-            if name in UNSEEN or isinstance(v, bool) or not (v is None or isinstance(v, (int, float))): continue
+            if name in UNSEEN or isinstance(v, bool) or not (v is None or isinstance(v, (int, float))):
+                continue
             chart, _, series = name.partition('_')
-            out.setdefault(chart, {}).setdefault(series or name, []).append((float(point.get('step', i)), float('nan') if v is None else float(v)))
+            out.setdefault(chart, {}).setdefault(series or name, []).append(
+                (float(point.get('step', i)), float('nan') if v is None else float(v))
+            )
     kept = {c: {s: p for s, p in series.items() if sum(finite(y) for _, y in p) > 1} for c, series in out.items()}
     return {c: s for c, s in kept.items() if s}
 
+
 def lists(metrics: Mapping) -> dict[str, list[tuple[float, float]]]:
     "name -> [(index, value)] of the metrics that are plain lists of at least two numbers."
-    plain = {k: v for k, v in metrics.items() if isinstance(v, list) and len(v) > 1 and all(x is None or (isinstance(x, (int, float)) and not isinstance(x, bool)) for x in v)}
+    plain = {
+        k: v
+        for k, v in metrics.items()
+        if isinstance(v, list)
+        and len(v) > 1
+        and all(x is None or (isinstance(x, (int, float)) and not isinstance(x, bool)) for x in v)
+    }
     return {k: [(float(i), float('nan') if x is None else float(x)) for i, x in enumerate(v)] for k, v in plain.items()}
 
 # %% ../../nbs/judge/report.ipynb #c1f690dc
 def show_bytes(n: int | None) -> str:
     "'1.3 MB'; '–' for None."
-    if n is None: return '–'
+    if n is None:
+        return '–'
     for unit in ('B', 'kB', 'MB', 'GB'):
-        if n < 1000 or unit == 'GB': return f'{n:.0f} {unit}' if unit == 'B' else f'{n:.1f} {unit}'
+        if n < 1000 or unit == 'GB':
+            return f'{n:.0f} {unit}' if unit == 'B' else f'{n:.1f} {unit}'
         n /= 1000
+
 
 def show_seconds(s: float) -> str:
     "'0.31 s', '12 s', '4 min 10 s', '2 h 05 min'."
-    if s < 10: return f'{s:.2g} s'
-    if s < 100: return f'{s:.0f} s'
-    if s < 3600: return f'{s // 60:.0f} min {s % 60:02.0f} s'
+    if s < 10:
+        return f'{s:.2g} s'
+    if s < 100:
+        return f'{s:.0f} s'
+    if s < 3600:
+        return f'{s // 60:.0f} min {s % 60:02.0f} s'
     return f'{s // 3600:.0f} h {s % 3600 // 60:02.0f} min'
 
+
 def _cell(e: Estimate, digits: int = 2, percent: bool = False) -> dict:
-    if e.n == 0: return dict(value='–', interval='')
+    if e.n == 0:
+        return dict(value='–', interval='')
     f = (lambda v: f'{100 * v:.0f} %') if percent else (lambda v: f'{v:.{digits}f}')
     return dict(value=f(e.value), interval=f'{f(e.low)} … {f(e.high)}')
 
-def main_table(rows: Sequence[Row], sizes: Mapping[str, int], seed: int = 0, references: Sequence[str] = REFERENCES) -> list[dict]:
+
+def main_table(
+    rows: Sequence[Row], sizes: Mapping[str, int], seed: int = 0, references: Sequence[str] = REFERENCES
+) -> list[dict]:
     "Display lines of `metrics.table`, contestants first; sizes: method -> bytes on disk."
     check_keys(sizes, by_method(rows), 'file sizes of the report')
     lines = []
     for s in table(rows, seed, references):
         ref = s['method'] in (*references, ENCODED)
-        lines.append(dict(method=s['method'], reference=ref, n=s['bcr'].n, effects=s['bcr'].effects, invalid=s['invalid'], how=s['bcr'].how,
-                          bcr=_cell(s['bcr'], percent=True), score=_cell(s['score']), kept=_cell(s['kept']), distance=_cell(s['distance'], 3),
-                          laplacian=_cell(s['laplacian']), bleed=f"{100 * s['bleed']:.0f} %", nfe='–' if ref else f"{s['nfe'].value:.0f}",
-                          size=show_bytes(sizes.get(s['method'])), seconds='–' if ref else show_seconds(s['seconds'].value)))
+        lines.append(
+            dict(
+                method=s['method'],
+                reference=ref,
+                n=s['bcr'].n,
+                effects=s['bcr'].effects,
+                invalid=s['invalid'],
+                how=s['bcr'].how,
+                bcr=_cell(s['bcr'], percent=True),
+                score=_cell(s['score']),
+                kept=_cell(s['kept']),
+                distance=_cell(s['distance'], 3),
+                laplacian=_cell(s['laplacian']),
+                bleed=f'{100 * s["bleed"]:.0f} %',
+                nfe='–' if ref else f'{s["nfe"].value:.0f}',
+                size=show_bytes(sizes.get(s['method'])),
+                seconds='–' if ref else show_seconds(s['seconds'].value),
+            )
+        )
     return sorted(lines, key=lambda l: l['reference'])
+
 
 def effect_table(rows: Sequence[Row], effects: Sequence[str], methods: Sequence[str]) -> list[dict]:
     "Per effect: bad cases k of n with Wilson's interval, for every method."
@@ -147,44 +209,77 @@ def effect_table(rows: Sequence[Row], effects: Sequence[str], methods: Sequence[
             mine = [r for r in groups[m] if r.effect == e and r.valid]
             k = sum(not r.applied for r in mine)
             lo, hi = wilson(k, len(mine)) if mine else (0, 1)
-            cells.append(dict(k=k, n=len(mine), share=k / max(len(mine), 1), low=f'{100 * lo:.0f}', high=f'{100 * hi:.0f}'))
+            cells.append(
+                dict(k=k, n=len(mine), share=k / max(len(mine), 1), low=f'{100 * lo:.0f}', high=f'{100 * hi:.0f}')
+            )
         out.append(dict(effect=e, cells=cells))
     return out
 
 # %% ../../nbs/judge/report.ipynb #c8d966ef
-PAPER_STEPS = 5000          # generator steps of the paper's 50-effect run
+PAPER_STEPS = 5000  # generator steps of the paper's 50-effect run
 
-def budget_words(effects: int, steps: int, batch: int, p_switch: float, teacher_steps: int, seeds: int = 1, full_steps: int | None = None) -> str:
+
+def budget_words(
+    effects: int,
+    steps: int,
+    batch: int,
+    p_switch: float,
+    teacher_steps: int,
+    seeds: int = 1,
+    full_steps: int | None = None,
+) -> str:
     "One sentence on the training budget; 'short' below `full_steps` (the headline run of this repository), or below the paper's steps if none is given."
     full = full_steps or PAPER_STEPS
     samples = steps * batch * p_switch / effects
     name = 'A short budget run' if steps < full else 'A full budget run'
     taught = f'{teacher_steps:,} steps for each teacher and ' if teacher_steps else ''
-    return (f'{name}: {effects} effects, {taught}{steps:,} generator steps of batch {batch}, which is about {samples:,.0f} samples per effect '
-            f'and {steps / PAPER_STEPS:.0%} of the {PAPER_STEPS:,} generator steps in the paper, with {seeds} training seed{"s" * (seeds > 1)}'
-            + (f'. The full budget is {full:,} generator steps, so read the numbers below as a demonstration, not as a result.' if steps < full else '.'))
+    return (
+        f'{name}: {effects} effects, {taught}{steps:,} generator steps of batch {batch}, which is about {samples:,.0f} samples per effect '
+        f'and {steps / PAPER_STEPS:.0%} of the {PAPER_STEPS:,} generator steps in the paper, with {seeds} training seed{"s" * (seeds > 1)}'
+        + (
+            f'. The full budget is {full:,} generator steps, so read the numbers below as a demonstration, not as a result.'
+            if steps < full
+            else '.'
+        )
+    )
+
 
 def budget_of(records: Mapping[str, Mapping], effects: int, seeds: int = 1, full_steps: int | None = None) -> str:
     "`budget_words` from run records named 'experiment/run': the distillation is the one that counted `steps_per_effect`, teachers are runs of `teacher`."
     main = next((r for r in records.values() if r['metrics'].get('steps_per_effect')), None)
-    if main is None: return 'The record of the distillation was not given, so this page cannot say on which budget the collection was trained.'
-    p, share = main['run']['parameters'], sum(main['metrics']['steps_per_effect'].values()) / main['run']['parameters']['steps']
+    if main is None:
+        return 'The record of the distillation was not given, so this page cannot say on which budget the collection was trained.'
+    p, share = (
+        main['run']['parameters'],
+        sum(main['metrics']['steps_per_effect'].values()) / main['run']['parameters']['steps'],
+    )
     taught = [r['run']['parameters']['steps'] for n, r in records.items() if n.startswith('teacher/')]
     return budget_words(effects, p['steps'], p['batch'], share, max(taught, default=0), seeds, full_steps)
+
 
 def name_of(record: Mapping, path: str | Path) -> str:
     "'experiment/run' of a record, from the command that made it, else from its path."
     command = (record['meta'].get('command') or '').removeprefix('run ')
     return command if command.count('/') == 1 and ' ' not in command else f'{Path(path).parent.name}/{Path(path).stem}'
 
-def verdict(c: Contrast, p: float, level: float = .05) -> str:
+
+def verdict(c: Contrast, p: float, level: float = 0.05) -> str:
     "One sentence on a BCR contrast by a fixed rule."
     size = f'{100 * c.difference:+.0f} points [{100 * c.low:+.0f}, {100 * c.high:+.0f}]'
     basis = f'{c.pairs} pairs in {c.effects} effects, Holm-adjusted {show_p(p)}'
     a = c.a[:1].upper() + c.a[1:]
-    if math.isnan(p): return f'{a} against {c.b}: {100 * c.difference:+.0f} points; one effect alone says nothing about others.'
-    if p < level: return f'{a} has {"fewer" if c.difference < 0 else "more"} bad cases than {c.b}: {size} ({basis}).'
-    return f'No difference in bad cases was found between {c.a} and {c.b}: {100 * c.difference:+.0f} points [{100 * c.low:+.0f}, {100 * c.high:+.0f}] ({basis}).' + (f' A true difference of about {100 * c.mde:.0f} points would have been found with 80 % power.' if finite(c.mde) else '')
+    if math.isnan(p):
+        return f'{a} against {c.b}: {100 * c.difference:+.0f} points; one effect alone says nothing about others.'
+    if p < level:
+        return f'{a} has {"fewer" if c.difference < 0 else "more"} bad cases than {c.b}: {size} ({basis}).'
+    return (
+        f'No difference in bad cases was found between {c.a} and {c.b}: {100 * c.difference:+.0f} points [{100 * c.low:+.0f}, {100 * c.high:+.0f}] ({basis}).'
+        + (
+            f' A true difference of about {100 * c.mde:.0f} points would have been found with 80 % power.'
+            if finite(c.mde)
+            else ''
+        )
+    )
 
 # %% ../../nbs/judge/report.ipynb #6fee6300
 def confusion_table(rows: Sequence[Row], effects: Sequence[str]) -> str:
@@ -192,15 +287,20 @@ def confusion_table(rows: Sequence[Row], effects: Sequence[str]) -> str:
     m = confusion(rows, effects)
     s, esc = bleed(m), html.escape
     head = ''.join(f'<th class="v"><span>{esc(e)}</span></th>' for e in [*effects, NONE])
-    out = [f'<table class="heat"><caption>{esc(rows[0].method)}: {s["right"]:.0%} recognised as asked (well done or not), {s["bleed"]:.0%} another effect, {s["none"]:.0%} none</caption><tr><th></th>{head}</tr>']
+    out = [
+        f'<table class="heat"><caption>{esc(rows[0].method)}: {s["right"]:.0%} recognised as asked (well done or not), {s["bleed"]:.0%} another effect, {s["none"]:.0%} none</caption><tr><th></th>{head}</tr>'
+    ]
     for e, line in zip(effects, m):
         total = max(line.sum(), 1)
-        cells = ''.join(f'<td style="--s:{v / total:.2f}" class="{"d" if name == e else ""}" title="asked {esc(e)}, seen {esc(name)}: {v} of {total}">{v or ""}</td>' for name, v in zip([*effects, NONE], line))
+        cells = ''.join(
+            f'<td style="--s:{v / total:.2f}" class="{"d" if name == e else ""}" title="asked {esc(e)}, seen {esc(name)}: {v} of {total}">{v or ""}</td>'
+            for name, v in zip([*effects, NONE], line)
+        )
         out.append(f'<tr><th>{esc(e)}</th>{cells}</tr>')
     return ''.join(out) + '</table>'
 
 # %% ../../nbs/judge/report.ipynb #adeeeb63
-STYLE = '''
+STYLE = """
 :root{color-scheme:light dark;--ink:#1d2330;--soft:#5c6678;--paper:#fbfaf7;--card:#fff;--line:#dfe2e8;--accent:59 125 216;--good:#2f8f63;--bad:#c0463f}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ef;--soft:#9aa4b5;--paper:#14171d;--card:#1c2028;--line:#323845;--accent:102 158 240;--good:#5cc593;--bad:#ef7f77}}
 *{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
@@ -218,10 +318,10 @@ h2{margin:3rem 0 .4rem;font-size:1.45rem;letter-spacing:-.01em}h3{margin:1.8rem 
 .heat th.v{height:6.6em;vertical-align:bottom;padding:0}.heat th.v span{writing-mode:vertical-rl;transform:rotate(180deg);white-space:nowrap}.heat td{width:1.9em;height:1.9em;text-align:center;font-size:.78rem;border:1px solid var(--line);background:rgb(var(--accent)/calc(var(--s)*.85))}.heat td.d{outline:1.5px solid var(--soft);outline-offset:-2px}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:1rem}.charts figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:12px;padding:.6rem}svg{width:100%;height:auto;color:var(--ink)}svg text{fill:currentColor}svg .t{font-size:13px;font-weight:600}svg .l{font-size:11px;opacity:.72}svg .e{text-anchor:end}svg .m{text-anchor:middle}svg .g{stroke:currentColor;opacity:.13}
 details{margin:.7rem 0}summary{cursor:pointer;color:rgb(var(--accent));font-weight:550}dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1.1rem;font-size:.9rem}dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}code{font-size:.88em;overflow-wrap:anywhere}footer{margin-top:3rem;color:var(--soft);font-size:.88rem}
-@media print{.scroll{overflow:visible}details{display:block}}'''
+@media print{.scroll{overflow:visible}details{display:block}}"""
 
 # %% ../../nbs/judge/report.ipynb #6453c4a3
-PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{{ title }}</title><style>{{ style|safe }}</style></head><body><main>
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{{ title }}</title><style>{{ style|safe }}</style></head><body><main>
 <header><h1>{{ title }}</h1><p class="soft">{{ lead }}</p><p class="budget">{{ budget }}</p></header>
 <div class="tiles">{% for l in lines if not l.reference %}<div class="tile{{ ' own' if l.method == own }}"><small>{{ l.method }}</small><b>{{ l.bcr.value }}</b><small>bad cases [{{ l.bcr.interval }}], n = {{ l.n }}<br>{{ l.nfe }} evaluations per image</small></div>{% endfor %}</div>
 {% if verdicts %}<section><h2>In short</h2><ul>{% for v in verdicts %}<li><p>{{ v }}</p></li>{% endfor %}</ul></section>{% endif %}
@@ -235,20 +335,27 @@ PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name=
 {% if charts %}<section><h2>Training</h2>{% for c in charts %}<h3>{{ c.name }}</h3><div class="charts">{% for s in c.svgs %}<figure>{{ s|safe }}</figure>{% endfor %}</div>{% endfor %}</section>{% endif %}
 {% if costs %}<section><h2>What it cost</h2><div class="scroll"><table class="main"><thead><tr><th>job<th>time<th>hardware</tr></thead>{% for c in costs %}<tr><td>{{ c.name }}<td>{{ c.seconds }}<td>{{ c.hardware }}</tr>{% endfor %}<tr class="own"><td>together<td>{{ total }}<td></tr></table></div></section>{% endif %}
 <section><h2>Where it comes from</h2>{% for r in provenance %}<details><summary>{{ r.name }}</summary><dl>{% for k, v in r.lines %}<dt>{{ k }}</dt><dd><code>{{ v }}</code></dd>{% endfor %}</dl></details>{% endfor %}</section>
-<footer>{% for n in notes %}<p>{{ n }}</p>{% endfor %}</footer></main></body></html>'''
+<footer>{% for n in notes %}<p>{{ n }}</p>{% endfor %}</footer></main></body></html>"""
 
 # %% ../../nbs/judge/report.ipynb #ae214373
 def provenance(name: str, record: Mapping) -> dict:
     "Display lines of one run record (see core.run_info)."
     run, meta = record['run'], record['meta']
-    commit = f"{(meta.get('commit') or 'unknown')[:12]}{' with uncommitted changes' if meta.get('dirty') else ''}"
+    commit = f'{(meta.get("commit") or "unknown")[:12]}{" with uncommitted changes" if meta.get("dirty") else ""}'
     lines = [('commit', commit), ('seed', run['seed']), ('command', meta.get('command'))]
     lines += [(f'hash of {k}', v) for k, v in run['inputs'].items()]
     lines += [(k, v) for k, v in run['parameters'].items()]
     lines += [('versions', ', '.join(f'{k} {v}' for k, v in meta.get('versions', {}).items()))]
     return dict(name=name, lines=[(k, str(v)) for k, v in lines if v not in (None, '')])
 
-def gallery(effects: Mapping[str, dict], pictures: Mapping[tuple[str, str, str], object], rows: Sequence[Row], columns: Sequence[str], images: Sequence[tuple[str, str]]) -> list[dict]:
+
+def gallery(
+    effects: Mapping[str, dict],
+    pictures: Mapping[tuple[str, str, str], object],
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    images: Sequence[tuple[str, str]],
+) -> list[dict]:
     "Per effect {effect, category, description, lines}: pictures[(effect, image, column)] with the judge's mark where a row of that method exists."
     marks = {(r.effect, r.image, r.method): r for r in rows}
     out = []
@@ -258,9 +365,27 @@ def gallery(effects: Mapping[str, dict], pictures: Mapping[tuple[str, str, str],
             line = []
             for c in columns:
                 p, r = pictures.get((e, image, c)), marks.get((e, image, c))
-                mark = '' if r is None else 'not finite' if not r.valid else '✓' if r.applied else '~ too far' if r.predicted == e else f'✗ {r.predicted}'
+                mark = (
+                    ''
+                    if r is None
+                    else 'not finite'
+                    if not r.valid
+                    else '✓'
+                    if r.applied
+                    else '~ too far'
+                    if r.predicted == e
+                    else f'✗ {r.predicted}'
+                )
                 smooth = p is not None and max(p.size if isinstance(p, Image.Image) else np.shape(p)) > 128
-                line.append(dict(method=c, uri=None if p is None else image_uri(p), smooth=smooth, mark=mark, good='ok' if r is not None and r.applied else 'no'))
+                line.append(
+                    dict(
+                        method=c,
+                        uri=None if p is None else image_uri(p),
+                        smooth=smooth,
+                        mark=mark,
+                        good='ok' if r is not None and r.applied else 'no',
+                    )
+                )
             lines.append(line)
         out.append(dict(effect=e, category=about['category'], description=about['description'], lines=lines))
     return out
@@ -272,20 +397,33 @@ def charts_of(records: Mapping[str, Mapping]) -> list[dict]:
     for name, r in records.items():
         experiment, _, run = name.partition('/')
         charts = blocks.setdefault(experiment, {})
-        for metric, points in lists(r['metrics']).items(): charts.setdefault(metric, {})[run or metric] = points
-        for chart, series in curves(r['metrics'].get('history') or []).items(): charts[f'{chart} ({run})' if chart in charts else chart] = series
-    found = {e: {c: {n: p for n, p in s.items() if any(finite(y) for _, y in p)} for c, s in charts.items()} for e, charts in blocks.items()}
-    return [dict(name=e, svgs=[line_chart(s, c) for c, s in charts.items() if s]) for e, charts in found.items() if any(charts.values())]
+        for metric, points in lists(r['metrics']).items():
+            charts.setdefault(metric, {})[run or metric] = points
+        for chart, series in curves(r['metrics'].get('history') or []).items():
+            charts[f'{chart} ({run})' if chart in charts else chart] = series
+    found = {
+        e: {c: {n: p for n, p in s.items() if any(finite(y) for _, y in p)} for c, s in charts.items()}
+        for e, charts in blocks.items()
+    }
+    return [
+        dict(name=e, svgs=[line_chart(s, c) for c, s in charts.items() if s])
+        for e, charts in found.items()
+        if any(charts.values())
+    ]
+
 
 def costs_of(records: Mapping[str, Mapping]) -> tuple[list[dict], str]:
     "Display lines and the total of `cost.seconds`."
+
     def where(r):
         h = r['meta'].get('hardware', {})
         gpus = h.get('gpus') or []
-        return gpus[0] if gpus else f"{h.get('cores')} cores, {h.get('cpu')}"
+        return gpus[0] if gpus else f'{h.get("cores")} cores, {h.get("cpu")}'
+
     timed = {n: r for n, r in records.items() if finite(r.get('cost', {}).get('seconds'))}
     lines = [dict(name=n, seconds=show_seconds(r['cost']['seconds']), hardware=where(r)) for n, r in timed.items()]
     return lines, show_seconds(sum(r['cost']['seconds'] for r in timed.values()))
+
 
 def measured(rows: Sequence[Row], own: str, effects: Sequence[str], sizes: Mapping[str, int], seed: int) -> dict:
     "The parts of the page that rest on an oracle's rows."
@@ -293,11 +431,33 @@ def measured(rows: Sequence[Row], own: str, effects: Sequence[str], sizes: Mappi
     contestants, groups = [l['method'] for l in lines if not l['reference']], by_method(rows)
     check_keys([own], contestants, 'own method of the report')
     verdicts = [verdict(c, p) for c, p in contrasts(rows, own, [m for m in contestants if m != own], seed=seed)]
-    return dict(lines=lines, verdicts=verdicts, contestants=contestants, how=lines[0]['how'], per_effect=effect_table(rows, effects, contestants),
-                heats=[confusion_table(groups[m], effects) for m in contestants])
+    return dict(
+        lines=lines,
+        verdicts=verdicts,
+        contestants=contestants,
+        how=lines[0]['how'],
+        per_effect=effect_table(rows, effects, contestants),
+        heats=[confusion_table(groups[m], effects) for m in contestants],
+    )
 
-def render(path: str | Path, title: str, lead: str, budget: str, own: str, rows: Sequence[Row], effects: Mapping[str, dict], records: Mapping[str, Mapping], sizes: Mapping[str, int] = {},
-           pictures: Mapping = {}, columns: Sequence[str] = (), notes: Sequence[str] = (), distances: Sequence[Mapping] = (), no_oracle: str = '', seed: int = 0) -> str:
+
+def render(
+    path: str | Path,
+    title: str,
+    lead: str,
+    budget: str,
+    own: str,
+    rows: Sequence[Row],
+    effects: Mapping[str, dict],
+    records: Mapping[str, Mapping],
+    sizes: Mapping[str, int] = {},
+    pictures: Mapping = {},
+    columns: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    distances: Sequence[Mapping] = (),
+    no_oracle: str = '',
+    seed: int = 0,
+) -> str:
     """Write the report; returns its HTML. rows: all methods and references; effects: id -> {category, description}; records: 'experiment/run' -> run record;
     pictures: (effect, image id, column) -> image; own: the method that contrasts start from. Where there is no oracle, rows is empty and `distances`
     (see evaluate.evaluate_sets) with the sentence `no_oracle` takes their place. UserError for missing references or unknown methods."""
@@ -305,10 +465,33 @@ def render(path: str | Path, title: str, lead: str, budget: str, own: str, rows:
     parts = nothing if no_oracle and not rows else measured(rows, own, list(effects), sizes, seed)
     shown = sorted({(e, i) for e, i, _ in pictures})
     costs, total = costs_of(records)
-    note = f'{len(shown)} edits, the first of each effect and not picked by eye.' + (' Under each output stands what the judge saw: ✓ the asked effect, well done; ~ the asked effect, but too far from true targets, a bad case; ✗ what else.' if rows else '')
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE).render(
-        **parts, title=title, lead=lead, budget=budget, style=STYLE, own=own, distances=distances, no_oracle=no_oracle if not rows else '',
-        gallery=gallery(effects, pictures, rows, columns, shown) if pictures else [], gallery_note=note, columns=columns, charts=charts_of(records), costs=costs, total=total,
-        provenance=[provenance(n, r) for n, r in records.items()], notes=notes)
-    with replacing(path) as tmp: Path(tmp).write_text(page, encoding='utf-8')
+    note = f'{len(shown)} edits, the first of each effect and not picked by eye.' + (
+        ' Under each output stands what the judge saw: ✓ the asked effect, well done; ~ the asked effect, but too far from true targets, a bad case; ✗ what else.'
+        if rows
+        else ''
+    )
+    page = (
+        Environment(autoescape=True, undefined=StrictUndefined)
+        .from_string(PAGE)
+        .render(
+            **parts,
+            title=title,
+            lead=lead,
+            budget=budget,
+            style=STYLE,
+            own=own,
+            distances=distances,
+            no_oracle=no_oracle if not rows else '',
+            gallery=gallery(effects, pictures, rows, columns, shown) if pictures else [],
+            gallery_note=note,
+            columns=columns,
+            charts=charts_of(records),
+            costs=costs,
+            total=total,
+            provenance=[provenance(n, r) for n, r in records.items()],
+            notes=notes,
+        )
+    )
+    with replacing(path) as tmp:
+        Path(tmp).write_text(page, encoding='utf-8')
     return page

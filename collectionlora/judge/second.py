@@ -20,97 +20,155 @@ from .. import world
 from ..core import data_dir, nano_dir, read_json, replacing, rng, UserError, write_json
 
 # %% ../../nbs/judge/second.ipynb #0f426c57
-def _block(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.GroupNorm(8, o), nn.GELU(), nn.Conv2d(o, o, 3, 1, 1), nn.GroupNorm(8, o), nn.GELU())
+def _block(i, o):
+    return nn.Sequential(
+        nn.Conv2d(i, o, 3, 2, 1), nn.GroupNorm(8, o), nn.GELU(), nn.Conv2d(o, o, 3, 1, 1), nn.GroupNorm(8, o), nn.GELU()
+    )
+
 
 class Encoders(nn.Module):
     "Image encoder, text encoder and distance head of the world. Pictures uint8 `[B, 64, 64, 3]`; texts are strings."
+
     def __init__(self, vocab, width=32, dim=64):
         super().__init__()
-        self.trunk = nn.Sequential(*(_block(i, o) for i, o in zip((3, width, 2*width, 3*width), (width, 2*width, 3*width, 4*width))))
-        self.to_image, self.to_place = nn.Linear(4*width, dim), nn.Linear(4*width*16, dim)
-        self.words, self.to_text = nn.EmbeddingBag(vocab, 96, mode='mean'), nn.Sequential(nn.Linear(96, 128), nn.GELU(), nn.Linear(128, dim))
+        self.trunk = nn.Sequential(
+            *(_block(i, o) for i, o in zip((3, width, 2 * width, 3 * width), (width, 2 * width, 3 * width, 4 * width)))
+        )
+        self.to_image, self.to_place = nn.Linear(4 * width, dim), nn.Linear(4 * width * 16, dim)
+        self.words, self.to_text = (
+            nn.EmbeddingBag(vocab, 96, mode='mean'),
+            nn.Sequential(nn.Linear(96, 128), nn.GELU(), nn.Linear(128, dim)),
+        )
         self.scale = nn.Parameter(torch.tensor(2.3))
+
     def features(self, x):
         "Feature maps `[B, 4 width, 4, 4]`."
-        return self.trunk(torch.as_tensor(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float()/127.5 - 1)
+        return self.trunk(torch.as_tensor(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float() / 127.5 - 1)
+
     def image(self, h):
         "Unit vectors `[B, dim]` of feature maps, comparable with `text`."
         return F.normalize(self.to_image(h.mean((2, 3))), dim=-1)
+
     def place(self, h):
         "Unit vectors `[B, dim]` of feature maps for distances between pictures; they know where things are."
         return F.normalize(self.to_place(h.flatten(1)), dim=-1)
+
     def text(self, tok, prompts):
         "Unit vectors `[T, dim]` of texts."
         ids = tok(list(prompts))['input_ids']
-        return F.normalize(self.to_text(self.words(torch.tensor([i for q in ids for i in q]), torch.tensor([0, *np.cumsum([len(q) for q in ids])[:-1]]))), dim=-1)
+        return F.normalize(
+            self.to_text(
+                self.words(
+                    torch.tensor([i for q in ids for i in q]), torch.tensor([0, *np.cumsum([len(q) for q in ids])[:-1]])
+                )
+            ),
+            dim=-1,
+        )
+
 
 @functools.cache
 def tokenizer():
     "The nano base's tokenizer."
     from transformers import Qwen2Tokenizer
-    return Qwen2Tokenizer.from_pretrained(nano_dir()/'tokenizer')
+
+    return Qwen2Tokenizer.from_pretrained(nano_dir() / 'tokenizer')
 
 # %% ../../nbs/judge/second.ipynb #7fc5e7ad
 NOTHING = 'an ordinary picture of'
 
+
 def description(id, spec):
     "What a picture of effect `id` (None: nothing) on the scene `spec` shows, as a sentence."
-    return NOTHING + ' ' + world.describe_scene(spec) if id is None else f"{world.get_effect(id).description}, {world.describe_scene(spec)}"
+    return (
+        NOTHING + ' ' + world.describe_scene(spec)
+        if id is None
+        else f'{world.get_effect(id).description}, {world.describe_scene(spec)}'
+    )
+
 
 def degraded(x, r):
     "A picture (uint8 `[64, 64, 3]`) blurred, made grainy or drifted in colour, by a random amount."
     kind, x = r.integers(3), x.astype(float)
-    if kind == 0: x = world._blur(x/255, r.uniform(.7, 2.5))*255
-    if kind == 1: x = x + r.normal(0, r.uniform(10, 40), x.shape)
-    if kind == 2: x = (x - 128)*r.uniform(.6, 1.4) + 128 + r.uniform(-40, 40, 3)
+    if kind == 0:
+        x = world._blur(x / 255, r.uniform(0.7, 2.5)) * 255
+    if kind == 1:
+        x = x + r.normal(0, r.uniform(10, 40), x.shape)
+    if kind == 2:
+        x = (x - 128) * r.uniform(0.6, 1.4) + 128 + r.uniform(-40, 40, 3)
     return x.clip(0, 255).astype(np.uint8)
+
 
 def example(i, seed=0, stratum='train'):
     "Pictures number i: two draws of one effect on one scene, the same effect on another scene, another effect on the scene or the first draw degraded (said is what the fourth would show undegraded); descriptions. `[4, 64, 64, 3]`, 4 strings, effect index."
-    r = rng('second', seed, stratum, i); ids = [None, *world.EFFECTS]; c = world.CATEGORIES[i % 2]
-    a, b = (int(k) for k in r.choice(len(ids), 2, replace=False)); s, o = world.draw_scene(r, c, stratum), world.draw_scene(r, c, stratum)
+    r = rng('second', seed, stratum, i)
+    ids = [None, *world.EFFECTS]
+    c = world.CATEGORIES[i % 2]
+    a, b = (int(k) for k in r.choice(len(ids), 2, replace=False))
+    s, o = world.draw_scene(r, c, stratum), world.draw_scene(r, c, stratum)
     draw = lambda s, k: world.render(s) if ids[k] is None else world.apply_effect(s, ids[k], r)
     pairs = ((s, a), (s, a), (o, a), (s, b))
     x = [draw(*p) for p in pairs[:3]]
-    last = draw(*pairs[3]) if r.random() < .5 else degraded(x[0], r)
+    last = draw(*pairs[3]) if r.random() < 0.5 else degraded(x[0], r)
     return np.stack([*x, last]), [description(ids[k], q) for q, k in pairs], a
 
-def contrast_loss(E, tok, x, said, keep=.5, r=None):
+
+def contrast_loss(E, tok, x, said, keep=0.5, r=None):
     "CLIP's loss of first pictures against descriptions plus the partner's loss; x `[B, 4, 64, 64, 3]`, said B lists of 4 strings."
-    B = len(x); h = E.features(x.reshape(-1, *x.shape[2:])); u, d = E.image(h).view(B, 4, -1), E.place(h).view(B, 4, -1)
+    B = len(x)
+    h = E.features(x.reshape(-1, *x.shape[2:]))
+    u, d = E.image(h).view(B, 4, -1), E.place(h).view(B, 4, -1)
     scale, own = E.scale.exp().clamp(max=50), torch.arange(B)
-    w = E.text(tok, [s[0] for s in said]); logits = scale*u[:, 0] @ w.T
-    others = torch.cat([d[:, 1], d[:, 2], d[:, 3]]); near = scale*d[:, 0] @ others.T
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))/2 + F.cross_entropy(near, own)
+    w = E.text(tok, [s[0] for s in said])
+    logits = scale * u[:, 0] @ w.T
+    others = torch.cat([d[:, 1], d[:, 2], d[:, 3]])
+    near = scale * d[:, 0] @ others.T
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2 + F.cross_entropy(near, own)
 
 # %% ../../nbs/judge/second.ipynb #e71d064d
 def save_encoders(E, folder, record):
     "Writes `encoders.safetensors` (fp16) and `encoders.json`."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder/'encoders.safetensors') as p: save_file({k: v.half().contiguous() for k, v in E.state_dict().items()}, p)
-    write_json(folder/'encoders.json', dict(vocab=E.words.num_embeddings, **record))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / 'encoders.safetensors') as p:
+        save_file({k: v.half().contiguous() for k, v in E.state_dict().items()}, p)
+    write_json(folder / 'encoders.json', dict(vocab=E.words.num_embeddings, **record))
+
 
 class Opinion:
     "The shipped encoders as a judge. Raises `UserError` where the files are absent or of another tokenizer."
+
     def __init__(self, folder=None):
-        folder = Path(folder or data_dir()/'second')
-        if not (folder/'encoders.safetensors').is_file(): raise UserError(f"{folder}: encoders.safetensors is absent; train it with `collectionlora run nbs/experiments/second/encoders.yaml -o results/second`, and copy results/second/encoders here")
-        vocab = read_json(folder/'encoders.json').get('vocab')
-        if vocab != len(tokenizer()): raise UserError(f"{folder}/encoders.json: vocab is {vocab}, the base's tokenizer has {len(tokenizer())}; train the encoders again")
+        folder = Path(folder or data_dir() / 'second')
+        if not (folder / 'encoders.safetensors').is_file():
+            raise UserError(
+                f'{folder}: encoders.safetensors is absent; train it with `collectionlora run nbs/experiments/second/encoders.yaml -o results/second`, and copy results/second/encoders here'
+            )
+        vocab = read_json(folder / 'encoders.json').get('vocab')
+        if vocab != len(tokenizer()):
+            raise UserError(
+                f"{folder}/encoders.json: vocab is {vocab}, the base's tokenizer has {len(tokenizer())}; train the encoders again"
+            )
         self.E = Encoders(vocab)
-        try: self.E.load_state_dict({k: v.float() for k, v in load_file(folder/'encoders.safetensors').items()})
-        except (SafetensorError, RuntimeError) as e: raise UserError(f"{folder}/encoders.safetensors: damaged or of other encoders ({' '.join(str(e).split())[:200]}); copy the folder again or train the encoders anew") from e
+        try:
+            self.E.load_state_dict({k: v.float() for k, v in load_file(folder / 'encoders.safetensors').items()})
+        except (SafetensorError, RuntimeError) as e:
+            raise UserError(
+                f'{folder}/encoders.safetensors: damaged or of other encoders ({" ".join(str(e).split())[:200]}); copy the folder again or train the encoders anew'
+            ) from e
         self.E.eval()
+
     @torch.no_grad()
     def says(self, pictures, spec_texts):
         "Cosines `[B, T]` of pictures and descriptions."
         return self.E.image(self.E.features(np.stack(pictures))) @ self.E.text(tokenizer(), spec_texts).T
+
     def names(self, pictures, specs, ids=None):
         "The effect (or None for nothing) whose description fits each picture best, given the scene it was made from."
         ids = [None, *(ids or world.EFFECTS)]
         return [ids[int(self.says([p], [description(i, s) for i in ids]).argmax())] for p, s in zip(pictures, specs)]
+
     @torch.no_grad()
     def distance(self, a, b):
         "Perceptual distances `[B]` in [0, 2] of two lists of pictures."
         d = [self.E.place(self.E.features(np.stack(x))) for x in (a, b)]
-        return (1 - (d[0]*d[1]).sum(-1)).numpy()
+        return (1 - (d[0] * d[1]).sum(-1)).numpy()

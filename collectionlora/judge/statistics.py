@@ -17,25 +17,29 @@ from ..core import rng, UserError
 from .gate import defined, numbers, Row, VALUES
 
 # %% ../../nbs/judge/statistics.ipynb #befbc36f
-def wilson(k: int, n: int, level: float = .95) -> tuple[float, float]:
+def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
     "Wilson interval of a proportion with k hits in n trials; UserError unless 0 <= k <= n and n > 0."
-    if not 0 <= k <= n or n == 0: raise UserError(f'wilson: {k} hits in {n} trials is no proportion')
-    z, p = ndtri(.5 + level / 2), k / n
-    mid, half = p + z*z / (2*n), z * np.sqrt(p * (1 - p) / n + z*z / (4*n*n))
-    return max(0., float((mid - half) / (1 + z*z / n))), min(1., float((mid + half) / (1 + z*z / n)))
+    if not 0 <= k <= n or n == 0:
+        raise UserError(f'wilson: {k} hits in {n} trials is no proportion')
+    z, p = ndtri(0.5 + level / 2), k / n
+    mid, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, float((mid - half) / (1 + z * z / n))), min(1.0, float((mid + half) / (1 + z * z / n)))
 
 # %% ../../nbs/judge/statistics.ipynb #5acc28b4
-def t_interval(values: Sequence[float], level: float = .95) -> tuple[float, float, float]:
+def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
     "(mean, low, high) of independent values, [n]; bounds are NaN when n < 2."
     x = np.asarray(values, dtype=float)
-    if len(x) < 2: return float(x.mean()), float('nan'), float('nan')
-    half = stdtrit(len(x) - 1, .5 + level / 2) * x.std(ddof=1) / np.sqrt(len(x))
+    if len(x) < 2:
+        return float(x.mean()), float('nan'), float('nan')
+    half = stdtrit(len(x) - 1, 0.5 + level / 2) * x.std(ddof=1) / np.sqrt(len(x))
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+
 
 def by_effect(rows: Sequence[Row], value: str) -> dict[str, float]:
     "Mean of a quantity within each effect (effects without a defined value are left out)."
     groups: dict[str, list] = {}
-    for r in rows: groups.setdefault(r.effect, []).append(r)
+    for r in rows:
+        groups.setdefault(r.effect, []).append(r)
     means = {e: numbers(rs, value) for e, rs in groups.items()}
     return {e: float(v.mean()) for e, v in means.items() if len(v)}
 
@@ -55,6 +59,7 @@ def crossed(pairs: Sequence[tuple[Row, float]]) -> dict[str, tuple[np.ndarray, n
         out[c] = total, count
     return out
 
+
 def two_way_bootstrap(table: dict[str, tuple[np.ndarray, np.ndarray]], seed: int, resamples: int = 4000) -> np.ndarray:
     "Resampled means [resamples], drawing effects and images with replacement within each category; NaN-free."
     g, top, bottom = rng('two-way bootstrap', seed), np.zeros(resamples), np.zeros(resamples)
@@ -63,16 +68,19 @@ def two_way_bootstrap(table: dict[str, tuple[np.ndarray, np.ndarray]], seed: int
         E, I = total.shape
         we = g.multinomial(E, np.full(E, 1 / E), resamples).astype(float)
         wi = g.multinomial(I, np.full(I, 1 / I), resamples).astype(float)
-        top += ((we @ total) * wi).sum(1); bottom += ((we @ count) * wi).sum(1)
+        top += ((we @ total) * wi).sum(1)
+        bottom += ((we @ count) * wi).sum(1)
     keep = bottom > 0
     return top[keep] / bottom[keep]
 
 # %% ../../nbs/judge/statistics.ipynb #394a3daf
-MANY = 10          # from this many effects on, the t interval over effects is used
+MANY = 10  # from this many effects on, the t interval over effects is used
+
 
 @dataclass(frozen=True)
 class Estimate:
     "A mean with its interval: `n` images in `effects` effects; `how` names the interval."
+
     value: float
     low: float
     high: float
@@ -80,27 +88,33 @@ class Estimate:
     effects: int
     how: str
 
-    def __str__(self): return f'{self.value:.3f} [{self.low:.3f}, {self.high:.3f}], n = {self.n}'
+    def __str__(self):
+        return f'{self.value:.3f} [{self.low:.3f}, {self.high:.3f}], n = {self.n}'
 
-def estimate(rows: Sequence[Row], value: str, seed: int = 0, level: float = .95) -> Estimate:
+
+def estimate(rows: Sequence[Row], value: str, seed: int = 0, level: float = 0.95) -> Estimate:
     "Mean of one quantity of one method with a design-respecting interval; NaN with n = 0 when nothing is defined."
     x, means = numbers(rows, value), list(by_effect(rows, value).values())
-    if not len(x): return Estimate(float('nan'), float('nan'), float('nan'), 0, 0, 'undefined')
+    if not len(x):
+        return Estimate(float('nan'), float('nan'), float('nan'), 0, 0, 'undefined')
     if len(means) >= MANY:
         _, low, high = t_interval(means, level)
         low, high, how = x.mean() + low - np.mean(means), x.mean() + high - np.mean(means), 't over effects'
     else:
-        low, high = np.quantile(two_way_bootstrap(crossed(defined(rows, value)), seed), [.5 - level / 2, .5 + level / 2])
+        low, high = np.quantile(
+            two_way_bootstrap(crossed(defined(rows, value)), seed), [0.5 - level / 2, 0.5 + level / 2]
+        )
         how = 'two-way bootstrap'
     if value == 'bcr':
         w = wilson(int(x.sum()), len(x), level)
-        low, high, how = max(0., min(low, w[0])), min(1., max(high, w[1])), how + ', at least Wilson'
+        low, high, how = max(0.0, min(low, w[0])), min(1.0, max(high, w[1])), how + ', at least Wilson'
     return Estimate(float(x.mean()), float(low), float(high), len(x), len(means), how)
 
 # %% ../../nbs/judge/statistics.ipynb #ce6bdceb
 @dataclass(frozen=True)
 class Contrast:
     "a - b of one quantity: t interval over effects, p (two-sided), pairs, effects, the two-way interval if effects are few, and the MDE."
+
     value: str
     a: str
     b: str
@@ -113,60 +127,86 @@ class Contrast:
     two_way: tuple[float, float] | None
     mde: float
 
-    def __str__(self): return f'{self.a} - {self.b}: {self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}], {show_p(self.p)}, {self.pairs} pairs in {self.effects} effects'
+    def __str__(self):
+        return f'{self.a} - {self.b}: {self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}], {show_p(self.p)}, {self.pairs} pairs in {self.effects} effects'
+
 
 def show_p(p: float) -> str:
     "'p = 0.031', and 'p < 0.001' below that."
-    return f'p = {p:.3f}' if not p < .001 else 'p < 0.001'
+    return f'p = {p:.3f}' if not p < 0.001 else 'p < 0.001'
 
-def mde(sd: float, n: int, power: float = .8, level: float = .95) -> float:
+
+def mde(sd: float, n: int, power: float = 0.8, level: float = 0.95) -> float:
     "Smallest true mean difference found with the given power, for a standard deviation `sd` between n effects; NaN where sd is 0 or n < 2."
-    return float((stdtrit(n - 1, .5 + level / 2) + ndtri(power)) * sd / np.sqrt(n)) if n > 1 and sd > 1e-12 else float('nan')
+    return (
+        float((stdtrit(n - 1, 0.5 + level / 2) + ndtri(power)) * sd / np.sqrt(n))
+        if n > 1 and sd > 1e-12
+        else float('nan')
+    )
+
 
 def holm(p: Sequence[float]) -> list[float]:
     "Holm-adjusted p values, in the order given (NaN stays NaN and is not counted)."
     p = np.asarray(p, dtype=float)
     order = [i for i in np.argsort(p) if not np.isnan(p[i])]
-    out, running = p.copy(), 0.
+    out, running = p.copy(), 0.0
     for rank, i in enumerate(order):
-        running = max(running, min(1., (len(order) - rank) * p[i]))
+        running = max(running, min(1.0, (len(order) - rank) * p[i]))
         out[i] = running
     return out.tolist()
 
 # %% ../../nbs/judge/statistics.ipynb #47364da0
 def _t_test(mean: float, sd: float, n: int) -> float:
     "Two-sided p of a mean of n values; where they are all the same (sd 0), that of the exact sign-flip test, 2^(1-n)."
-    if abs(mean) < 1e-12: return 1.
-    return float(2 * stdtr(n - 1, -abs(mean) / (sd / np.sqrt(n)))) if sd > 1e-12 else 2. ** (1 - n)
+    if abs(mean) < 1e-12:
+        return 1.0
+    return float(2 * stdtr(n - 1, -abs(mean) / (sd / np.sqrt(n)))) if sd > 1e-12 else 2.0 ** (1 - n)
 
-def newcombe(a: Sequence[Row], b: Sequence[Row], level: float = .95) -> tuple[float, float]:
+
+def newcombe(a: Sequence[Row], b: Sequence[Row], level: float = 0.95) -> tuple[float, float]:
     "Newcombe's interval for the difference of two bad-case rates, from the two Wilson intervals."
-    (pa, la, ua), (pb, lb, ub) = ((k / n, *wilson(k, n, level)) for k, n in ((sum(not r.applied for r in x), len(x)) for x in (a, b)))
+    (pa, la, ua), (pb, lb, ub) = (
+        (k / n, *wilson(k, n, level)) for k, n in ((sum(not r.applied for r in x), len(x)) for x in (a, b))
+    )
     return float(pa - pb - np.hypot(pa - la, ub - pb)), float(pa - pb + np.hypot(ua - pa, pb - lb))
+
 
 def differences(a: Sequence[Row], b: Sequence[Row], value: str) -> list[tuple[Row, float]]:
     "[(row of a, value(a) - value(b))] over the pairs in which both are defined; UserError when the two were made on other pictures."
     left, right = ({r.pair: r for r in rows} for rows in (a, b))
     if left.keys() != right.keys() or len(left) != len(a) or len(right) != len(b):
         odd = sorted(left.keys() ^ right.keys())[:1]
-        raise UserError(f'{a[0].method!r} and {b[0].method!r} were not evaluated on the same (run, effect, image, seed), for example {odd}; evaluate both with the same settings')
-    both = [(left[k], VALUES[value](left[k]), VALUES[value](right[k])) for k in left if left[k].valid and right[k].valid]
+        raise UserError(
+            f'{a[0].method!r} and {b[0].method!r} were not evaluated on the same (run, effect, image, seed), for example {odd}; evaluate both with the same settings'
+        )
+    both = [
+        (left[k], VALUES[value](left[k]), VALUES[value](right[k])) for k in left if left[k].valid and right[k].valid
+    ]
     return [(r, x - y) for r, x, y in both if x is not None and y is not None]
 
-def paired(a: Sequence[Row], b: Sequence[Row], value: str = 'bcr', seed: int = 0, level: float = .95) -> Contrast:
+
+def paired(a: Sequence[Row], b: Sequence[Row], value: str = 'bcr', seed: int = 0, level: float = 0.95) -> Contrast:
     "Effect-level paired contrast of two methods."
     diffs = differences(a, b, value)
     groups: dict[str, list] = {}
-    for r, d in diffs: groups.setdefault(r.effect, []).append(d)
+    for r, d in diffs:
+        groups.setdefault(r.effect, []).append(d)
     means = np.array([np.mean(g) for g in groups.values()])
-    if not len(means): raise UserError(f'{a[0].method!r} and {b[0].method!r}: no pair has the quantity {value!r} defined on both sides')
+    if not len(means):
+        raise UserError(
+            f'{a[0].method!r} and {b[0].method!r}: no pair has the quantity {value!r} defined on both sides'
+        )
     mid, low, high = t_interval(means, level)
     sd = means.std(ddof=1) if len(means) > 1 else float('nan')
     p = float('nan') if len(means) < 2 else _t_test(mid, sd, len(means))
-    if value == 'bcr': low, high = max(low, -1.), min(high, 1.)          # a share differs by no more
-    if sd < 1e-12 and value == 'bcr': low, high = newcombe([r for r in a if r.valid], [r for r in b if r.valid], level)
+    if value == 'bcr':
+        low, high = max(low, -1.0), min(high, 1.0)  # a share differs by no more
+    if sd < 1e-12 and value == 'bcr':
+        low, high = newcombe([r for r in a if r.valid], [r for r in b if r.valid], level)
     two_way = None
     if len(means) < MANY:
         boot = two_way_bootstrap(crossed(diffs), seed)
-        two_way = tuple(float(q) for q in np.quantile(boot, [.5 - level / 2, .5 + level / 2]))
-    return Contrast(value, a[0].method, b[0].method, mid, low, high, p, len(diffs), len(means), two_way, mde(sd, len(means)))
+        two_way = tuple(float(q) for q in np.quantile(boot, [0.5 - level / 2, 0.5 + level / 2]))
+    return Contrast(
+        value, a[0].method, b[0].method, mid, low, high, p, len(diffs), len(means), two_way, mde(sd, len(means))
+    )

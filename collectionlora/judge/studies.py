@@ -44,6 +44,7 @@ from ..use.edit import Recipe
 @dataclass
 class Stage:
     "What a study distils on."
+
     base: Base
     bank: TeacherBank
     sets: Sequence[EffectSet]
@@ -58,8 +59,12 @@ class Stage:
     @property
     def inputs(self) -> dict[str, str]:
         "Hashes by name, for a run's record."
-        return {'base': self.base.hash, **{f'effect {e.id}': e.hash for e in self.sets}, **{f'teacher {i}': h for i, h in self.bank.shas.items()},
-                'general': sha256_json([[sha256_file(p), c] for p, c in self.stream])}
+        return {
+            'base': self.base.hash,
+            **{f'effect {e.id}': e.hash for e in self.sets},
+            **{f'teacher {i}': h for i, h in self.bank.shas.items()},
+            'general': sha256_json([[sha256_file(p), c] for p, c in self.stream]),
+        }
 
     def pools(self) -> list[Pool]:
         "The samples of all effects and the general stream, encoded."
@@ -70,48 +75,96 @@ def read_demo(folder) -> tuple[list[EffectSet], dict[str, Path], list[tuple]]:
     "(effects with targets, teacher files by id, general stream) that a finished demo left. Raises UserError for what is absent."
     folder = Path(folder)
     for name in ('targets', 'teachers', 'general'):
-        if not (folder/name).is_dir(): raise UserError(f'{folder}/{name}: no such folder; run `make demo` first, or give the folder of a finished demo')
+        if not (folder / name).is_dir():
+            raise UserError(
+                f'{folder}/{name}: no such folder; run `make demo` first, or give the folder of a finished demo'
+            )
     sets = [load_effect(p.parent) for p in sorted(folder.glob('targets/*/effect.yaml'))]
-    files = {e.id: folder/'teachers'/f'{e.id}.safetensors' for e in sets}
-    if not sets: raise UserError(f'{folder}/targets: holds no effect; run `make demo` to its end')
-    return sets, files, load_general(folder/'general')
+    files = {e.id: folder / 'teachers' / f'{e.id}.safetensors' for e in sets}
+    if not sets:
+        raise UserError(f'{folder}/targets: holds no effect; run `make demo` to its end')
+    return sets, files, load_general(folder / 'general')
 
 
-def invent(base: Base, conditions: ConditionCache, folder, effects: int, pairs: int, teacher_steps: int, seed: int) -> tuple[list[EffectSet], dict[str, Path], list[tuple]]:
+def invent(
+    base: Base, conditions: ConditionCache, folder, effects: int, pairs: int, teacher_steps: int, seed: int
+) -> tuple[list[EffectSet], dict[str, Path], list[tuple]]:
     "The same three in small: effects of the miniature world, with teachers that were trained for a moment."
     folder, sets, files = Path(folder), [], {}
     for id in pick_effects(effects, seed):
-        e, files[id] = write_world_effect(folder/'effects'/id, id, pairs, seed), folder/'teachers'/f'{id}.safetensors'
-        lora, _ = finish(train_teacher(base, e, conditions, FlowSettings(steps=teacher_steps, batch=2, rank=4, lr=2e-3)), teacher_steps, id)
+        e, files[id] = (
+            write_world_effect(folder / 'effects' / id, id, pairs, seed),
+            folder / 'teachers' / f'{id}.safetensors',
+        )
+        lora, _ = finish(
+            train_teacher(base, e, conditions, FlowSettings(steps=teacher_steps, batch=2, rank=4, lr=2e-3)),
+            teacher_steps,
+            id,
+        )
         write_lora(files[id], lora, lora.meta['header'])
         sets.append(replace(e, trigger=make_triggers([id], seed)[id], description=world.describe(id)))
-    return sets, files, write_world_general(folder/'general', 2*effects, seed)
+    return sets, files, write_world_general(folder / 'general', 2 * effects, seed)
 
 
-def set_stage(folder, demo='', base='', device: str = 'cpu', effects: int = 2, pairs: int = 3, teacher_steps: int = 2, seed: int = 0, cache='') -> Stage:
+def set_stage(
+    folder,
+    demo='',
+    base='',
+    device: str = 'cpu',
+    effects: int = 2,
+    pairs: int = 3,
+    teacher_steps: int = 2,
+    seed: int = 0,
+    cache='',
+) -> Stage:
     "The stage of a study from a demo's folder, or an invented one (`effects`, `pairs` and `teacher_steps` are for that)."
     folder, pipe = Path(folder), load_base(base or nano_dir(), device=device)
-    conditions = ConditionCache(pipe, cache or folder/'.cache')
-    sets, files, stream = read_demo(demo) if demo else invent(pipe, conditions, folder/'.smoke', effects, pairs, teacher_steps, seed)
+    conditions = ConditionCache(pipe, cache or folder / '.cache')
+    sets, files, stream = (
+        read_demo(demo) if demo else invent(pipe, conditions, folder / '.smoke', effects, pairs, teacher_steps, seed)
+    )
     return Stage(pipe, TeacherBank(pipe.backbone, files), sets, stream, conditions)
 
 # %% ../../nbs/judge/studies.ipynb #eb6b9607
 def look_steps(steps: int, looks: int) -> list[int]:
     "About `looks` generator steps between the first and the last, both among them, denser at the beginning."
-    if looks < 2: raise UserError(f'looks is {looks}; give 2 or more, the first step and the last')
-    return sorted({1 + round((steps - 1) * (k / (looks - 1))**1.5) for k in range(looks)})
+    if looks < 2:
+        raise UserError(f'looks is {looks}; give 2 or more, the first step and the last')
+    return sorted({1 + round((steps - 1) * (k / (looks - 1)) ** 1.5) for k in range(looks)})
 
 
-def course(stage: Stage, settings: Settings, folder, at: Sequence[int] = (), look: Callable[[int], object] | None = None, name: str = 'distilling') -> tuple[list[dict], dict[int, object], str]:
+def course(
+    stage: Stage,
+    settings: Settings,
+    folder,
+    at: Sequence[int] = (),
+    look: Callable[[int], object] | None = None,
+    name: str = 'distilling',
+) -> tuple[list[dict], dict[int, object], str]:
     "Distils and looks after the generator steps `at`: (history, what look(step) returned by step, '' or why the run stopped early)."
     history, seen = [], {}
+
     def watch(info):
-        history[info['step'] - 1:] = [info]
-        if look and info['step'] in at: seen[info['step']] = look(info['step'])
+        history[info['step'] - 1 :] = [info]
+        if look and info['step'] in at:
+            seen[info['step']] = look(info['step'])
+
     stream = stage.stream if settings.p_switch < 1 else []
-    training = distill(stage.base, stage.bank, stage.sets, stream, stage.conditions, settings, folder, save_every=max(50, settings.steps), look_every=0)
-    try: finish(training, settings.steps, name, watch)
-    except Diverged as e: return history, seen, str(e)
+    training = distill(
+        stage.base,
+        stage.bank,
+        stage.sets,
+        stream,
+        stage.conditions,
+        settings,
+        folder,
+        save_every=max(50, settings.steps),
+        look_every=0,
+    )
+    try:
+        finish(training, settings.steps, name, watch)
+    except Diverged as e:
+        return history, seen, str(e)
     return history, seen, ''
 
 
@@ -143,7 +196,12 @@ def _sizes(x: Tensor, fake: Tensor, cond: Tensor, uncond: Tensor, guidance: floa
     real = uncond + guidance * (cond - uncond)
     rms = lambda d: d.square().flatten(2).mean(2).sqrt().mean(1)
     step = gradient(x.flatten(0, 1), fake.flatten(0, 1), real.flatten(0, 1)).abs().unflatten(0, x.shape[:2])
-    return dict(signal=rms(fake - real) / unit, unguided=rms(fake - cond) / unit, step=step.flatten(1).mean(1), fault=(x - real).abs().flatten(1).mean(1) / unit)
+    return dict(
+        signal=rms(fake - real) / unit,
+        unguided=rms(fake - cond) / unit,
+        step=step.flatten(1).mean(1),
+        fault=(x - real).abs().flatten(1).mean(1) / unit,
+    )
 
 
 @torch.no_grad()
@@ -158,20 +216,29 @@ def simulated_targets(engine: Engine, batch, g: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def signal_grid(engine: Engine, ids: Sequence[str], critics: Sequence[float], rows: int = 2, seed: int = 0) -> dict[str, dict[str, list]]:
+def signal_grid(
+    engine: Engine, ids: Sequence[str], critics: Sequence[float], rows: int = 2, seed: int = 0
+) -> dict[str, dict[str, list]]:
     "kind ('bs', 'ts') -> quantity -> [t_gen][t_critic], means over `rows` samples of each effect; the same rows and noises at every call."
     cells = {kind: {q: torch.zeros(len(engine.times), len(critics)) for q in QUANTITIES} for kind in ('bs', 'ts')}
     for id in ids:
         b, g = engine.few(id, 0, rows), torch.Generator().manual_seed(seed_of(seed, 'signal', id))
-        with engine.still('student'): made = {'bs': engine.full_rollout(b.student, g), 'ts': simulated_targets(engine, b, g)}
+        with engine.still('student'):
+            made = {'bs': engine.full_rollout(b.student, g), 'ts': simulated_targets(engine, b, g)}
         for k, t in enumerate(critics):
             eps = engine.noise(b.student, g)
             for kind, x in made.items():
                 x_t = add_noise(x, eps, t)
-                with engine.still('fake'): fake = _answers(engine, 'fake', x_t, t, b.student)
-                with engine.still(b.role): cond, uncond = (_answers(engine, b.role, x_t, t, c) for c in (b.teacher, b.uncond))
-                for q, v in _sizes(x, fake, cond, uncond, engine.s.guidance, b.y.std().item()).items(): cells[kind][q][:, k] += v.cpu() / len(ids)
-    return {kind: {q: [[float(f'{v:.4g}') for v in row] for row in m.tolist()] for q, m in found.items()} for kind, found in cells.items()}
+                with engine.still('fake'):
+                    fake = _answers(engine, 'fake', x_t, t, b.student)
+                with engine.still(b.role):
+                    cond, uncond = (_answers(engine, b.role, x_t, t, c) for c in (b.teacher, b.uncond))
+                for q, v in _sizes(x, fake, cond, uncond, engine.s.guidance, b.y.std().item()).items():
+                    cells[kind][q][:, k] += v.cpu() / len(ids)
+    return {
+        kind: {q: [[float(f'{v:.4g}') for v in row] for row in m.tolist()] for q, m in found.items()}
+        for kind, found in cells.items()
+    }
 
 # %% ../../nbs/judge/studies.ipynb #cb22e172
 def fineness(delta: Tensor, grid: tuple[int, int]) -> float:
@@ -181,7 +248,18 @@ def fineness(delta: Tensor, grid: tuple[int, int]) -> float:
 
 def probe_settings(settings: Settings, ids: Sequence[str], rows: int) -> Settings:
     "Settings of a look at all three terms: every weight 1, the batch dealt to one route per effect."
-    return replace(settings, weight_bs=1., weight_ts=1., weight_fm=1., p_switch=1., batch=rows * len(ids), routes=len(ids), route_every=1, fake_batch='mixed', anchor_first=0)
+    return replace(
+        settings,
+        weight_bs=1.0,
+        weight_ts=1.0,
+        weight_fm=1.0,
+        p_switch=1.0,
+        batch=rows * len(ids),
+        routes=len(ids),
+        route_every=1,
+        fake_batch='mixed',
+        anchor_first=0,
+    )
 
 
 def term_gradients(engine: Engine, ids: Sequence[str]) -> dict[str, Tensor]:
@@ -189,7 +267,9 @@ def term_gradients(engine: Engine, ids: Sequence[str]) -> dict[str, Tensor]:
     return {k: grad for k, (grad, *_) in engine.gradients(list(ids), 0).items()}
 
 
-def moved(engine: Engine, ids: Sequence[str], grad: Tensor | None, size: float, rows: int, seed: int = 0) -> list[tuple[Tensor, Tensor, tuple]]:
+def moved(
+    engine: Engine, ids: Sequence[str], grad: Tensor | None, size: float, rows: int, seed: int = 0
+) -> list[tuple[Tensor, Tensor, tuple]]:
     "Per effect (few-step samples, targets, grid) after the student's weights went `size` (in units of their norm) against a gradient; None: where they are."
     flat, found = engine.backbone.flat('student'), []
     to = flat if grad is None else flat - size * flat.norm() * grad / grad.norm().clamp_min(1e-20)
@@ -197,28 +277,39 @@ def moved(engine: Engine, ids: Sequence[str], grad: Tensor | None, size: float, 
         for id in ids:
             b = engine.few(id, 0, rows)
             seeds = [seed_of(seed, 'moved', id, k) for k in range(len(b.y))]
-            with engine.still('student'): x = few_step_sample(engine.backbone, 'student', b.student, engine.times, seeds)
+            with engine.still('student'):
+                x = few_step_sample(engine.backbone, 'student', b.student, engine.times, seeds)
             found.append((x, b.y.cpu(), b.student.grids[0]))
     return found
 
 
 def change(before, after) -> dict[str, float]:
     "What a move did to the samples: fineness, towards, and log detail per unit of relative change; means over effects."
+
     def one(x, z, y, grid):
         d = z - x
         ratio = laplacian_energy(z, grid).mean().log() - laplacian_energy(x, grid).mean().log()
         rel = d.square().mean().sqrt() / y.std()
-        return dict(fineness=fineness(d, grid), towards=F.cosine_similarity(d.flatten(1), (y - x).flatten(1)).mean().item(), detail=(ratio / rel.clamp_min(1e-12)).item(), size=rel.item())
+        return dict(
+            fineness=fineness(d, grid),
+            towards=F.cosine_similarity(d.flatten(1), (y - x).flatten(1)).mean().item(),
+            detail=(ratio / rel.clamp_min(1e-12)).item(),
+            size=rel.item(),
+        )
+
     rows = [one(x, z, y, grid) for (x, y, grid), (z, *_) in zip(before, after)]
     return {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
 
 
-def look_at_terms(engine: Engine, ids: Sequence[str], rows: int, size: float = .002) -> dict:
+def look_at_terms(engine: Engine, ids: Sequence[str], rows: int, size: float = 0.002) -> dict:
     "Norms and cosines of the three terms' gradients, and what a small step along each does."
     grads, before = term_gradients(engine, ids), moved(engine, ids, None, 0, rows)
-    pairs = [(a, b) for i, a in enumerate(grads) for b in list(grads)[i + 1:]]
-    return dict(norms={k: v.norm().item() for k, v in grads.items()}, cosines={f'{a} {b}': F.cosine_similarity(grads[a], grads[b], 0).item() for a, b in pairs},
-                steps={k: change(before, moved(engine, ids, v, size, rows)) for k, v in grads.items()})
+    pairs = [(a, b) for i, a in enumerate(grads) for b in list(grads)[i + 1 :]]
+    return dict(
+        norms={k: v.norm().item() for k, v in grads.items()},
+        cosines={f'{a} {b}': F.cosine_similarity(grads[a], grads[b], 0).item() for a, b in pairs},
+        steps={k: change(before, moved(engine, ids, v, size, rows)) for k, v in grads.items()},
+    )
 
 # %% ../../nbs/judge/studies.ipynb #93e8bedb
 def judged(stage: Stage, items: Sequence, oracle, few_steps: int = 8, opinion=None) -> dict[str, float]:
@@ -228,37 +319,59 @@ def judged(stage: Stage, items: Sequence, oracle, few_steps: int = 8, opinion=No
     made, seconds = run_method(stage.base, method, items)
     pictures = [np.asarray(o.image) if o.image is not None else None for o in made]
     rows = [r for r in judge('student', items, pictures, oracle, seconds, few_steps) if r.valid]
-    if not rows: return dict(valid=0.)
+    if not rows:
+        return dict(valid=0.0)
     mean = lambda f: float(np.mean([f(r) for r in rows]))
-    found = dict(distance=mean(lambda r: r.distance), recognised=mean(lambda r: r.predicted == r.effect), bad=mean(lambda r: not r.applied), detail=mean(lambda r: r.laplacian), valid=len(rows) / len(items))
+    found = dict(
+        distance=mean(lambda r: r.distance),
+        recognised=mean(lambda r: r.predicted == r.effect),
+        bad=mean(lambda r: not r.applied),
+        detail=mean(lambda r: r.laplacian),
+        valid=len(rows) / len(items),
+    )
     return found | (second_opinion(opinion, items, pictures) if opinion else {})
 
 
 def second_opinion(opinion, items: Sequence, pictures: Sequence) -> dict[str, float]:
     "Mean cosine of picture and its effect's description, and mean perceptual distance to a true target, by `second.Opinion`."
     from collectionlora.judge.second import description
+
     both = [(i, p) for i, p in zip(items, pictures) if p is not None]
-    return dict(clip=float(np.mean([opinion.says([p], [description(i.effect, i.spec)]).item() for i, p in both])),
-                perceptual=float(np.mean(opinion.distance([p for _, p in both], [i.truth for i, _ in both]))))
+    return dict(
+        clip=float(np.mean([opinion.says([p], [description(i.effect, i.spec)]).item() for i, p in both])),
+        perceptual=float(np.mean(opinion.distance([p for _, p in both], [i.truth for i, _ in both]))),
+    )
 
 
 def opinion_if_there():
     "The second opinion where its trained encoders are shipped, else None."
     from collectionlora.judge.second import Opinion
-    try: return Opinion()
-    except UserError: return None
+
+    try:
+        return Opinion()
+    except UserError:
+        return None
 
 # %% ../../nbs/judge/studies.ipynb #d0533e64
 @torch.no_grad()
 def prediction_errors(base: Base, method: Method, items: Sequence, levels: Sequence[float], batch: int = 32) -> Tensor:
     "Mean squared error of a method's velocity on the true targets of `metrics.Item`s, at each noise level in (0, 1]: [items, levels]; noise by item, equal for all methods."
     out = torch.zeros(len(items), len(levels))
-    for part in (group[k:k + batch] for group in by_role(method, items).values() for k in range(0, len(group), batch)):
+    for part in (
+        group[k : k + batch] for group in by_role(method, items).values() for k in range(0, len(group), batch)
+    ):
         mine, B = [items[k] for k in part], base.backbone
         cond = base.cond([Image.fromarray(i.source) for i in mine], [method.prompt(i.effect) for i in mine])
         y = base.encode_images([Image.fromarray(i.truth) for i in mine])
-        eps = torch.stack([torch.randn(y.shape[1:], generator=torch.Generator().manual_seed(seed_of('prediction error', i.noise))) for i in mine]).to(y)
+        eps = torch.stack(
+            [
+                torch.randn(y.shape[1:], generator=torch.Generator().manual_seed(seed_of('prediction error', i.noise)))
+                for i in mine
+            ]
+        ).to(y)
         for j, t in enumerate(levels):
-            v = B.velocity(method.role(mine[0].effect), add_noise(y, eps, t), torch.full((len(y),), t, device=y.device), cond)
+            v = B.velocity(
+                method.role(mine[0].effect), add_noise(y, eps, t), torch.full((len(y),), t, device=y.device), cond
+            )
             out[part, j] = (v - velocity(y, eps)).square().mean((1, 2)).cpu()
     return out

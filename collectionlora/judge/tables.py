@@ -15,32 +15,51 @@ from .statistics import Contrast, estimate, holm, paired
 # %% ../../nbs/judge/tables.ipynb #a70161ce
 COPY, CEILING, FLOOR = 'copy the source', 'another true target', "another effect's target"
 REFERENCES = (COPY, CEILING, FLOOR)
-ENCODED = 'another true target, encoded'      # the ceiling behind the base's own autoencoder; optional, since it needs a base
+ENCODED = (
+    'another true target, encoded'  # the ceiling behind the base's own autoencoder; optional, since it needs a base
+)
+
 
 def by_method(rows: Iterable[Row]) -> dict[str, list[Row]]:
     "Rows grouped by method, in order of appearance."
     out: dict[str, list[Row]] = {}
-    for r in rows: out.setdefault(r.method, []).append(r)
+    for r in rows:
+        out.setdefault(r.method, []).append(r)
     return out
+
 
 def summary(rows: Sequence[Row], seed: int = 0) -> dict:
     "One method: Estimates of every value, `n`, `invalid`, BCR `bounds`, `bleed`; asserts the identity of the gate."
     gate(rows)
     effects = sorted({r.effect for r in rows} | {r.predicted for r in rows} - {NONE})
-    return {'method': rows[0].method, 'n': len(rows), 'invalid': sum(not r.valid for r in rows), 'bounds': bounds(rows),
-            **bleed(confusion(rows, effects)), **{v: estimate(rows, v, seed) for v in VALUES}}
+    return {
+        'method': rows[0].method,
+        'n': len(rows),
+        'invalid': sum(not r.valid for r in rows),
+        'bounds': bounds(rows),
+        **bleed(confusion(rows, effects)),
+        **{v: estimate(rows, v, seed) for v in VALUES},
+    }
+
 
 def table(rows: Sequence[Row], seed: int = 0, references: Sequence[str] = REFERENCES) -> list[dict]:
     "`summary` of every method; UserError if a reference policy is missing, since a score without floor and ceiling cannot be read."
     groups = by_method(rows)
     for name in references:
-        if name not in groups: raise UserError(f'the rows hold no reference {name!r}; evaluate it too, a table without floor and ceiling cannot be read')
+        if name not in groups:
+            raise UserError(
+                f'the rows hold no reference {name!r}; evaluate it too, a table without floor and ceiling cannot be read'
+            )
     return [summary(group, seed) for group in groups.values()]
 
-def contrasts(rows: Sequence[Row], method: str, against: Sequence[str], value: str = 'bcr', seed: int = 0) -> list[tuple[Contrast, float]]:
+
+def contrasts(
+    rows: Sequence[Row], method: str, against: Sequence[str], value: str = 'bcr', seed: int = 0
+) -> list[tuple[Contrast, float]]:
     "[(method - other, Holm-adjusted p)] for every other in `against`."
     groups = by_method(rows)
     for name in (method, *against):
-        if name not in groups: raise UserError(f'no rows of method {name!r}; {nearest(name, groups)}')
+        if name not in groups:
+            raise UserError(f'no rows of method {name!r}; {nearest(name, groups)}')
     found = [paired(groups[method], groups[o], value, seed) for o in against]
     return list(zip(found, holm([c.p for c in found])))

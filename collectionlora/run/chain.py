@@ -13,8 +13,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import (
-    data_dir, in_checkout, nano_dir, nearest, notebooks_dir, replacing, results_dir, UserError)
+from collectionlora.core import (
+    data_dir,
+    in_checkout,
+    nano_dir,
+    nearest,
+    notebooks_dir,
+    replacing,
+    results_dir,
+    UserError,
+)
 from .execute import complete, declared, execute, short_path
 from .sweep import from_file, merged
 
@@ -22,32 +30,50 @@ from .sweep import from_file, merged
 def base_folder(name='nano') -> Path:
     "The folder of a base: the embedded one for 'nano', else a pipeline folder. Raises `UserError` if there is no pipeline in it."
     folder = nano_dir() if str(name) == 'nano' else Path(name)
-    if not (folder/'model_index.json').is_file():
-        raise UserError(f"{name}: no base here ({folder}/model_index.json is absent); give 'nano' or the folder of a Qwen-Image-Edit pipeline")
+    if not (folder / 'model_index.json').is_file():
+        raise UserError(
+            f"{name}: no base here ({folder}/model_index.json is absent); give 'nano' or the folder of a Qwen-Image-Edit pipeline"
+        )
     return folder
 
 
 def budgets() -> list[str]:
     "Names of the budgets: those at which a distillation is laid out on file."
-    return sorted(p.stem for p in (notebooks_dir()/'distill').glob('*.yaml'))
+    return sorted(p.stem for p in (notebooks_dir() / 'distill').glob('*.yaml'))
 
 
-NEEDS = dict(teacher='effect', targets='effects', distill='effects', baseline_fm='effects', evaluate='collection', extend='collection', acceleration='general', ladder='collection', rivals='collection')
+NEEDS = dict(
+    teacher='effect',
+    targets='effects',
+    distill='effects',
+    baseline_fm='effects',
+    evaluate='collection',
+    extend='collection',
+    acceleration='general',
+    ladder='collection',
+    rivals='collection',
+)
 
 
 def differences(experiment: str, budget: str) -> dict:
     "What a budget changes in an experiment's defaults; nothing where it has no file for it."
-    if budget not in budgets(): raise UserError(f"budget {budget!r} is unknown; {nearest(budget, budgets())}")
-    path = notebooks_dir()/experiment/f'{budget}.yaml'
-    if path.is_file(): return from_file(path)[2]
+    if budget not in budgets():
+        raise UserError(f'budget {budget!r} is unknown; {nearest(budget, budgets())}')
+    path = notebooks_dir() / experiment / f'{budget}.yaml'
+    if path.is_file():
+        return from_file(path)[2]
     laid = sorted(p.stem for p in path.parent.glob('*.yaml') if p.stem in budgets())
-    if laid: raise UserError(f"{experiment}: has no budget {budget!r}, its defaults are those of a smoke test; take {' or '.join(laid)}, or write {short_path(path)}")
+    if laid:
+        raise UserError(
+            f'{experiment}: has no budget {budget!r}, its defaults are those of a smoke test; take {" or ".join(laid)}, or write {short_path(path)}'
+        )
     return {}
 
 # %% ../../nbs/run/chain.ipynb #995dc5aa
 @dataclass(frozen=True)
 class Job:
     "Experiments that write below `out`, on the base in folder `base`, at a budget, with a seed, on a device."
+
     out: Path
     base: Path
     budget: str
@@ -57,35 +83,48 @@ class Job:
     def do(self, experiment: str, run: str, inputs: dict, given: dict | None = None, folder: str = '') -> dict:
         "Runs one experiment into `out/folder` and returns its record; empty inputs are left out."
         known = declared(experiment)
-        shared = {'cache': short_path(results_dir()/'.cache')} if 'cache' in known else {}
-        if 'device' in known: shared['device'] = self.device
+        shared = {'cache': short_path(results_dir() / '.cache')} if 'cache' in known else {}
+        if 'device' in known:
+            shared['device'] = self.device
         base = {'base': self.base} if 'base' in known else {}
         values = merged({**differences(experiment, self.budget), **shared}, given or {})
-        return execute(experiment, self.out/folder, run, values, {**base, **{n: v for n, v in inputs.items() if v}}, self.seed)
+        return execute(
+            experiment, self.out / folder, run, values, {**base, **{n: v for n, v in inputs.items() if v}}, self.seed
+        )
 
     def record(self, run: str, folder: str = '') -> Path:
         "Where the record of a run is."
-        return self.out/folder/f'{run}.json'
+        return self.out / folder / f'{run}.json'
 
 # %% ../../nbs/run/chain.ipynb #766e5190
 def checked_effects(paths) -> dict[str, Path]:
     "Effect id -> folder, every effect among `paths` read and checked, ids and triggers unique."
     from collectionlora.files.effects import load_effects
+
     return {e.id: e.folder for e in load_effects(*paths)}
 
 
 def teach(job: Job, effects: dict[str, Path], given: dict | None = None) -> dict[str, Path]:
     "One teacher LoRA per effect (Eq. 2): effect id -> file."
-    for id, folder in effects.items(): job.do('teacher', id, {'effect': folder}, given, 'teachers')
-    return {id: job.out/'teachers'/f'{id}.safetensors' for id in effects}
+    for id, folder in effects.items():
+        job.do('teacher', id, {'effect': folder}, given, 'teachers')
+    return {id: job.out / 'teachers' / f'{id}.safetensors' for id in effects}
 
 
-def describe(job: Job, effects: dict[str, Path], words: Path | None = None, collection: Path | None = None) -> dict[str, Path]:
+def describe(
+    job: Job, effects: dict[str, Path], words: Path | None = None, collection: Path | None = None
+) -> dict[str, Path]:
     "Every effect with student description and trigger (Eq. 5), as in the prompts.yaml `words` where one is given, apart from those of `collection`: effect id -> effect folder."
-    found = job.do('prompts', 'prompts', {'effects': list(effects.values()), 'collection': collection, 'words': words})['metrics']['prompts']
+    found = job.do('prompts', 'prompts', {'effects': list(effects.values()), 'collection': collection, 'words': words})[
+        'metrics'
+    ]['prompts']
     plain = [id for id in effects if found[id].get('by') == 'teacher prompt']
-    if plain: print(f"{', '.join(plain)}: described by the teacher's prompt alone; better words go into `description:` of effect.yaml", file=sys.stderr)
-    return {id: job.out/'described'/id for id in effects}
+    if plain:
+        print(
+            f"{', '.join(plain)}: described by the teacher's prompt alone; better words go into `description:` of effect.yaml",
+            file=sys.stderr,
+        )
+    return {id: job.out / 'described' / id for id in effects}
 
 
 def _borrowed(job: Job, general: Path | None) -> int:
@@ -93,29 +132,52 @@ def _borrowed(job: Job, general: Path | None) -> int:
     return differences('targets', job.budget).get('borrow', 0) if general else 0
 
 
-def paint(job: Job, effects: dict[str, Path], teachers: dict[str, Path], general: Path | None = None, given: dict | None = None) -> dict[str, Path]:
+def paint(
+    job: Job,
+    effects: dict[str, Path],
+    teachers: dict[str, Path],
+    general: Path | None = None,
+    given: dict | None = None,
+) -> dict[str, Path]:
     "Targets painted by the teachers, of the effects' own sources and of as many pictures of `general` as the budget borrows: effect id -> effect folder."
     n = _borrowed(job, general)
-    job.do('targets', 'targets', {'effects': list(effects.values()), 'teachers': list(teachers.values()), 'general': general if n else None}, {'borrow': n, **(given or {})})
-    return {id: job.out/'targets'/id for id in effects}
+    job.do(
+        'targets',
+        'targets',
+        {'effects': list(effects.values()), 'teachers': list(teachers.values()), 'general': general if n else None},
+        {'borrow': n, **(given or {})},
+    )
+    return {id: job.out / 'targets' / id for id in effects}
 
 
 def _noise_levels(collection: Path, given: dict) -> dict:
     "The few-step schedule of a collection, as settings, which those `given` must not change."
     from collectionlora.use.extend import recipe_of, shift_of
+
     recipe = recipe_of(collection)
     own = dict(few_steps=recipe.steps, few_shift=shift_of(recipe.times) if recipe.times else recipe.shift)
     for name, v in own.items():
-        if not isinstance(given.get(name, 0), (int, float)): raise UserError(f'settings: {name} must be a number, got {given[name]!r}; leave it out, {collection} says it')
-        if v is not None and abs(given.get(name, v) - v) > 1e-3: raise UserError(f'{collection}: is sampled with {name} {v:g}, the settings ask for {given[name]}; leave it out')
+        if not isinstance(given.get(name, 0), (int, float)):
+            raise UserError(
+                f'settings: {name} must be a number, got {given[name]!r}; leave it out, {collection} says it'
+            )
+        if v is not None and abs(given.get(name, v) - v) > 1e-3:
+            raise UserError(
+                f'{collection}: is sampled with {name} {v:g}, the settings ask for {given[name]}; leave it out'
+            )
     return own
 
 
 def _stream(general: Path | None, s) -> list:
     "The general stream in a folder; none only where the settings ask for none."
     from collectionlora.files.effects import load_general
-    if general: return load_general(general)
-    if s.p_switch < 1: raise UserError(f"--general: {1 - s.p_switch:.0%} of the steps (p_switch {s.p_switch:g}) are on general pictures; give a folder of them with a manifest.jsonl, one line {{\"image\": \"0.png\", \"prompt\": \"make it night\"}} each, or do without: -p 'settings={{p_switch: 1}}'")
+
+    if general:
+        return load_general(general)
+    if s.p_switch < 1:
+        raise UserError(
+            f'--general: {1 - s.p_switch:.0%} of the steps (p_switch {s.p_switch:g}) are on general pictures; give a folder of them with a manifest.jsonl, one line {{"image": "0.png", "prompt": "make it night"}} each, or do without: -p \'settings={{p_switch: 1}}\''
+        )
     return []
 
 
@@ -124,55 +186,127 @@ def distill_settings(job: Job, init: Path | None = None, given: dict | None = No
     from collectionlora.bases.pipeline import read_info
     from collectionlora.files.card import inspect
     from collectionlora.engine.settings import resolved, Settings
+
     values = complete(experiment, merged({**differences(experiment, job.budget), 'device': job.device}, given or {}))
     held = max(inspect(init)['ranks'], default=0) if init else 0
     rank = values['rank'] or held
-    asked = {**{k: values[k] for k in ('preset', 'steps', 'batch')}, 'seed': job.seed, 'rank_student': rank, 'rank_fake': rank, 'init': str(init or 'zero')}
-    if experiment == 'extend': asked |= _noise_levels(init, values['settings'])
+    asked = {
+        **{k: values[k] for k in ('preset', 'steps', 'batch')},
+        'seed': job.seed,
+        'rank_student': rank,
+        'rank_fake': rank,
+        'init': str(init or 'zero'),
+    }
+    if experiment == 'extend':
+        asked |= _noise_levels(init, values['settings'])
     s = Settings.from_dict({**asked, **values['settings']})
-    if s.rank_student < held: raise UserError(f'{init}: has rank {held}, more than the {s.rank_student} of the run that starts from it; give -p rank={held} or more')
+    if s.rank_student < held:
+        raise UserError(
+            f'{init}: has rank {held}, more than the {s.rank_student} of the run that starts from it; give -p rank={held} or more'
+        )
     return values, resolved(s, float(read_info(job.base)['shift']))
 
 
-def distill(job: Job, effects: dict[str, Path], teachers: dict[str, Path], general: Path | None = None, init: Path | None = None, given: dict | None = None, words: Path | None = None) -> Path:
+def distill(
+    job: Job,
+    effects: dict[str, Path],
+    teachers: dict[str, Path],
+    general: Path | None = None,
+    init: Path | None = None,
+    given: dict | None = None,
+    words: Path | None = None,
+) -> Path:
     "The collection (Eq. 9), one LoRA file: words for every effect, targets by its teacher, then the loop."
     _stream(general, distill_settings(job, init, given)[1])
     painted = paint(job, describe(job, effects, words), teachers, general)
-    job.do('distill', 'collection', {'effects': list(painted.values()), 'teachers': list(teachers.values()), 'general': general, 'init': init}, given)
-    return job.out/'collection.safetensors'
+    job.do(
+        'distill',
+        'collection',
+        {'effects': list(painted.values()), 'teachers': list(teachers.values()), 'general': general, 'init': init},
+        given,
+    )
+    return job.out / 'collection.safetensors'
 
 
-def plan(job: Job, effects: dict[str, Path], general: Path | None = None, init: Path | None = None, given: dict | None = None, experiment: str = 'distill') -> dict:
+def plan(
+    job: Job,
+    effects: dict[str, Path],
+    general: Path | None = None,
+    init: Path | None = None,
+    given: dict | None = None,
+    experiment: str = 'distill',
+) -> dict:
     "What `distill`, or `extend` of the collection `init`, would do and take on this machine: steps, passes, seconds, memory, disk. Trains nothing, and checks the settings before anything loads."
     from dataclasses import replace
     from collectionlora.engine import plan as loop
     from collectionlora.files import effects as effects_
     from collectionlora.files.conditions import ConditionCache
     from collectionlora.bases.pipeline import load_base
+
     values, s = distill_settings(job, init, given, experiment)
     stream = _stream(general, s)
-    lent = [p for p, _ in stream[:_borrowed(job, general)]]
-    painted = lambda e: dict(sources=(*e.sources, *lent), targets=(*e.sources, *lent))        # a target is painted at its source's size
-    sets = [replace(e, trigger=e.trigger or e.id, description=e.description or e.prompt, **painted(e)) for e in effects_.load_effects(*effects.values())]
+    lent = [p for p, _ in stream[: _borrowed(job, general)]]
+    painted = lambda e: dict(
+        sources=(*e.sources, *lent), targets=(*e.sources, *lent)
+    )  # a target is painted at its source's size
+    sets = [
+        replace(e, trigger=e.trigger or e.id, description=e.description or e.prompt, **painted(e))
+        for e in effects_.load_effects(*effects.values())
+    ]
     base = load_base(job.base, device=values['device'], frozen=values.get('frozen', ''))
-    base.backbone.checkpointing(values.get('checkpointing', False)); base.backbone.offload(values.get('offload', False))
-    return loop.measured_plan(base, sets, stream if s.p_switch < 1 else [], ConditionCache(base, results_dir()/'.cache'), s)
+    base.backbone.checkpointing(values.get('checkpointing', False))
+    base.backbone.offload(values.get('offload', False))
+    return loop.measured_plan(
+        base, sets, stream if s.p_switch < 1 else [], ConditionCache(base, results_dir() / '.cache'), s
+    )
 
 
-def extend(job: Job, collection: Path, effects: dict[str, Path], teachers: dict[str, Path], general: Path | None = None, old=(), given: dict | None = None, words: Path | None = None) -> Path:
+def extend(
+    job: Job,
+    collection: Path,
+    effects: dict[str, Path],
+    teachers: dict[str, Path],
+    general: Path | None = None,
+    old=(),
+    given: dict | None = None,
+    words: Path | None = None,
+) -> Path:
     "A collection with `effects` added in a few steps, one LoRA file; `old`: folders of effects that it has, to measure on or to rehearse."
     _stream(general, distill_settings(job, collection, given, 'extend')[1])
     painted = paint(job, describe(job, effects, words, collection), {id: teachers[id] for id in effects}, general)
-    inputs = {'collection': collection, 'effects': list(painted.values()), 'teachers': list(teachers.values()), 'general': general, 'old': list(old)}
+    inputs = {
+        'collection': collection,
+        'effects': list(painted.values()),
+        'teachers': list(teachers.values()),
+        'general': general,
+        'old': list(old),
+    }
     job.do('extend', 'collection', inputs, given)
-    return job.out/'collection.safetensors'
+    return job.out / 'collection.safetensors'
 
 
-def evaluate(job: Job, collection: Path, effects: dict[str, Path], teachers: dict[str, Path], acceleration: Path | None = None, fm: Path | None = None,
-             given: dict | None = None) -> Path:
+def evaluate(
+    job: Job,
+    collection: Path,
+    effects: dict[str, Path],
+    teachers: dict[str, Path],
+    acceleration: Path | None = None,
+    fm: Path | None = None,
+    given: dict | None = None,
+) -> Path:
     "A collection against what the given files allow, on unseen pictures: the evaluation's record."
-    job.do('evaluate', 'evaluation', {'collection': collection, 'effects': list(effects.values()), 'teachers': list(teachers.values()),
-                                      'acceleration': acceleration, 'fm': fm}, given)
+    job.do(
+        'evaluate',
+        'evaluation',
+        {
+            'collection': collection,
+            'effects': list(effects.values()),
+            'teachers': list(teachers.values()),
+            'acceleration': acceleration,
+            'fm': fm,
+        },
+        given,
+    )
     return job.record('evaluation')
 
 
@@ -182,73 +316,125 @@ def ladder(job: Job, collection: Path, effects: dict[str, Path] | None = None, g
     return job.record('ladder')
 
 
-def rivals(job: Job, collection: Path, effects: dict[str, Path], teachers: dict[str, Path], acceleration: Path | None = None, given: dict | None = None) -> Path:
+def rivals(
+    job: Job,
+    collection: Path,
+    effects: dict[str, Path],
+    teachers: dict[str, Path],
+    acceleration: Path | None = None,
+    given: dict | None = None,
+) -> Path:
     "A collection against everything that combines its teachers without training: the record."
-    job.do('rivals', 'rivals', {'collection': collection, 'effects': list(effects.values()), 'teachers': list(teachers.values()), 'acceleration': acceleration}, given)
+    job.do(
+        'rivals',
+        'rivals',
+        {
+            'collection': collection,
+            'effects': list(effects.values()),
+            'teachers': list(teachers.values()),
+            'acceleration': acceleration,
+        },
+        given,
+    )
     return job.record('rivals')
 
 
 def write_report(job: Job, records: list[Path], given: dict | None = None) -> Path:
     "The page that shows it all."
     full = {'full_steps': differences('distill', 'full')['steps']}
-    job.do('report', 'report', {'evaluations': [job.record('evaluation')], 'records': records}, {**full, **(given or {})})
-    return job.out/'report.html'
+    job.do(
+        'report', 'report', {'evaluations': [job.record('evaluation')], 'records': records}, {**full, **(given or {})}
+    )
+    return job.out / 'report.html'
 
 # %% ../../nbs/run/chain.ipynb #c00c77f8
 def shipped_acceleration(base: Path) -> Path | None:
     "The acceleration LoRA that ships with the nano base; `None` for another base, or where none ships."
-    found = sorted((data_dir()/'acceleration').glob('*.safetensors'))
+    found = sorted((data_dir() / 'acceleration').glob('*.safetensors'))
     return found[0] if found and base.resolve() == nano_dir().resolve() else None
 
 
 def default_folder(budget: str, seed: int) -> Path:
     "results/demo for the short run with seed 0; other budgets and seeds say so in their folder's name."
-    return results_dir()/''.join(['demo', '' if budget == 'demo' else f'-{budget}', f'-seed{seed}' if seed else ''])
+    return results_dir() / ''.join(['demo', '' if budget == 'demo' else f'-{budget}', f'-seed{seed}' if seed else ''])
 
 
 def demo(budget: str = 'demo', seed: int = 0, base='nano', out=None) -> Path:
     "The main job on effects of the miniature world; returns the report's path. Started again, it repeats only what has changed."
-    differences('distill', budget)                       # a misspelt budget is found before anything runs
+    differences('distill', budget)  # a misspelt budget is found before anything runs
     folder = base_folder(base)
     job = Job(Path(out or default_folder(budget, seed)), folder, budget, seed)
     job.do('effects', 'effects', {})
-    effects = checked_effects([job.out/'effects'])
-    distill(job, effects, teach(job, effects), job.out/'general')
+    effects = checked_effects([job.out / 'effects'])
+    distill(job, effects, teach(job, effects), job.out / 'general')
     return compare(job)
 
 
 def compare(job: Job) -> Path:
     "The second half of a demonstration: what its folder holds (effects, teachers, collection) against the baselines, which are trained here; returns the report's path."
     from collectionlora.teachers import teacher_files
-    effects = checked_effects([job.out/'effects'])
-    teachers, described = teacher_files([job.out/'teachers'], effects), [job.out/'described'/id for id in effects]
+
+    effects = checked_effects([job.out / 'effects'])
+    teachers, described = teacher_files([job.out / 'teachers'], effects), [job.out / 'described' / id for id in effects]
     job.do('baseline_fm', 'all_in_one', {'effects': described})
-    evaluate(job, job.out/'collection.safetensors', effects, teachers, shipped_acceleration(job.base), job.out/'all_in_one.safetensors', {'training': f'seed {job.seed}'})
-    return write_report(job, [*(job.record(id, 'teachers') for id in effects), *map(job.record, ('effects', 'prompts', 'targets', 'collection', 'all_in_one'))])
+    evaluate(
+        job,
+        job.out / 'collection.safetensors',
+        effects,
+        teachers,
+        shipped_acceleration(job.base),
+        job.out / 'all_in_one.safetensors',
+        {'training': f'seed {job.seed}'},
+    )
+    return write_report(
+        job,
+        [
+            *(job.record(id, 'teachers') for id in effects),
+            *map(job.record, ('effects', 'prompts', 'targets', 'collection', 'all_in_one')),
+        ],
+    )
 
 # %% ../../nbs/run/chain.ipynb #a44bc856
-KEPT = ('evaluation.json', 'evaluation.rows.jsonl', 'collection.json', 'collection.curves.png', 'collection.png', 'all_in_one.json', 'targets.json', 'prompts.json')
+KEPT = (
+    'evaluation.json',
+    'evaluation.rows.jsonl',
+    'collection.json',
+    'collection.curves.png',
+    'collection.png',
+    'all_in_one.json',
+    'targets.json',
+    'prompts.json',
+)
+
 
 def keep(folder, to=None) -> Path:
     "Copies records, judged rows and pictures of a finished demonstration to results/main_job/<its name>; a folder that is there is replaced. Raises `UserError` if a part is missing."
-    folder = Path(folder); to = Path(to or results_dir()/'main_job'/folder.name)
+    folder = Path(folder)
+    to = Path(to or results_dir() / 'main_job' / folder.name)
     for name in (*KEPT, 'evaluation-pictures', 'teachers'):
-        if not (folder/name).exists(): raise UserError(f'{folder}/{name}: not there, so this is no finished demonstration; run `collectionlora demo` first')
+        if not (folder / name).exists():
+            raise UserError(
+                f'{folder}/{name}: not there, so this is no finished demonstration; run `collectionlora demo` first'
+            )
     part = to.with_name(f'.{to.name}.part')
     shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(folder/'evaluation-pictures', part/'pictures')
-    for name in KEPT: shutil.copyfile(folder/name, part/name)
-    for file in sorted((folder/'teachers').glob('*.json')): shutil.copyfile(file, part/f'teacher.{file.name}')
+    shutil.copytree(folder / 'evaluation-pictures', part / 'pictures')
+    for name in KEPT:
+        shutil.copyfile(folder / name, part / name)
+    for file in sorted((folder / 'teachers').glob('*.json')):
+        shutil.copyfile(file, part / f'teacher.{file.name}')
     shutil.rmtree(to, ignore_errors=True)
     return part.rename(to)
 
 # %% ../../nbs/run/chain.ipynb #1b21a217
 def rebase(seed: int = 0, budget: str = 'full') -> Path:
     "Trains the acceleration LoRA of the nano base, puts it into data/acceleration, and runs the demonstration. Raises `UserError` outside a checkout."
-    if not in_checkout(): raise UserError('rebase: changes the data that ship with the package; run it in a checkout')
-    differences('acceleration', budget)                  # before anything is drawn
-    job = Job(results_dir()/'acceleration', base_folder(), budget, seed)
+    if not in_checkout():
+        raise UserError('rebase: changes the data that ship with the package; run it in a checkout')
+    differences('acceleration', budget)  # before anything is drawn
+    job = Job(results_dir() / 'acceleration', base_folder(), budget, seed)
     job.do('effects', 'stream', {})
-    job.do('acceleration', 'acceleration', {'general': job.out/'general'})
-    with replacing(data_dir()/'acceleration'/'acceleration.safetensors') as part: shutil.copyfile(job.out/'acceleration.safetensors', part)
+    job.do('acceleration', 'acceleration', {'general': job.out / 'general'})
+    with replacing(data_dir() / 'acceleration' / 'acceleration.safetensors') as part:
+        shutil.copyfile(job.out / 'acceleration.safetensors', part)
     return demo(seed=seed)

@@ -22,29 +22,45 @@ from .. import core
 from ..core import UserError
 
 # %% ../../nbs/run/cli.ipynb #456832cd
-app = typer.Typer(name='collectionlora', no_args_is_help=True, rich_markup_mode='rich', pretty_exceptions_enable=False, add_completion=False,
-                  context_settings={'help_option_names': ['-h', '--help']},
-                  help="Many effect LoRAs and few-step sampling, distilled into one LoRA.\n\nStart with [bold]collectionlora demo[/bold].")
+app = typer.Typer(
+    name='collectionlora',
+    no_args_is_help=True,
+    rich_markup_mode='rich',
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={'help_option_names': ['-h', '--help']},
+    help='Many effect LoRAs and few-step sampling, distilled into one LoRA.\n\nStart with [bold]collectionlora demo[/bold].',
+)
 
 
-def _say(text: str, style: str = 'red') -> None: Console(stderr=True, soft_wrap=True, highlight=False).print(text, style=style, markup=False)
+def _say(text: str, style: str = 'red') -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(text, style=style, markup=False)
 
 
 def guarded(f):
     "A command whose foreseen errors are one sentence and an exit code."
+
     @functools.wraps(f)
     def command(*args, **kw):
         from collectionlora.run.execute import RunFailed
-        try: return f(*args, **kw)
-        except UserError as e: code, text = 2, str(e)
-        except RunFailed as e: code, text = 1, str(e)
-        except OSError as e: code, text = 1, f'{e.filename}: {e.strerror}' if e.filename else str(e)
-        except KeyboardInterrupt as e: code, text = 130, str(e) or 'stopped'
+
+        try:
+            return f(*args, **kw)
+        except UserError as e:
+            code, text = 2, str(e)
+        except RunFailed as e:
+            code, text = 1, str(e)
+        except OSError as e:
+            code, text = 1, f'{e.filename}: {e.strerror}' if e.filename else str(e)
+        except KeyboardInterrupt as e:
+            code, text = 130, str(e) or 'stopped'
         except RuntimeError as e:
-            if type(e).__name__ != 'OutOfMemoryError': raise                     # torch's, which is not imported for a command that needs none
+            if type(e).__name__ != 'OutOfMemoryError':
+                raise  # torch's, which is not imported for a command that needs none
             code, text = 1, f'out of memory on the device: give fewer pictures or effects at once ({e})'
         _say(text)
         raise typer.Exit(code)
+
     return command
 
 
@@ -63,79 +79,172 @@ def assignments(pairs) -> dict:
     found = {}
     for pair in pairs or []:
         name, sep, value = pair.partition('=')
-        if not sep or not name.isidentifier(): raise UserError(f"-p {pair!r}: write name=value, e.g. -p steps=200")
-        if name in found: raise UserError(f"-p {name}: given twice; keep one")
+        if not sep or not name.isidentifier():
+            raise UserError(f'-p {pair!r}: write name=value, e.g. -p steps=200')
+        if name in found:
+            raise UserError(f'-p {name}: given twice; keep one')
         found[name] = core.parse_yaml(value, f'-p {name}')
     return found
 
 # %% ../../nbs/run/cli.ipynb #7f8ec861
-Out = Annotated[Path, typer.Option('--out', '-o', help='Folder to write to; the same command goes on where it stopped.')]
+Out = Annotated[
+    Path, typer.Option('--out', '-o', help='Folder to write to; the same command goes on where it stopped.')
+]
 BaseOption = Annotated[str, typer.Option('--base', '-b', help="'nano', or the folder of a Qwen-Image-Edit pipeline.")]
 Seed = Annotated[int, typer.Option('--seed', '-s', min=0, help='Seed of every draw.')]
-Budget = Annotated[Optional[str], typer.Option('--budget', help='Which parameter files to use: demo and full are made for the nano base, paper has the published settings.', show_default='full for the nano base, else paper')]
+Budget = Annotated[
+    Optional[str],
+    typer.Option(
+        '--budget',
+        help='Which parameter files to use: demo and full are made for the nano base, paper has the published settings.',
+        show_default='full for the nano base, else paper',
+    ),
+]
 Device = Annotated[str, typer.Option('--device', help='cpu or cuda.', show_default='cuda where there is one')]
-Words = Annotated[Optional[Path], typer.Option('--words', help='A prompts.yaml with triggers and descriptions to use, e.g. a corrected one.')]
-Processes = Annotated[int, typer.Option('--processes', min=1, help='How many processes share the work of a run, under torchrun.')]
-Given = Annotated[Optional[list[str]], typer.Option('--parameter', '-p', metavar='NAME=VALUE', help='A parameter of the experiment; may be repeated.')]
+Words = Annotated[
+    Optional[Path],
+    typer.Option('--words', help='A prompts.yaml with triggers and descriptions to use, e.g. a corrected one.'),
+]
+Processes = Annotated[
+    int, typer.Option('--processes', min=1, help='How many processes share the work of a run, under torchrun.')
+]
+Given = Annotated[
+    Optional[list[str]],
+    typer.Option('--parameter', '-p', metavar='NAME=VALUE', help='A parameter of the experiment; may be repeated.'),
+]
 
 
 def device_of(device: str) -> str:
     "The device that an option names; without one, cuda where torch finds it."
     import torch
     from collectionlora.bases.pipeline import checked_device
+
     return checked_device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
 
 def job_of(out: Path, base: str, budget: str | None, seed: int, device: str = '', given: dict | None = None):
     "The `demo.Job` that a command's options describe; a device among the parameters `given` is the whole job's."
     from collectionlora.run.chain import base_folder, Job
+
     folder = base_folder(base)
     embedded = folder.resolve() == core.nano_dir().resolve()
-    if budget in ('demo', 'full') and not embedded: _say(f'--budget {budget}: its steps and rates are those of the nano base; paper has the published ones', 'yellow')
-    return Job(out, folder, budget or ('full' if embedded else 'paper'), seed, device_of((given or {}).pop('device', device)))
+    if budget in ('demo', 'full') and not embedded:
+        _say(
+            f'--budget {budget}: its steps and rates are those of the nano base; paper has the published ones', 'yellow'
+        )
+    return Job(
+        out, folder, budget or ('full' if embedded else 'paper'), seed, device_of((given or {}).pop('device', device))
+    )
 
 
 def grid(title: str, columns, rows) -> Table:
     "A rich table."
     from collectionlora.files.card import printable
+
     table = Table(*columns, title=title, title_justify='left')
-    for row in rows: table.add_row(*(escape(printable(str(cell))) for cell in row))
+    for row in rows:
+        table.add_row(*(escape(printable(str(cell))) for cell in row))
     return table
 
 # %% ../../nbs/run/cli.ipynb #76027c5b
 @command(epilog='Example: collectionlora teach my-effect --out mine -p steps=500')
-def teach(effects: Annotated[list[Path], typer.Argument(help='Effect folders (effect.yaml, source/, target/), or folders of them.')],
-          out: Out, base: BaseOption = 'nano', budget: Budget = None, seed: Seed = 0, device: Device = '', parameter: Given = None):
+def teach(
+    effects: Annotated[
+        list[Path], typer.Argument(help='Effect folders (effect.yaml, source/, target/), or folders of them.')
+    ],
+    out: Out,
+    base: BaseOption = 'nano',
+    budget: Budget = None,
+    seed: Seed = 0,
+    device: Device = '',
+    parameter: Given = None,
+):
     "Train one LoRA per effect folder: flow matching on its pairs."
     from collectionlora.run import chain
+
     found, given = chain.checked_effects(effects), assignments(parameter)
-    for id, file in chain.teach(job_of(out, base, budget, seed, device, given), found, given).items(): print(f'{id}\t{file}')
+    for id, file in chain.teach(job_of(out, base, budget, seed, device, given), found, given).items():
+        print(f'{id}\t{file}')
 
 
-@command(epilog='Example: collectionlora distill mine results/demo/effects -t mine/teachers -t results/demo/teachers --general results/demo/general --out both')
-def distill(effects: Annotated[list[Path], typer.Argument(help='Effect folders, or folders of them.')],
-            teachers: Annotated[list[Path], typer.Option('--teachers', '-t', help='A teacher LoRA or a folder of them; one not trained here is named after its effect, <id>.safetensors. May be repeated.')],
-            out: Out, general: Annotated[Optional[Path], typer.Option('--general', '-g', help="Folder of general images with instructions (manifest.jsonl); needed unless -p 'settings={p_switch: 1}'.")] = None, init: Annotated[Optional[Path], typer.Option(help='A LoRA to start from: the acceleration LoRA, or a collection to extend.')] = None,
-            dry_run: Annotated[bool, typer.Option('--dry-run', help='Train nothing; print the plan with the time, memory and disk it would take here.')] = False,
-            extend: Annotated[Optional[Path], typer.Option(help='A collection to add these effects to, in a few steps; what its own effects lose is listed.')] = None,
-            old: Annotated[Optional[list[Path]], typer.Option(help='With --extend: folders of effects that are in the collection, to measure on (-p rehearse=true: to train along).')] = None,
-            words: Words = None, base: BaseOption = 'nano', budget: Budget = None, seed: Seed = 0, device: Device = '', parameter: Given = None):
+@command(
+    epilog='Example: collectionlora distill mine results/demo/effects -t mine/teachers -t results/demo/teachers --general results/demo/general --out both'
+)
+def distill(
+    effects: Annotated[list[Path], typer.Argument(help='Effect folders, or folders of them.')],
+    teachers: Annotated[
+        list[Path],
+        typer.Option(
+            '--teachers',
+            '-t',
+            help='A teacher LoRA or a folder of them; one not trained here is named after its effect, <id>.safetensors. May be repeated.',
+        ),
+    ],
+    out: Out,
+    general: Annotated[
+        Optional[Path],
+        typer.Option(
+            '--general',
+            '-g',
+            help="Folder of general images with instructions (manifest.jsonl); needed unless -p 'settings={p_switch: 1}'.",
+        ),
+    ] = None,
+    init: Annotated[
+        Optional[Path], typer.Option(help='A LoRA to start from: the acceleration LoRA, or a collection to extend.')
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            '--dry-run', help='Train nothing; print the plan with the time, memory and disk it would take here.'
+        ),
+    ] = False,
+    extend: Annotated[
+        Optional[Path],
+        typer.Option(help='A collection to add these effects to, in a few steps; what its own effects lose is listed.'),
+    ] = None,
+    old: Annotated[
+        Optional[list[Path]],
+        typer.Option(
+            help='With --extend: folders of effects that are in the collection, to measure on (-p rehearse=true: to train along).'
+        ),
+    ] = None,
+    words: Words = None,
+    base: BaseOption = 'nano',
+    budget: Budget = None,
+    seed: Seed = 0,
+    device: Device = '',
+    parameter: Given = None,
+):
     "Distil the teachers of several effects into one few-step LoRA, or extend one (--extend)."
     from collectionlora.run import chain
+
     found, given = chain.checked_effects(effects), assignments(parameter)
-    if extend and init: raise UserError('--init and --extend: an extension starts from its collection; give one of the two')
-    if old and not extend: raise UserError('--old: names effects of a collection that is extended; give it with --extend FILE')
+    if extend and init:
+        raise UserError('--init and --extend: an extension starts from its collection; give one of the two')
+    if old and not extend:
+        raise UserError('--old: names effects of a collection that is extended; give it with --extend FILE')
     job = job_of(out, base, budget, seed, device, given)
-    if dry_run: return _plan(chain.plan(job, found, general, init or extend, given, 'extend' if extend else 'distill'))
-    if extend: print(_extend(job, extend, found, teachers, general, old or [], given, words))
-    else: print(chain.distill(job, found, _files(teachers, found), general, init, given, words))
+    if dry_run:
+        return _plan(chain.plan(job, found, general, init or extend, given, 'extend' if extend else 'distill'))
+    if extend:
+        print(_extend(job, extend, found, teachers, general, old or [], given, words))
+    else:
+        print(chain.distill(job, found, _files(teachers, found), general, init, given, words))
 
 
 def _plan(plan: dict) -> None:
     "Prints a plan: sizes and durations in units that one reads."
-    size = lambda n: next(f'{n/1024**k:.3g} {u}' for k, u in ((3, 'GiB'), (2, 'MiB'), (1, 'KiB'), (0, 'B')) if n >= 1024**k or not k)
-    time = lambda s: f'{s/3600:.1f} hours' if s >= 5400 else f'{s/60:.0f} minutes' if s >= 90 else f'{s:.3g} s'
-    told = lambda k, v: ', '.join(f'{n} {x:,}' for n, x in v.items()) if isinstance(v, dict) else time(v) if k.startswith('seconds') else f'{v:,}'
+    size = lambda n: next(
+        f'{n / 1024**k:.3g} {u}' for k, u in ((3, 'GiB'), (2, 'MiB'), (1, 'KiB'), (0, 'B')) if n >= 1024**k or not k
+    )
+    time = lambda s: f'{s / 3600:.1f} hours' if s >= 5400 else f'{s / 60:.0f} minutes' if s >= 90 else f'{s:.3g} s'
+    told = lambda k, v: (
+        ', '.join(f'{n} {x:,}' for n, x in v.items())
+        if isinstance(v, dict)
+        else time(v)
+        if k.startswith('seconds')
+        else f'{v:,}'
+    )
     rows = [(k.replace('seconds', 'time'), told(k, v)) for k, v in plan.items() if k not in ('memory', 'disk')]
     rows += [(f'{part}: {k}', size(n)) for part in ('memory', 'disk') for k, n in plan[part].items()]
     Console().print(grid('plan (nothing was trained)', ('', ''), rows))
@@ -143,88 +252,153 @@ def _plan(plan: dict) -> None:
 
 def _files(teachers, effects):
     from collectionlora.teachers import teacher_files
+
     return teacher_files(teachers, effects)
 
 
 def _extend(job, collection, found, teachers, general, old, given, words):
     from collectionlora.run import chain
+
     before = chain.checked_effects(old) if old else {}
     wanted = [*found, *(before if given.get('rehearse') else ())]
     return chain.extend(job, collection, found, _files(teachers, wanted), general, list(before.values()), given, words)
 
 
-@command(epilog='Example: collectionlora evaluate both/collection.safetensors my-effect -t mine/teachers -t results/demo/teachers --out both')
-def evaluate(collection: Annotated[Path, typer.Argument(help='The collection file.')],
-             effects: Annotated[list[Path], typer.Argument(help='Effect folders, or folders of them.')],
-             out: Out, teachers: Annotated[Optional[list[Path]], typer.Option('--teachers', '-t', help="Teacher LoRAs to compare with, files or folders: those of all the collection's effects.")] = None,
-             acceleration: Annotated[Optional[Path], typer.Option(help='A LoRA that makes the base few-step.')] = None,
-             fm: Annotated[Optional[Path], typer.Option(help='An all-in-one flow-matching LoRA.')] = None,
-             pictures: Annotated[Optional[list[Path]], typer.Option(help="A new picture to edit, or a folder of them; may be repeated. Without: the effects' own sources, and unseen subjects for effects of the miniature world.")] = None,
-             base: BaseOption = 'nano', budget: Budget = None, seed: Seed = 0, device: Device = '', parameter: Given = None):
+@command(
+    epilog='Example: collectionlora evaluate both/collection.safetensors my-effect -t mine/teachers -t results/demo/teachers --out both'
+)
+def evaluate(
+    collection: Annotated[Path, typer.Argument(help='The collection file.')],
+    effects: Annotated[list[Path], typer.Argument(help='Effect folders, or folders of them.')],
+    out: Out,
+    teachers: Annotated[
+        Optional[list[Path]],
+        typer.Option(
+            '--teachers',
+            '-t',
+            help="Teacher LoRAs to compare with, files or folders: those of all the collection's effects.",
+        ),
+    ] = None,
+    acceleration: Annotated[Optional[Path], typer.Option(help='A LoRA that makes the base few-step.')] = None,
+    fm: Annotated[Optional[Path], typer.Option(help='An all-in-one flow-matching LoRA.')] = None,
+    pictures: Annotated[
+        Optional[list[Path]],
+        typer.Option(
+            help="A new picture to edit, or a folder of them; may be repeated. Without: the effects' own sources, and unseen subjects for effects of the miniature world."
+        ),
+    ] = None,
+    base: BaseOption = 'nano',
+    budget: Budget = None,
+    seed: Seed = 0,
+    device: Device = '',
+    parameter: Given = None,
+):
     "Measure a collection against what the given files allow, and write the report."
     from collectionlora.run import chain
     from collectionlora.files.effects import images_among
     from collectionlora.files.header import catalogue
-    found, given, held = chain.checked_effects(effects), assignments(parameter), [e['id'] for e in catalogue(collection)]
+
+    found, given, held = (
+        chain.checked_effects(effects),
+        assignments(parameter),
+        [e['id'] for e in catalogue(collection)],
+    )
     job, made = job_of(out, base, budget, seed, device, given), collection.with_suffix('.json')
-    if pictures: given['pictures'] = [str(p) for p in images_among(pictures)]
+    if pictures:
+        given['pictures'] = [str(p) for p in images_among(pictures)]
     chain.evaluate(job, collection, found, _files(teachers, held) if teachers else {}, acceleration, fm, given)
     print(chain.write_report(job, [made] if made.is_file() else []))
 
 
 @command(epilog='Example: collectionlora demo --budget full --seed 1')
-def demo(budget: Annotated[str, typer.Option('--budget', help='demo: a quarter of an hour; full: an hour.')] = 'demo', seed: Seed = 0, base: BaseOption = 'nano', out: Annotated[Optional[Path], typer.Option('--out', '-o', help='Default: results/demo.')] = None,
-         keep: Annotated[bool, typer.Option(help='Copy records, rows and pictures to results/main_job, which git keeps.')] = False):
+def demo(
+    budget: Annotated[str, typer.Option('--budget', help='demo: a quarter of an hour; full: an hour.')] = 'demo',
+    seed: Seed = 0,
+    base: BaseOption = 'nano',
+    out: Annotated[Optional[Path], typer.Option('--out', '-o', help='Default: results/demo.')] = None,
+    keep: Annotated[
+        bool, typer.Option(help='Copy records, rows and pictures to results/main_job, which git keeps.')
+    ] = False,
+):
     "The main job on the embedded nano base: effects, teachers, targets, collection, baselines, evaluation, report."
     from collectionlora.run import chain as job
+
     page = job.demo(budget, seed, base, out)
-    if keep: print(job.keep(page.parent))
+    if keep:
+        print(job.keep(page.parent))
     print(page)
+
 
 @command(hidden=True)
 def rebase(seed: Seed = 0, budget: Annotated[str, typer.Option('--budget')] = 'full'):
     "Make again what hangs on the nano base (in a checkout): the acceleration LoRA, then the demonstration."
     from collectionlora.run.chain import rebase as go
+
     print(go(seed, budget))
 
 # %% ../../nbs/run/cli.ipynb #d1e53985
-@command(epilog='Example: collectionlora edit cat.png candy_world little_devil --collection results/demo/collection.safetensors --out edits')
-def edit(image: Annotated[Path, typer.Argument(help='The picture to edit.')],
-         effects: Annotated[list[str], typer.Argument(help="Effect ids; 'a+b' chains two in one instruction.")],
-         collection: Annotated[Path, typer.Option('--collection', '-c', help='The collection file.')],
-         out: Annotated[Path, typer.Option('--out', '-o', help='Folder for the edited pictures.')] = Path('.'),
-         base: BaseOption = 'nano', seed: Seed = 0, device: Device = ''):
+@command(
+    epilog='Example: collectionlora edit cat.png candy_world little_devil --collection results/demo/collection.safetensors --out edits'
+)
+def edit(
+    image: Annotated[Path, typer.Argument(help='The picture to edit.')],
+    effects: Annotated[list[str], typer.Argument(help="Effect ids; 'a+b' chains two in one instruction.")],
+    collection: Annotated[Path, typer.Option('--collection', '-c', help='The collection file.')],
+    out: Annotated[Path, typer.Option('--out', '-o', help='Folder for the edited pictures.')] = Path('.'),
+    base: BaseOption = 'nano',
+    seed: Seed = 0,
+    device: Device = '',
+):
     "Edit a picture with effects of a collection, all in one batch."
     from collectionlora.files.effects import load_image
     from collectionlora.run.chain import base_folder
     from collectionlora.use.edit import Collection
+
     picture, asked = load_image(image), [tuple(e.split('+')) if '+' in e else e for e in effects]
-    edited = Collection.load(base_folder(base), collection, device=device_of(device)).edit([picture]*len(asked), asked, [seed]*len(asked))
+    edited = Collection.load(base_folder(base), collection, device=device_of(device)).edit(
+        [picture] * len(asked), asked, [seed] * len(asked)
+    )
     out.mkdir(parents=True, exist_ok=True)
     for name, result in zip(effects, edited):
-        file = out/f'{image.stem}-{name}-{seed}.png'
-        with core.replacing(file) as part: result.save(part, 'PNG')
+        file = out / f'{image.stem}-{name}-{seed}.png'
+        with core.replacing(file) as part:
+            result.save(part, 'PNG')
         print(file)
 
 
 @command(epilog='Example: collectionlora inspect some_lora.safetensors --json')
-def inspect(file: Annotated[Path, typer.Argument(help='A LoRA file in any known dialect, or a trainer folder.')],
-            as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
-            html: Annotated[Optional[Path], typer.Option(help='Write a gallery page of the effects to this file.')] = None,
-            base: Annotated[Optional[str], typer.Option('--base', '-b', help="Compare with the layers of this base: 'nano', or a pipeline folder (its config is enough).")] = None):
+def inspect(
+    file: Annotated[Path, typer.Argument(help='A LoRA file in any known dialect, or a trainer folder.')],
+    as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
+    html: Annotated[Optional[Path], typer.Option(help='Write a gallery page of the effects to this file.')] = None,
+    base: Annotated[
+        Optional[str],
+        typer.Option(
+            '--base',
+            '-b',
+            help="Compare with the layers of this base: 'nano', or a pipeline folder (its config is enough).",
+        ),
+    ] = None,
+):
     "Say what a LoRA file is: producer, dialect, ranks, scales, norms, and the effects it lists."
-    if html: return _gallery(file, html)
+    if html:
+        return _gallery(file, html)
     from collectionlora.files.header import read_header
+
     header = {} if file.is_dir() else read_header(file)
     from collectionlora.files.lora import read_lora, report
+
     about = report(read_lora(file, _layers(base), allow_missing=True))
-    if as_json: print(json.dumps(core.plain({'report': about, 'header': header}), indent=1))
-    else: _show(about, header, file)
+    if as_json:
+        print(json.dumps(core.plain({'report': about, 'header': header}), indent=1))
+    else:
+        _show(about, header, file)
 
 
 def _layers(base: str | None) -> dict | None:
     "The layers of the base that an option names, None without one."
     from collectionlora.roles import layer_sizes
+
     return None if base is None else layer_sizes(core.nano_dir() if base == 'nano' else base)
 
 
@@ -232,94 +406,200 @@ def _gallery(file: Path, html: Path) -> None:
     from collectionlora.files.card import gallery_html, inspect as facts
     from collectionlora.files.lora import find_weights
     from collectionlora.files.header import verify
+
     file, _ = find_weights(file)
-    if html.resolve() == file.resolve(): raise UserError(f'--html: {html} is the LoRA itself; name another file')
+    if html.resolve() == file.resolve():
+        raise UserError(f'--html: {html} is the LoRA itself; name another file')
     verify(file)
     page = gallery_html(facts(file))
-    with core.replacing(html) as part: Path(part).write_text(page, encoding='utf-8')
+    with core.replacing(html) as part:
+        Path(part).write_text(page, encoding='utf-8')
     _say(f'wrote {html}', 'green')
 
 
 def _show(about: dict, header: dict, file: Path) -> None:
     console, norms = Console(), about['norms']
-    if norms: about = {**about, 'norms': f'{min(norms.values()):.3g} to {max(norms.values()):.3g}, largest in {max(norms, key=norms.get)} (--json lists all)'}
-    if about['missing'] is None: about = {**about, 'missing': 'not counted, for no base was given'}
+    if norms:
+        about = {
+            **about,
+            'norms': f'{min(norms.values()):.3g} to {max(norms.values()):.3g}, largest in {max(norms, key=norms.get)} (--json lists all)',
+        }
+    if about['missing'] is None:
+        about = {**about, 'missing': 'not counted, for no base was given'}
     flat = [(k, json.dumps(core.plain(v)) if isinstance(v, (dict, list, tuple)) else v) for k, v in about.items()]
     console.print(grid(file.name, ('', ''), [(k, str(v)[:200]) for k, v in flat]))
     effects = header.get('collectionlora.effects', [])
-    if effects: console.print(grid('effects', ('id', 'category', 'trigger'), [(e['id'], e.get('category', ''), e.get('trigger', '')) for e in effects]))
+    if effects:
+        console.print(
+            grid(
+                'effects',
+                ('id', 'category', 'trigger'),
+                [(e['id'], e.get('category', ''), e.get('trigger', '')) for e in effects],
+            )
+        )
 
 
 @command(epilog='Example: collectionlora convert teacher.safetensors for_kohya.safetensors --dialect kohya')
-def convert(file: Annotated[Path, typer.Argument(help='A LoRA file in any known dialect, or a trainer folder.')], to: Annotated[Path, typer.Argument(help='What to write.')],
-            dialect: Annotated[str, typer.Option(help='canonical, ai-toolkit, diffusers, peft, kohya, diffsynth or lightning.')] = 'canonical',
-            alpha: Annotated[Optional[float], typer.Option(help='The alpha that the file was trained with, where neither it nor a config beside it says so.')] = None,
-            dtype: Annotated[Optional[str], typer.Option(help='float32 or bfloat16; default: the smallest that keeps every number.')] = None,
-            base: Annotated[Optional[str], typer.Option('--base', '-b', help="Demand the layers of this base: 'nano', or a pipeline folder (its config is enough).")] = None,
-            allow_missing: Annotated[Optional[list[str]], typer.Option('--allow-missing', metavar='PATTERN', help="With --base: layers that may be absent, e.g. '*_mod.1'; may be repeated.")] = None):
+def convert(
+    file: Annotated[Path, typer.Argument(help='A LoRA file in any known dialect, or a trainer folder.')],
+    to: Annotated[Path, typer.Argument(help='What to write.')],
+    dialect: Annotated[
+        str, typer.Option(help='canonical, ai-toolkit, diffusers, peft, kohya, diffsynth or lightning.')
+    ] = 'canonical',
+    alpha: Annotated[
+        Optional[float],
+        typer.Option(help='The alpha that the file was trained with, where neither it nor a config beside it says so.'),
+    ] = None,
+    dtype: Annotated[
+        Optional[str], typer.Option(help='float32 or bfloat16; default: the smallest that keeps every number.')
+    ] = None,
+    base: Annotated[
+        Optional[str],
+        typer.Option(
+            '--base', '-b', help="Demand the layers of this base: 'nano', or a pipeline folder (its config is enough)."
+        ),
+    ] = None,
+    allow_missing: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            '--allow-missing',
+            metavar='PATTERN',
+            help="With --base: layers that may be absent, e.g. '*_mod.1'; may be repeated.",
+        ),
+    ] = None,
+):
     "Write a LoRA in another dialect, or any dialect in the canonical one that loads everywhere."
     import torch
     from collectionlora.files.lora import convert as rewrite
+
     kinds = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
-    if dtype is not None: core.check_keys([dtype], kinds, '--dtype: number formats')
+    if dtype is not None:
+        core.check_keys([dtype], kinds, '--dtype: number formats')
     rewrite(file, to, dialect, kinds.get(dtype), alpha=alpha, modules=_layers(base), allow_missing=allow_missing or ())
     _say(f'wrote {to} ({dialect})', 'green')
 
 
 @command(epilog='Example: collectionlora resize collection.safetensors small.safetensors --rank 32')
-def resize(file: Annotated[Path, typer.Argument(help='A LoRA file in any known dialect, e.g. a collection.')], to: Annotated[Path, typer.Argument(help='What to write.')],
-           rank: Annotated[Optional[int], typer.Option(help='The new rank.')] = None,
-           energy: Annotated[Optional[float], typer.Option(help='Instead of a rank: the share of the squared norm to keep, e.g. 0.95.')] = None,
-           mixed: Annotated[bool, typer.Option('--mixed', help='With --energy: a rank of its own for each module (diffusers 0.40 or newer).')] = False):
+def resize(
+    file: Annotated[Path, typer.Argument(help='A LoRA file in any known dialect, e.g. a collection.')],
+    to: Annotated[Path, typer.Argument(help='What to write.')],
+    rank: Annotated[Optional[int], typer.Option(help='The new rank.')] = None,
+    energy: Annotated[
+        Optional[float], typer.Option(help='Instead of a rank: the share of the squared norm to keep, e.g. 0.95.')
+    ] = None,
+    mixed: Annotated[
+        bool,
+        typer.Option('--mixed', help='With --energy: a rank of its own for each module (diffusers 0.40 or newer).'),
+    ] = False,
+):
     "Write a smaller copy of a LoRA by singular values, with the same catalogue and, for a collection, a card."
     from collectionlora.files.card import write_card
     from collectionlora.files.shrink import shrink
+
     small = shrink(file, to, rank, energy, mixed)
     beside = write_card(to) if small.meta['header'].get('collectionlora.effects') else []
-    _say(f"wrote {', '.join(map(str, [to, *beside]))}; rank {small.rank}, {to.stat().st_size/1e6:.1f} MB", 'green')
+    _say(f'wrote {", ".join(map(str, [to, *beside]))}; rank {small.rank}, {to.stat().st_size / 1e6:.1f} MB', 'green')
 
 
 @command()
 def info():
     "Versions, hardware and folders: what to put into a bug report."
-    rows = [*core.versions().items(), *core.hardware().items(), ('nano base', core.nano_dir().is_dir()), ('notebooks', len(list(core.notebooks_dir().glob('*.ipynb')))),
-            ('results go to', core.results_dir())]
+    rows = [
+        *core.versions().items(),
+        *core.hardware().items(),
+        ('nano base', core.nano_dir().is_dir()),
+        ('notebooks', len(list(core.notebooks_dir().glob('*.ipynb')))),
+        ('results go to', core.results_dir()),
+    ]
     Console().print(grid('collectionlora', ('', ''), rows))
 
 # %% ../../nbs/run/cli.ipynb #c9f2c3fa
 def _without_inputs(file: str, experiment: str, values: dict) -> None:
     "Raises `UserError` for a budget's file without the inputs that the command line gives it: the smoke test's would be trained at full length."
     from collectionlora.run.chain import budgets, NEEDS
+
     need = NEEDS.get(experiment)
     if need and Path(file).stem in budgets() and not values.get(need):
-        raise UserError(f'{file}: is a budget of `collectionlora demo`, teach, distill and evaluate, and says nothing about {need}; use those commands, or give -p {need}=...')
+        raise UserError(
+            f'{file}: is a budget of `collectionlora demo`, teach, distill and evaluate, and says nothing about {need}; use those commands, or give -p {need}=...'
+        )
 
 
-@command(epilog='Examples: collectionlora run distill --list   |   collectionlora run distill -o results/mine -p steps=10')
-def run(experiment: Annotated[str, typer.Argument(help='Name of an experiment, or a run file .../experiment/run.yaml.')],
-        out: Annotated[Optional[Path], typer.Option('--out', '-o', help='Default: results/<experiment>.')] = None,
-        name: Annotated[Optional[str], typer.Option('--name', '-n', help='Name of the run.', show_default="the run file's, else run")] = None,
-        parameter: Given = None, seed: Annotated[Optional[int], typer.Option('--seed', '-s', min=0, help='Seed of every draw.', show_default="the run file's, else 0")] = None, processes: Processes = 1,
-        list_only: Annotated[bool, typer.Option('--list', help='Only list the parameters.')] = False):
+@command(
+    epilog='Examples: collectionlora run distill --list   |   collectionlora run distill -o results/mine -p steps=10'
+)
+def run(
+    experiment: Annotated[str, typer.Argument(help='Name of an experiment, or a run file .../experiment/run.yaml.')],
+    out: Annotated[Optional[Path], typer.Option('--out', '-o', help='Default: results/<experiment>.')] = None,
+    name: Annotated[
+        Optional[str], typer.Option('--name', '-n', help='Name of the run.', show_default="the run file's, else run")
+    ] = None,
+    parameter: Given = None,
+    seed: Annotated[
+        Optional[int],
+        typer.Option('--seed', '-s', min=0, help='Seed of every draw.', show_default="the run file's, else 0"),
+    ] = None,
+    processes: Processes = 1,
+    list_only: Annotated[bool, typer.Option('--list', help='Only list the parameters.')] = False,
+):
     "Run one experiment notebook with papermill, strictly; finished work is reused."
     from collectionlora.run.execute import declared, execute
     from collectionlora.run.sweep import files_among, from_file, merged
+
     values, file, stem, own = assignments(parameter), experiment, 'run', 0
     if file.endswith('.yaml'):
         experiment, stem, told, own = from_file(file)
         values = merged(told, values)
         _without_inputs(file, experiment, values)
     name, seed = name or stem, own if seed is None else seed
-    if list_only: Console().print(grid(experiment, ('parameter', 'type', 'default', ''), [(p.name, p.type, repr(p.default), p.help) for p in declared(experiment).values()]))
-    else: print(json.dumps(execute(experiment, out or core.results_dir()/experiment, name, values, files_among(values), seed=seed, processes=processes)['metrics'], indent=1))
+    if list_only:
+        Console().print(
+            grid(
+                experiment,
+                ('parameter', 'type', 'default', ''),
+                [(p.name, p.type, repr(p.default), p.help) for p in declared(experiment).values()],
+            )
+        )
+    else:
+        print(
+            json.dumps(
+                execute(
+                    experiment,
+                    out or core.results_dir() / experiment,
+                    name,
+                    values,
+                    files_among(values),
+                    seed=seed,
+                    processes=processes,
+                )['metrics'],
+                indent=1,
+            )
+        )
 
 
-@command(epilog='Example: collectionlora sweep distill rates.yaml -o results/rates --slurm timeout_min=240 --slurm gpus_per_node=1')
-def sweep(experiment: Annotated[str, typer.Argument(help='Name of an experiment.')],
-          points: Annotated[Path, typer.Argument(metavar='GRID', help='YAML file of `name: [values]` lines; seed may be one.')],
-          out: Out, processes: Processes = 1,
-          slurm: Annotated[Optional[list[str]], typer.Option('--slurm', metavar='NAME=VALUE', help="Submit as a Slurm job array with this option of submitit's; may be repeated.")] = None):
+@command(
+    epilog='Example: collectionlora sweep distill rates.yaml -o results/rates --slurm timeout_min=240 --slurm gpus_per_node=1'
+)
+def sweep(
+    experiment: Annotated[str, typer.Argument(help='Name of an experiment.')],
+    points: Annotated[
+        Path, typer.Argument(metavar='GRID', help='YAML file of `name: [values]` lines; seed may be one.')
+    ],
+    out: Out,
+    processes: Processes = 1,
+    slurm: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            '--slurm',
+            metavar='NAME=VALUE',
+            help="Submit as a Slurm job array with this option of submitit's; may be repeated.",
+        ),
+    ] = None,
+):
     "Run an experiment at every combination of a grid, here or as a Slurm job array, and collect one table."
     from collectionlora.run import sweep as runner
-    rows = runner.table(runner.sweep(experiment, points, out, processes=processes, slurm=assignments(slurm) if slurm else None))
+
+    rows = runner.table(
+        runner.sweep(experiment, points, out, processes=processes, slurm=assignments(slurm) if slurm else None)
+    )
     Console().print(grid(f'{experiment}: {out}/table.csv', rows[0], [row.values() for row in rows]))

@@ -32,9 +32,21 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 import collectionlora
-from ..core import (
-    check_keys, folder_lock, nearest, notebooks_dir, plain, read_json, replacing, run_info, sha256_file,
-    sha256_folder, sha256_json, UserError, write_json)
+from collectionlora.core import (
+    check_keys,
+    folder_lock,
+    nearest,
+    notebooks_dir,
+    plain,
+    read_json,
+    replacing,
+    run_info,
+    sha256_file,
+    sha256_folder,
+    sha256_json,
+    UserError,
+    write_json,
+)
 
 # %% ../../nbs/run/execute.ipynb #0a7b1882
 TYPES = {t.__name__: t for t in (int, float, str, bool, list, dict)}
@@ -43,6 +55,7 @@ TYPES = {t.__name__: t for t in (int, float, str, bool, list, dict)}
 @dataclass(frozen=True)
 class Parameter:
     "One line of a notebook's parameters cell: `name: type = default  # help`."
+
     name: str
     type: str
     default: object
@@ -51,8 +64,11 @@ class Parameter:
     def checked(self, value, where: str):
         "`value` if it has this parameter's type (an int may stand for a float), else raises `UserError`."
         base = TYPES[self.type.split('[')[0]]
-        fits = isinstance(value, (int, float) if base is float else base) and (base is bool or not isinstance(value, bool))
-        if not fits: raise UserError(f"{where}: parameter {self.name!r} must be {self.type}, got {value!r}")
+        fits = isinstance(value, (int, float) if base is float else base) and (
+            base is bool or not isinstance(value, bool)
+        )
+        if not fits:
+            raise UserError(f'{where}: parameter {self.name!r} must be {self.type}, got {value!r}')
         return base(value)
 
 
@@ -62,23 +78,33 @@ def _comments(source: str) -> dict:
 
 
 def _parameter(node, comments, where) -> Parameter:
-    target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+    target = (
+        node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+    )
     try:
         name, default = target.id, ast.literal_eval(node.value)
         kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else type(default).__name__
         known = Parameter(name, kind, default, comments.get(node.end_lineno, ''))
-        if kind.split('[')[0] not in TYPES: raise ValueError(kind)
+        if kind.split('[')[0] not in TYPES:
+            raise ValueError(kind)
     except (AttributeError, ValueError) as e:
-        raise UserError(f"{where}: the parameters cell may hold only `name: type = value` lines, but has {ast.unparse(node)!r}") from e
+        raise UserError(
+            f'{where}: the parameters cell may hold only `name: type = value` lines, but has {ast.unparse(node)!r}'
+        ) from e
     known.checked(default, where)
     return known
 
 
 def notebook_path(experiment) -> Path:
     "The notebook of an experiment's name, or the path itself if it names an `.ipynb` file."
-    if str(experiment).endswith('.ipynb'): path = Path(experiment)
-    else: path = notebooks_dir()/f'{experiment}.ipynb'
-    if not path.is_file(): raise UserError(f"{experiment}: no such experiment; {nearest(experiment, [p.stem for p in notebooks_dir().glob('*.ipynb')])}")
+    if str(experiment).endswith('.ipynb'):
+        path = Path(experiment)
+    else:
+        path = notebooks_dir() / f'{experiment}.ipynb'
+    if not path.is_file():
+        raise UserError(
+            f'{experiment}: no such experiment; {nearest(experiment, [p.stem for p in notebooks_dir().glob("*.ipynb")])}'
+        )
     return path
 
 
@@ -86,22 +112,27 @@ def declared(experiment) -> dict[str, Parameter]:
     "The parameters that an experiment's notebook declares, by name. Raises `UserError` if it has no cell tagged `parameters`."
     path = notebook_path(experiment)
     cells = [c for c in nbformat.read(path, 4).cells if 'parameters' in c.metadata.get('tags', [])]
-    if len(cells) != 1: raise UserError(f"{path.name}: needs exactly one cell tagged 'parameters', has {len(cells)}; tag its parameters cell")
+    if len(cells) != 1:
+        raise UserError(
+            f"{path.name}: needs exactly one cell tagged 'parameters', has {len(cells)}; tag its parameters cell"
+        )
     body, comments = ast.parse(cells[0].source).body, _comments(cells[0].source)
     found = [_parameter(node, comments, path.name) for node in body]
     return {p.name: p for p in found}
 
 # %% ../../nbs/run/execute.ipynb #f6e1e73e
 OURS = ('out', 'run', 'seed')
-UNCOUNTED = ('cache',)                              # a cache decides how fast a result comes, never what it is
+UNCOUNTED = ('cache',)  # a cache decides how fast a result comes, never what it is
 
 
 def complete(experiment, given: dict) -> dict:
     "All of the notebook's parameters but `out`, `run` and `seed`, with `given` in place of defaults. Raises `UserError` on unknown names and wrong types."
     path, known = notebook_path(experiment), declared(experiment)
     for name in OURS:
-        if name not in known: raise UserError(f"{path.name}: its parameters cell must declare {name!r}")
-        if name in given: raise UserError(f"{path.name}: {name!r} is set by the runner; leave it out of the parameters")
+        if name not in known:
+            raise UserError(f'{path.name}: its parameters cell must declare {name!r}')
+        if name in given:
+            raise UserError(f'{path.name}: {name!r} is set by the runner; leave it out of the parameters')
     check_keys(given, [n for n in known if n not in OURS], path.name)
     return {n: p.checked(given.get(n, p.default), path.name) for n, p in known.items() if n not in OURS}
 
@@ -110,9 +141,10 @@ def _imports(tree, package: str = 'collectionlora') -> set:
     "Names of this package's modules that a syntax tree imports, at any depth; `package`: where the tree's file is, for its relative imports."
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
         if isinstance(node, ast.ImportFrom):
-            above = package.split('.')[:len(package.split('.')) - node.level + 1] if node.level else []
+            above = package.split('.')[: len(package.split('.')) - node.level + 1] if node.level else []
             module = '.'.join([*above, *([node.module] if node.module else [])])
             found |= {module} | {f'{module}.{a.name}' for a in node.names}
     return {n.removeprefix('collectionlora.') for n in found if n.startswith('collectionlora.')}
@@ -123,9 +155,11 @@ def modules_of(source: str) -> list[Path]:
     folder, reached, todo = Path(collectionlora.__file__).parent, {}, [(ast.parse(source), 'collectionlora')]
     while todo:
         for name in _imports(*todo.pop()):
-            path = folder/f"{name.replace('.', '/')}.py"
-            if not path.is_file(): path = folder/name.replace('.', '/')/'__init__.py'
-            if name in reached or not path.is_file(): continue
+            path = folder / f'{name.replace(".", "/")}.py'
+            if not path.is_file():
+                path = folder / name.replace('.', '/') / '__init__.py'
+            if name in reached or not path.is_file():
+                continue
             reached[name] = path
             inside = path.parent.relative_to(folder.parent).as_posix().replace('/', '.')
             todo.append((ast.parse(path.read_text(encoding='utf-8')), inside))
@@ -143,7 +177,10 @@ def _statements(source: str) -> str:
     "Source code without what cannot change a result: comments, blank lines, docstrings."
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(node, clean=False) is not None:
+        if (
+            isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+            and ast.get_docstring(node, clean=False) is not None
+        ):
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
@@ -151,11 +188,14 @@ def _statements(source: str) -> str:
 def code_hash(experiment) -> str:
     "Hash of the code that decides a run: the notebook's code cells and every module of the package that they reach, comments and docstrings apart."
     code = '\n'.join(_code(notebook_path(experiment)))
-    return sha256_json([_statements(code), [[p.name, _statements(p.read_text(encoding='utf-8'))] for p in modules_of(code)]])
+    return sha256_json(
+        [_statements(code), [[p.name, _statements(p.read_text(encoding='utf-8'))] for p in modules_of(code)]]
+    )
 
 
 @functools.lru_cache(maxsize=4096)
-def _hash_once(path: str, size: int, mtime: int) -> str: return sha256_file(path)
+def _hash_once(path: str, size: int, mtime: int) -> str:
+    return sha256_file(path)
 
 
 def short_path(path) -> str:
@@ -164,16 +204,21 @@ def short_path(path) -> str:
     return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.as_posix()
 
 
-def _as_parameter(value): return [short_path(v) for v in value] if isinstance(value, (list, tuple)) else short_path(value)
+def _as_parameter(value):
+    return [short_path(v) for v in value] if isinstance(value, (list, tuple)) else short_path(value)
 
 
 def hash_of(value) -> str:
     "The content hash of an input: a file, a folder, a list of such, or a hash that is passed through."
-    if isinstance(value, (list, tuple)): return sha256_json([hash_of(v) for v in value])
-    if re.fullmatch(r'[0-9a-f]{64}', str(value)): return str(value)
+    if isinstance(value, (list, tuple)):
+        return sha256_json([hash_of(v) for v in value])
+    if re.fullmatch(r'[0-9a-f]{64}', str(value)):
+        return str(value)
     path = Path(value)
-    if path.is_file(): return _hash_once(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-    if not path.exists(): raise UserError(f"{value}: no such file or folder to run on; make it first or give another")
+    if path.is_file():
+        return _hash_once(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+    if not path.exists():
+        raise UserError(f'{value}: no such file or folder to run on; make it first or give another')
     return sha256_folder(path)
 
 
@@ -184,6 +229,7 @@ def run_key(experiment, parameters: dict, hashes: dict, seed: int) -> str:
 # %% ../../nbs/run/execute.ipynb #a5ac7056
 class ThisPython(AsyncKernelManager):
     "A kernel manager that always starts `sys.executable`."
+
     running = []
 
     @property
@@ -195,6 +241,7 @@ class ThisPython(AsyncKernelManager):
     async def _async_start_kernel(self, **kw):
         await super()._async_start_kernel(**kw)
         self.running.append(self.provisioner.process)
+
     start_kernel = _async_start_kernel
 
 
@@ -210,10 +257,14 @@ def _interrupts_go_to_the_kernel():
         signal.signal(signal.SIGINT, before)
         print('\nstopping at a safe point; Ctrl-C again to stop at once', file=sys.stderr)
         for process in ThisPython.running:
-            if process.poll() is None: process.send_signal(signal.SIGINT)
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+
     signal.signal(signal.SIGINT, forward)
-    try: yield
-    finally: signal.signal(signal.SIGINT, before)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
@@ -221,19 +272,26 @@ def _environment(**values):
     "Environment variables for the kernel that is started inside."
     before = {k: os.environ.get(k) for k in values}
     os.environ.update(values)
-    try: yield
+    try:
+        yield
     finally:
-        for k, v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
+        for k, v in before.items():
+            os.environ.pop(k) if v is None else os.environ.update({k: v})
 
 # %% ../../nbs/run/execute.ipynb #61e67f8a
 def _last_state(text: str) -> str:
     "What a terminal shows in the end: `\\r` writes a line anew, `ESC [A` goes a line up, as nested bars do."
     lines, at, anew = [''], 0, True
     for part in re.split(r'(\n|\r|\x1b\[A)', text):
-        if part == '\n': at, anew = at + 1, True; lines += ['']*(at == len(lines))
-        elif part == '\x1b[A': at = max(0, at - 1)
-        elif part == '\r': anew = True
-        elif part: lines[at], anew = part if anew else lines[at] + part, False
+        if part == '\n':
+            at, anew = at + 1, True
+            lines += [''] * (at == len(lines))
+        elif part == '\x1b[A':
+            at = max(0, at - 1)
+        elif part == '\r':
+            anew = True
+        elif part:
+            lines[at], anew = part if anew else lines[at] + part, False
     return '\n'.join(lines)
 
 
@@ -241,8 +299,10 @@ def _joined(outputs: list) -> list:
     "Pieces of one stream that follow each other, as one."
     out = []
     for o in outputs:
-        if out and o.output_type == 'stream' and out[-1].get('name') == o.name: out[-1].text += o.text
-        else: out.append(o)
+        if out and o.output_type == 'stream' and out[-1].get('name') == o.name:
+            out[-1].text += o.text
+        else:
+            out.append(o)
     return out
 
 
@@ -250,50 +310,68 @@ def tidy(path: Path) -> None:
     "Reduces progress bars in an executed notebook to their last state and removes machine paths from its metadata."
     nb = nbformat.read(path, 4)
     for cell in nb.cells:
-        if cell.cell_type == 'code': cell.outputs = _joined(cell.outputs)
+        if cell.cell_type == 'code':
+            cell.outputs = _joined(cell.outputs)
         for output in cell.get('outputs', []):
-            if output.output_type == 'stream': output.text = _last_state(output.text)
+            if output.output_type == 'stream':
+                output.text = _last_state(output.text)
     meta = nb.metadata.get('papermill', {})
-    for name in ('input_path', 'output_path'): meta[name] = Path(str(meta.get(name) or '')).name
-    with replacing(path) as part: nbformat.write(nb, part)
+    for name in ('input_path', 'output_path'):
+        meta[name] = Path(str(meta.get(name) or '')).name
+    with replacing(path) as part:
+        nbformat.write(nb, part)
 
 
 def _listing(folder: Path, run: str) -> dict:
     "Files below `folder` with their state, without hidden ones and the run's own record and notebook."
     skip = {f'{run}.json', f'{run}.ipynb'}
-    files = [p for p in folder.rglob('*') if p.is_file() and not any(s.startswith('.') for s in p.relative_to(folder).parts)]
-    return {n: (p.stat().st_mtime_ns, p.stat().st_size) for p in files if (n := p.relative_to(folder).as_posix()) not in skip}
+    files = [
+        p for p in folder.rglob('*') if p.is_file() and not any(s.startswith('.') for s in p.relative_to(folder).parts)
+    ]
+    return {
+        n: (p.stat().st_mtime_ns, p.stat().st_size)
+        for p in files
+        if (n := p.relative_to(folder).as_posix()) not in skip
+    }
 
 
 def _made(folder: Path, run: str, before: dict) -> dict:
     "Hashes of the files that have appeared or changed below `folder`."
-    return {n: sha256_file(folder/n) for n, state in sorted(_listing(folder, run).items()) if before.get(n) != state}
+    return {n: sha256_file(folder / n) for n, state in sorted(_listing(folder, run).items()) if before.get(n) != state}
 
 
 def forget_finished(out: Path, run: str, key: str) -> None:
     "Removes the working files (`.<run>`, `.<run>.*`) of a finished run with another key: its checkpoints have served. Those of an unfinished one stay."
-    path = out/f'{run}.json'
-    if not path.is_file() or (old := read_json(path)).get('status') != 'finished' or old.get('key') in (None, key): return
-    for work in [out/f'.{run}', *out.glob(f'.{run}.*')]:
-        if work.is_dir(): shutil.rmtree(work)
-        else: work.unlink(missing_ok=True)
+    path = out / f'{run}.json'
+    if not path.is_file() or (old := read_json(path)).get('status') != 'finished' or old.get('key') in (None, key):
+        return
+    for work in [out / f'.{run}', *out.glob(f'.{run}.*')]:
+        if work.is_dir():
+            shutil.rmtree(work)
+        else:
+            work.unlink(missing_ok=True)
 
 
 def finished(out_dir, run: str, key: str) -> dict | None:
     "The record of a finished run with this key whose files are all as it left them, else `None`."
-    path = Path(out_dir)/f'{run}.json'
-    if not path.is_file(): return None
+    path = Path(out_dir) / f'{run}.json'
+    if not path.is_file():
+        return None
     record = read_json(path)
-    if record.get('status') != 'finished' or record.get('key') != key: return None
-    intact = all((f := Path(out_dir)/n).is_file() and sha256_file(f) == h for n, h in record['outputs'].items())
+    if record.get('status') != 'finished' or record.get('key') != key:
+        return None
+    intact = all((f := Path(out_dir) / n).is_file() and sha256_file(f) == h for n, h in record['outputs'].items())
     return record if intact else None
 
 # %% ../../nbs/run/execute.ipynb #b1cd381b
 def _check_processes(path: Path, processes: int) -> None:
     "Raises `UserError` for a number that is none, and for a notebook whose processes would not know of one another."
-    if type(processes) is not int or processes < 1: raise UserError(f'processes is {processes!r}; give a whole number from 1 on')
+    if type(processes) is not int or processes < 1:
+        raise UserError(f'processes is {processes!r}; give a whole number from 1 on')
     if 'engine.parallel' not in _imports(ast.parse('\n'.join(_code(path)))):
-        raise UserError(f"{path.name}: is made for one process (it does not use collectionlora.parallel); leave out `processes`")
+        raise UserError(
+            f'{path.name}: is made for one process (it does not use collectionlora.parallel); leave out `processes`'
+        )
 
 
 def _launch(config: dict, job: Path) -> dict[int, str]:
@@ -301,13 +379,30 @@ def _launch(config: dict, job: Path) -> dict[int, str]:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     logging.getLogger('torch.distributed.elastic').setLevel(logging.CRITICAL)
-    agent = elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, max_restarts=0, rdzv_backend='c10d', rdzv_endpoint='localhost:0', local_addr='localhost', **config), sys.executable)
+    agent = elastic_launch(
+        LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            max_restarts=0,
+            rdzv_backend='c10d',
+            rdzv_endpoint='localhost:0',
+            local_addr='localhost',
+            **config,
+        ),
+        sys.executable,
+    )
     with _own_signals():
-        try: agent('-c', 'from collectionlora.run.execute import work; work()', str(job))
-        except ChildFailedError as e: return {rank: f.signal_name() if f.exitcode < 0 else f'exit code {f.exitcode}' for rank, f in e.failures.items()}
+        try:
+            agent('-c', 'from collectionlora.run.execute import work; work()', str(job))
+        except ChildFailedError as e:
+            return {
+                rank: f.signal_name() if f.exitcode < 0 else f'exit code {f.exitcode}' for rank, f in e.failures.items()
+            }
         except SignalException as e:
-            if e.sigval != signal.SIGINT: raise SystemExit(128 + e.sigval) from None
+            if e.sigval != signal.SIGINT:
+                raise SystemExit(128 + e.sigval) from None
     return {}
 
 
@@ -315,35 +410,51 @@ def _launch(config: dict, job: Path) -> dict[int, str]:
 def _own_signals():
     "Gives this process its signal handlers back afterwards; torchrun's agent leaves its own behind."
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
-    try: yield
+    try:
+        yield
     finally:
         if threading.current_thread() is threading.main_thread():
-            for s, handler in before.items(): signal.signal(s, handler)
+            for s, handler in before.items():
+                signal.signal(s, handler)
 
 
 def _torchrun(path, out, name, values, processes):
     "papermill in every one of `processes` processes; raises what the first of them to fail has raised."
-    folder = out/f'.{name}.ranks'
+    folder = out / f'.{name}.ranks'
     shutil.rmtree(folder, ignore_errors=True)
-    write_json(folder/'job.json', {'path': str(path.resolve()), 'out': str(out.resolve()), 'name': name, 'values': values})
-    threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, (os.cpu_count() or 1)//processes))
+    write_json(
+        folder / 'job.json', {'path': str(path.resolve()), 'out': str(out.resolve()), 'name': name, 'values': values}
+    )
+    threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, (os.cpu_count() or 1) // processes))
     with _environment(OMP_NUM_THREADS=threads, TORCH_ELASTIC_SHUTDOWN_TIMEOUT='600'):
-        dead = _launch({'nproc_per_node': processes, 'run_id': str(os.getpid()), 'monitor_interval': .2}, folder/'job.json')
-    ends = sorted((read_json(p) for p in folder.glob('*/end.json')), key=lambda e: (e['ename'] == 'PeerGone', e['time']))
+        dead = _launch(
+            {'nproc_per_node': processes, 'run_id': str(os.getpid()), 'monitor_interval': 0.2}, folder / 'job.json'
+        )
+    ends = sorted(
+        (read_json(p) for p in folder.glob('*/end.json')), key=lambda e: (e['ename'] == 'PeerGone', e['time'])
+    )
     dead = sorted(set(dead) - {e['rank'] for e in ends})
-    if dead and (not ends or ends[0]['ename'] == 'PeerGone'): ends = [{'ename': 'ProcessDied', 'evalue': f'process {dead[0]} of {processes} died; the others were stopped. '
-                                                                       'The same command goes on from the last checkpoint'}]
-    if ends: raise PapermillExecutionError(0, 0, '', ends[0]['ename'], ends[0]['evalue'], '')
+    if dead and (not ends or ends[0]['ename'] == 'PeerGone'):
+        ends = [
+            {
+                'ename': 'ProcessDied',
+                'evalue': f'process {dead[0]} of {processes} died; the others were stopped. '
+                'The same command goes on from the last checkpoint',
+            }
+        ]
+    if ends:
+        raise PapermillExecutionError(0, 0, '', ends[0]['ename'], ends[0]['evalue'], '')
 
 
 def _own_place(folder: Path) -> Path:
     "The folder of this process beside the job file; all but the first write what they say into a log there."
     rank = int(os.environ['RANK'])
-    own = folder/str(rank)
+    own = folder / str(rank)
     own.mkdir(parents=True, exist_ok=True)
     if rank:
-        log = os.open(own/'log.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream in (1, 2): os.dup2(log, stream)
+        log = os.open(own / 'log.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(log, stream)
     return own
 
 
@@ -352,60 +463,105 @@ def work() -> None:
     job, own, rank = read_json(sys.argv[1]), _own_place(Path(sys.argv[1]).parent), int(os.environ['RANK'])
     out, name, failed = Path(job['out']), job['name'], None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try: _papermill(Path(job['path']), out, name, job['values'], own/f'{name}.ipynb' if rank else None)
-    except PapermillExecutionError as e: failed = e.ename, e.evalue
-    except Exception as e: failed = type(e).__name__, str(e)
-    except KeyboardInterrupt: failed = 'KeyboardInterrupt', ''
-    if failed is None: return
-    write_json(own/'end.json', {'rank': rank, 'ename': failed[0], 'evalue': failed[1], 'time': time.time()})
-    if failed[0] != 'KeyboardInterrupt': sys.exit(1)            # which makes torchrun stop the others; whoever was asked to stop lets them save
+    try:
+        _papermill(Path(job['path']), out, name, job['values'], own / f'{name}.ipynb' if rank else None)
+    except PapermillExecutionError as e:
+        failed = e.ename, e.evalue
+    except Exception as e:
+        failed = type(e).__name__, str(e)
+    except KeyboardInterrupt:
+        failed = 'KeyboardInterrupt', ''
+    if failed is None:
+        return
+    write_json(own / 'end.json', {'rank': rank, 'ename': failed[0], 'evalue': failed[1], 'time': time.time()})
+    if failed[0] != 'KeyboardInterrupt':
+        sys.exit(1)  # which makes torchrun stop the others; whoever was asked to stop lets them save
 
 # %% ../../nbs/run/execute.ipynb #f025b8ea
 class RunFailed(RuntimeError):
     "An experiment's notebook stopped with an error; the message names the executed notebook."
 
 
-def _how_to_go_on(out_dir, run): return f"{short_path(out_dir)}/{run}: stopped; the same command goes on from the last checkpoint"
+def _how_to_go_on(out_dir, run):
+    return f'{short_path(out_dir)}/{run}: stopped; the same command goes on from the last checkpoint'
 
 
 def _papermill(path, out, name, values, to=None):
-    logging.getLogger('papermill').setLevel(logging.ERROR)      # its own reading of the parameters cell, which ours replaces
-    told = {'COLLECTIONLORA_COMMAND': f'run {path.stem}/{name}', 'COLLECTIONLORA_HELD': str(out.resolve()),
-            'MPLBACKEND': 'module://matplotlib_inline.backend_inline', 'PYTHONWARNINGS': 'ignore:IProgress not found'}
+    logging.getLogger('papermill').setLevel(
+        logging.ERROR
+    )  # its own reading of the parameters cell, which ours replaces
+    told = {
+        'COLLECTIONLORA_COMMAND': f'run {path.stem}/{name}',
+        'COLLECTIONLORA_HELD': str(out.resolve()),
+        'MPLBACKEND': 'module://matplotlib_inline.backend_inline',
+        'PYTHONWARNINGS': 'ignore:IProgress not found',
+    }
     with _environment(**told), _interrupts_go_to_the_kernel():
-        papermill.execute_notebook(str(path), str(to or out/f'{name}.ipynb'), parameters=values, kernel_name='python3', language='python', progress_bar=False,
-                                   stderr_file=sys.stderr, kernel_manager_class=ThisPython, store_widget_state=False)
+        papermill.execute_notebook(
+            str(path),
+            str(to or out / f'{name}.ipynb'),
+            parameters=values,
+            kernel_name='python3',
+            language='python',
+            progress_bar=False,
+            stderr_file=sys.stderr,
+            kernel_manager_class=ThisPython,
+            store_widget_state=False,
+        )
 
 
 def _attempt(path, out, name, values, told, processes):
     "Runs the notebook; on failure writes a record that says so and raises `UserError`, `KeyboardInterrupt` or `RunFailed`."
-    try: _papermill(path, out, name, values) if processes == 1 else _torchrun(path, out, name, values, processes)
+    try:
+        _papermill(path, out, name, values) if processes == 1 else _torchrun(path, out, name, values, processes)
     except PapermillExecutionError as e:
         stopped = e.ename in ('KeyboardInterrupt', 'SystemExit')
-        write_json(out/f'{name}.json', {**told, 'status': 'interrupted' if stopped else 'failed', 'error': f'{e.ename}: {e.evalue}'})
-        if stopped: raise KeyboardInterrupt(_how_to_go_on(out, name)) from None
-        if e.ename == 'UserError': raise UserError(e.evalue) from None
-        raise RunFailed(f"{path.stem}/{name} failed: {e.ename}: {e.evalue}; see {short_path(out/f'{name}.ipynb')}") from None
+        write_json(
+            out / f'{name}.json',
+            {**told, 'status': 'interrupted' if stopped else 'failed', 'error': f'{e.ename}: {e.evalue}'},
+        )
+        if stopped:
+            raise KeyboardInterrupt(_how_to_go_on(out, name)) from None
+        if e.ename == 'UserError':
+            raise UserError(e.evalue) from None
+        raise RunFailed(
+            f'{path.stem}/{name} failed: {e.ename}: {e.evalue}; see {short_path(out / f"{name}.ipynb")}'
+        ) from None
     except DeadKernelError:
         error = 'its kernel died without a word: killed, or out of memory; the same command goes on from the last checkpoint'
-        write_json(out/f'{name}.json', {**told, 'status': 'failed', 'error': error})
-        raise RunFailed(f"{path.stem}/{name} failed: {error}") from None
-    except KeyboardInterrupt: raise KeyboardInterrupt(_how_to_go_on(out, name)) from None
+        write_json(out / f'{name}.json', {**told, 'status': 'failed', 'error': error})
+        raise RunFailed(f'{path.stem}/{name} failed: {error}') from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(out, name)) from None
     finally:
-        if (out/f'{name}.ipynb').is_file(): tidy(out/f'{name}.ipynb')
+        if (out / f'{name}.ipynb').is_file():
+            tidy(out / f'{name}.ipynb')
 
 
 def _planned(experiment, run: str, parameters, inputs, seed) -> tuple[dict, dict, str]:
     "All checks of a run: (values of its parameters, hashes of its inputs, its key)."
-    if not re.fullmatch(r'[\w.=,+-]+', run): raise UserError(f"run name {run!r}: use letters, digits and _ . = , + - only")
+    if not re.fullmatch(r'[\w.=,+-]+', run):
+        raise UserError(f'run name {run!r}: use letters, digits and _ . = , + - only')
     known = declared(experiment)
     passed = {n: _as_parameter(v) for n, v in inputs.items() if n in known}
     values = complete(experiment, {**parameters, **passed})
     hashes = {n: hash_of(v) for n, v in inputs.items()}
-    return values, hashes, run_key(experiment, {n: v for n, v in values.items() if n not in {*passed, *UNCOUNTED}}, hashes, seed)
+    return (
+        values,
+        hashes,
+        run_key(experiment, {n: v for n, v in values.items() if n not in {*passed, *UNCOUNTED}}, hashes, seed),
+    )
 
 
-def execute(experiment, out_dir, run: str = 'run', parameters: dict | None = None, inputs: dict | None = None, seed: int = 0, processes: int = 1) -> dict:
+def execute(
+    experiment,
+    out_dir,
+    run: str = 'run',
+    parameters: dict | None = None,
+    inputs: dict | None = None,
+    seed: int = 0,
+    processes: int = 1,
+) -> dict:
     """Runs an experiment's notebook into `out_dir/<run>.ipynb` and returns its record, written to `out_dir/<run>.json`.
 
     `parameters` replace the notebook's defaults; `inputs` maps names to files, folders, lists of them, or hashes, and those that carry a parameter's name are passed
@@ -413,32 +569,43 @@ def execute(experiment, out_dir, run: str = 'run', parameters: dict | None = Non
     parameter is unknown or has the wrong type, if an input is absent or if another run holds the folder; `RunFailed` if the notebook fails."""
     path, out, start = notebook_path(experiment), Path(out_dir), time.time()
     values, hashes, key = _planned(experiment, run, parameters or {}, inputs or {}, seed)
-    if processes != 1: _check_processes(path, processes)
+    if processes != 1:
+        _check_processes(path, processes)
     with folder_lock(out):
-        if record := finished(out, run, key): return _tell(path, run, {**record, 'reused': True})
+        if record := finished(out, run, key):
+            return _tell(path, run, {**record, 'reused': True})
         print(f'{path.stem}/{run} ...', file=sys.stderr)
         told = {'status': 'running', 'key': key, **run_info(values, seed, hashes)}
         told['meta']['processes'] = processes
         forget_finished(out, run, key)
         before = _listing(out, run)
-        write_json(out/f'{run}.json', told)
+        write_json(out / f'{run}.json', told)
         _attempt(path, out, run, {**values, 'out': short_path(out), 'run': run, 'seed': seed}, told, processes)
         return _tell(path, run, {**_finish(out, run, told, before, time.time() - start), 'reused': False})
 
 
 def _finish(out: Path, run: str, told: dict, before: dict, seconds: float) -> dict:
     "Merges what the notebook saved with what the runner knows, writes it and returns it."
-    saved = read_json(out/f'{run}.json')
-    check_keys(saved, ('status', 'key', 'run', 'meta', 'metrics', 'cost'), f'{out/run}.json')
+    saved = read_json(out / f'{run}.json')
+    check_keys(saved, ('status', 'key', 'run', 'meta', 'metrics', 'cost'), f'{out / run}.json')
     asked = {**told['run'], 'inputs': {**saved['run']['inputs'], **told['run']['inputs']}}
     meta = {**told['meta'], 'hardware': saved['meta']['hardware']}
-    record = plain({'status': 'finished', 'key': told['key'], 'run': asked, 'meta': meta, 'metrics': saved.get('metrics', {}),
-                    'cost': {**saved.get('cost', {}), 'wall_seconds': round(seconds, 2)}, 'outputs': _made(out, run, before)})
-    write_json(out/f'{run}.json', record)
+    record = plain(
+        {
+            'status': 'finished',
+            'key': told['key'],
+            'run': asked,
+            'meta': meta,
+            'metrics': saved.get('metrics', {}),
+            'cost': {**saved.get('cost', {}), 'wall_seconds': round(seconds, 2)},
+            'outputs': _made(out, run, before),
+        }
+    )
+    write_json(out / f'{run}.json', record)
     return record
 
 
 def _tell(path, run, record):
-    done = 'reused' if record['reused'] else f"done in {record['cost']['wall_seconds']:.0f} s"
+    done = 'reused' if record['reused'] else f'done in {record["cost"]["wall_seconds"]:.0f} s'
     print(f'{path.stem}/{run}: {done}', file=sys.stderr)
     return record

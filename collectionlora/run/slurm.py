@@ -20,6 +20,7 @@ from .sweep import _collected
 @dataclass(frozen=True)
 class Task:
     "One run of a sweep as submitit calls it; when its time is up it is requeued, and goes on from its last checkpoint."
+
     experiment: str
     out: str
     name: str
@@ -28,39 +29,63 @@ class Task:
     seed: int
     processes: int
 
-    def __call__(self) -> dict: return execute(self.experiment, self.out, self.name, self.parameters, self.inputs, self.seed, self.processes)
+    def __call__(self) -> dict:
+        return execute(self.experiment, self.out, self.name, self.parameters, self.inputs, self.seed, self.processes)
 
     def checkpoint(self, *args, **kwargs):
         "Called by submitit when the job is about to be stopped: the same task again, which goes on from its own checkpoints."
         from submitit.helpers import DelayedSubmission
+
         return DelayedSubmission(self)
 
     @property
     def file(self) -> Path:
         "The task's record."
-        return Path(self.out)/f'{self.name}.json'
+        return Path(self.out) / f'{self.name}.json'
 
     def done(self) -> bool:
         "Whether a finished record of exactly this task exists."
-        return finished(self.out, self.name, _planned(self.experiment, self.name, self.parameters, self.inputs, self.seed)[2]) is not None
+        return (
+            finished(
+                self.out, self.name, _planned(self.experiment, self.name, self.parameters, self.inputs, self.seed)[2]
+            )
+            is not None
+        )
 
 
 def _executor(out: Path, options: dict):
     "submitit's executor with these options, `cluster` (slurm, local or debug) among them."
-    try: import submitit
-    except ImportError as e: raise UserError("sweep: a Slurm job array needs submitit; install it with: pip install 'collectionlora[slurm]'") from e
     try:
-        executor = submitit.AutoExecutor(folder=out/'.slurm', cluster=options.get('cluster', 'slurm'))
+        import submitit
+    except ImportError as e:
+        raise UserError(
+            "sweep: a Slurm job array needs submitit; install it with: pip install 'collectionlora[slurm]'"
+        ) from e
+    try:
+        executor = submitit.AutoExecutor(folder=out / '.slurm', cluster=options.get('cluster', 'slurm'))
         executor.update_parameters(**{'name': out.name, **{k: v for k, v in options.items() if k != 'cluster'}})
-    except (RuntimeError, NameError, ValueError, AssertionError) as e: raise UserError(f"sweep: slurm options {options}: {str(e).splitlines()[0]}") from e
+    except (RuntimeError, NameError, ValueError, AssertionError) as e:
+        raise UserError(f'sweep: slurm options {options}: {str(e).splitlines()[0]}') from e
     return executor
 
 
 def _in_queue(ids) -> set:
     "Which of these jobs Slurm still has, waiting or running."
-    if not ids: return set()
-    asked = subprocess.run(['squeue', '--noheader', '--array', '--format=%i', f"--jobs={','.join(sorted({i.split('_')[0] for i in ids}))}"], capture_output=True, text=True)
-    if asked.returncode and 'Invalid job id' not in asked.stderr: return set(ids)          # Slurm is busy: no news
+    if not ids:
+        return set()
+    asked = subprocess.run(
+        [
+            'squeue',
+            '--noheader',
+            '--array',
+            '--format=%i',
+            f'--jobs={",".join(sorted({i.split("_")[0] for i in ids}))}',
+        ],
+        capture_output=True,
+        text=True,
+    )
+    if asked.returncode and 'Invalid job id' not in asked.stderr:
+        return set(ids)  # Slurm is busy: no news
     return set(ids) & set(asked.stdout.split())
 
 # %% ../../nbs/run/slurm.ipynb #d3711382
@@ -69,35 +94,57 @@ def _waiting(jobs: dict, slurm: bool) -> Iterator[set]:
     missed, left = dict.fromkeys(jobs, 0), set(jobs)
     while left:
         yield left
-        alive = _in_queue([jobs[n].job_id for n in left]) if slurm else {jobs[n].job_id for n in left if not jobs[n].done()}
-        for name in left: missed[name] = 0 if jobs[name].job_id in alive else missed[name] + 1
+        alive = (
+            _in_queue([jobs[n].job_id for n in left]) if slurm else {jobs[n].job_id for n in left if not jobs[n].done()}
+        )
+        for name in left:
+            missed[name] = 0 if jobs[name].job_id in alive else missed[name] + 1
         left = {n for n in left if not jobs[n].paths.result_pickle.is_file() and missed[n] < 3}
 
 
 def _submit(executor, tasks: dict[str, Task], out: Path) -> dict:
     "Submitit's jobs by run name: those still in the queue from an earlier call, and one array of all that are neither there nor finished."
-    slurm, kept = executor.cluster == 'slurm', out/'.slurm'/'jobs.json'
+    slurm, kept = executor.cluster == 'slurm', out / '.slurm' / 'jobs.json'
     before = read_json(kept) if slurm and kept.is_file() else {}
     alive = _in_queue(list(before.values()))
     queued = {n: before[n] for n in tasks if before.get(n) in alive}
     todo, fresh = [n for n, task in tasks.items() if n not in queued and not task.done()], []
     if todo:
-        with executor.batch(): fresh = [executor.submit(tasks[n]) for n in todo]
-    if slurm: write_json(kept, {**before, **{n: job.job_id for n, job in zip(todo, fresh)}})
-    return {**{n: executor._executor.job_class(folder=out/'.slurm', job_id=i) for n, i in queued.items()}, **dict(zip(todo, fresh))}
+        with executor.batch():
+            fresh = [executor.submit(tasks[n]) for n in todo]
+    if slurm:
+        write_json(kept, {**before, **{n: job.job_id for n, job in zip(todo, fresh)}})
+    return {
+        **{n: executor._executor.job_class(folder=out / '.slurm', job_id=i) for n, i in queued.items()},
+        **dict(zip(todo, fresh)),
+    }
 
 
 def _array(experiment, points, out: Path, processes: int, options: dict) -> dict[str, dict]:
     "The sweep as a job array: submits, waits, collects."
     executor, out = _executor(out, options), out.resolve()
-    tasks = {n: Task(str(experiment), short_path(out/n), n, point, {k: _as_parameter(v) for k, v in named.items()}, seed, processes) for n, (point, named, seed) in points.items()}
+    tasks = {
+        n: Task(
+            str(experiment),
+            short_path(out / n),
+            n,
+            point,
+            {k: _as_parameter(v) for k, v in named.items()},
+            seed,
+            processes,
+        )
+        for n, (point, named, seed) in points.items()
+    }
     jobs = _submit(executor, tasks, out)
     try:
         with bar(total=len(jobs), desc='job array') as progress:
             for left in _waiting(jobs, executor.cluster == 'slurm'):
                 progress.update(len(jobs) - len(left) - progress.n)
                 time.sleep(2)
-    except KeyboardInterrupt: raise KeyboardInterrupt(f"{short_path(out)}: the jobs go on ({', '.join(sorted({j.job_id.split('_')[0] for j in jobs.values()}))}); the same call waits for them") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f'{short_path(out)}: the jobs go on ({", ".join(sorted({j.job_id.split("_")[0] for j in jobs.values()}))}); the same call waits for them'
+        ) from None
     failed = [_how_it_ended(task, jobs.get(n)) for n, task in tasks.items() if not task.done()]
     return _collected({n: task.file for n, task in tasks.items()}, out, failed)
 
@@ -105,6 +152,8 @@ def _array(experiment, points, out: Path, processes: int, options: dict) -> dict
 def _how_it_ended(task: Task, job) -> str:
     "A sentence about a run of the array that has not finished."
     record = read_json(task.file) if task.file.is_file() else {}
-    if record.get('status') == 'failed': return f"{task.name}: {record['error']}"
-    if record.get('status') == 'finished': return f"{task.name}: has finished, but the code or an input changed since it was submitted; the same call repeats it"
-    return f"{task.name}: ended without a word; see {short_path(job.paths.stderr) if job else task.out}"
+    if record.get('status') == 'failed':
+        return f'{task.name}: {record["error"]}'
+    if record.get('status') == 'finished':
+        return f'{task.name}: has finished, but the code or an input changed since it was submitted; the same call repeats it'
+    return f'{task.name}: ended without a word; see {short_path(job.paths.stderr) if job else task.out}'

@@ -19,33 +19,49 @@ from .execute import _as_parameter, complete, declared, execute, RunFailed
 def files_among(values: dict) -> dict:
     "The parameters that name existing files or folders (or lists of them): inputs, which a run knows by content and not by name."
     paths = lambda v: v if isinstance(v, list) else [v]
-    return {n: v for n, v in values.items() if paths(v) and all(isinstance(p, str) and p and Path(p).exists() for p in paths(v))}
+    return {
+        n: v
+        for n, v in values.items()
+        if paths(v) and all(isinstance(p, str) and p and Path(p).exists() for p in paths(v))
+    }
 
 
 def merged(values: dict, given: dict) -> dict:
     "Parameters with those `given` in their place; of a mapping such as `settings` only the keys that are given."
-    return {**values, **{n: {**values[n], **v} if isinstance(v, dict) and isinstance(values.get(n), dict) else v for n, v in given.items()}}
+    return {
+        **values,
+        **{
+            n: {**values[n], **v} if isinstance(v, dict) and isinstance(values.get(n), dict) else v
+            for n, v in given.items()
+        },
+    }
 
 
 def from_file(path) -> tuple[str, str, dict, int]:
     "Experiment, run name, parameters and seed of a run's YAML file, `.../<experiment>/<run>.yaml`; unknown keys raise `UserError`."
     path, values = Path(path), read_yaml(path)
     seed, name = values.pop('seed', 0), values.pop('run', path.stem)
-    if not isinstance(seed, int) or seed < 0: raise UserError(f"{path}: 'seed' must be a whole number from 0 on, got {seed!r}")
-    if name != path.stem: raise UserError(f"{path}: 'run' must be the file's own name, {path.stem!r}, got {name!r}")
-    try: complete(path.parent.name, values)
-    except UserError as e: raise UserError(f"{path}: {e}") from None
+    if not isinstance(seed, int) or seed < 0:
+        raise UserError(f"{path}: 'seed' must be a whole number from 0 on, got {seed!r}")
+    if name != path.stem:
+        raise UserError(f"{path}: 'run' must be the file's own name, {path.stem!r}, got {name!r}")
+    try:
+        complete(path.parent.name, values)
+    except UserError as e:
+        raise UserError(f'{path}: {e}') from None
     return path.parent.name, path.stem, values, seed
 
 
 def grid_points(grid: dict) -> dict[str, dict]:
     "Run names and parameters of all combinations of a grid `{name: [values]}`; the names hold what varies."
     for name, values in grid.items():
-        if not isinstance(values, list) or not values: raise UserError(f"sweep: {name!r} must be a list of values, got {values!r}")
+        if not isinstance(values, list) or not values:
+            raise UserError(f'sweep: {name!r} must be a list of values, got {values!r}')
     varying = [n for n, values in grid.items() if len(values) > 1]
     points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     names = [re.sub(r'[^\w.=,+-]+', '-', ','.join(f'{n}={p[n]}' for n in varying)) or 'run' for p in points]
-    if len(set(names)) < len(names): raise UserError(f"sweep: a value is listed twice in {grid}")
+    if len(set(names)) < len(names):
+        raise UserError(f'sweep: a value is listed twice in {grid}')
     return dict(zip(names, points))
 
 
@@ -53,31 +69,41 @@ def _points(experiment, grid, inputs) -> dict[str, tuple[dict, dict, int]]:
     "Run name -> (parameters, inputs, seed) of every combination, all of them checked; the files that a combination names are inputs too."
     points = grid_points(read_yaml(grid) if isinstance(grid, (str, Path)) else grid)
     passed = {n: _as_parameter(v) for n, v in inputs.items() if n in declared(experiment)}
-    found = {name: ({k: v for k, v in point.items() if k != 'seed'}, {**files_among(point), **inputs}, point.get('seed', 0)) for name, point in points.items()}
-    for point, *_ in found.values(): complete(experiment, {**point, **passed})
+    found = {
+        name: ({k: v for k, v in point.items() if k != 'seed'}, {**files_among(point), **inputs}, point.get('seed', 0))
+        for name, point in points.items()
+    }
+    for point, *_ in found.values():
+        complete(experiment, {**point, **passed})
     return found
 
 
-def sweep(experiment, grid, out_dir, inputs: dict | None = None, processes: int = 1, slurm: dict | None = None) -> dict[str, dict]:
+def sweep(
+    experiment, grid, out_dir, inputs: dict | None = None, processes: int = 1, slurm: dict | None = None
+) -> dict[str, dict]:
     """Runs every combination of `grid` (`{name: [values]}`, `seed` among them, or a YAML file of that), collects them in `out_dir/table.csv` and returns the records by run name.
 
     `processes`: of each run. `slurm`: submit them as one Slurm job array with these options, each run in a folder of its own; see below."""
     points, out = _points(experiment, grid, inputs or {}), Path(out_dir)
     if slurm is not None:
         from collectionlora.run.slurm import _array
+
         return _array(experiment, points, out, processes, slurm)
     failed = []
     for name, (point, named, seed) in points.items():
-        try: execute(experiment, out, name, point, named, seed, processes)
-        except RunFailed as e: failed.append(str(e))
-    return _collected({name: out/f'{name}.json' for name in points}, out, failed)
+        try:
+            execute(experiment, out, name, point, named, seed, processes)
+        except RunFailed as e:
+            failed.append(str(e))
+    return _collected({name: out / f'{name}.json' for name in points}, out, failed)
 
 
 def _collected(files: dict[str, Path], out: Path, failed: list[str]) -> dict[str, dict]:
     "The runs' records, after writing them as one table; raises `RunFailed` if any failed."
     records = {name: read_json(file) for name, file in files.items() if file.is_file()}
-    write_table(out/'table.csv', table(records))
-    if failed: raise RunFailed(f"{len(failed)} of {len(files)} runs failed: {' | '.join(failed)}")
+    write_table(out / 'table.csv', table(records))
+    if failed:
+        raise RunFailed(f'{len(failed)} of {len(files)} runs failed: {" | ".join(failed)}')
     return records
 
 # %% ../../nbs/run/sweep.ipynb #387ad1f3
@@ -86,9 +112,18 @@ def table(records: dict[str, dict]) -> list[dict]:
     given = {name: r['run']['parameters'] for name, r in records.items()}
     varies = lambda k: len({json.dumps(plain(g.get(k)), sort_keys=True) for g in given.values()}) > 1
     varying = [k for k in dict.fromkeys(k for g in given.values() for k in g) if varies(k)]
-    return [{'run': name, 'status': r['status'], 'seed': r['run']['seed'], **{k: given[name].get(k) for k in varying},
-             **{k: v for k, v in r.get('metrics', {}).items() if isinstance(v, (int, float, str))},
-             'seconds': r.get('cost', {}).get('wall_seconds'), 'error': r.get('error', '')} for name, r in records.items()]
+    return [
+        {
+            'run': name,
+            'status': r['status'],
+            'seed': r['run']['seed'],
+            **{k: given[name].get(k) for k in varying},
+            **{k: v for k, v in r.get('metrics', {}).items() if isinstance(v, (int, float, str))},
+            'seconds': r.get('cost', {}).get('wall_seconds'),
+            'error': r.get('error', ''),
+        }
+        for name, r in records.items()
+    ]
 
 
 def write_table(path, rows: list[dict]) -> None:

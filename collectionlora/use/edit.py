@@ -36,11 +36,12 @@ class Recipe:
     """How to sample: `stochastic` few-step sampler or ODE; guidance (1 = none) with the stock pipeline's norm rescaling or without.
 
     times, if given, are taken as they are (few-step: no 0; ODE: ending with 0); otherwise `steps` and `shift` make them (None = as the base does)."""
+
     steps: int
     shift: float | None = None
     times: tuple[float, ...] = ()
     stochastic: bool = True
-    guidance: float = 1.
+    guidance: float = 1.0
     rescale: bool = False
 
     @staticmethod
@@ -49,7 +50,7 @@ class Recipe:
         return Recipe(steps, shift)
 
     @staticmethod
-    def ode(steps: int = 40, shift: float | None = None, guidance: float = 4., rescale: bool = False) -> 'Recipe':
+    def ode(steps: int = 40, shift: float | None = None, guidance: float = 4.0, rescale: bool = False) -> 'Recipe':
         "The deterministic sampler with classifier-free guidance."
         return Recipe(steps, shift, (), False, guidance, rescale)
 
@@ -58,16 +59,21 @@ class Recipe:
         "The recipe in a decoded LoRA header; UserError if it has none."
         said = header.get('collectionlora.sampling')
         if not said or not ('times' in said or 'steps' in said):
-            raise UserError(f'{where}: header field collectionlora.sampling gives no times or steps; write the file with its sampling recipe')
+            raise UserError(
+                f'{where}: header field collectionlora.sampling gives no times or steps; write the file with its sampling recipe'
+            )
         stochastic, times = said.get('stochastic', True), tuple(said.get('times') or ())
-        if times and not stochastic and times[-1] != 0: times += (0.,)
+        if times and not stochastic and times[-1] != 0:
+            times += (0.0,)
         steps = len(times) - (not stochastic) if times else said['steps']
-        return Recipe(steps, said.get('shift'), times, stochastic, float(said.get('cfg') or 1.))
+        return Recipe(steps, said.get('shift'), times, stochastic, float(said.get('cfg') or 1.0))
 
     def at(self, base: Base, grid: tuple[int, int]) -> list[float]:
         "The times for an (h, w) grid of tokens on a base."
-        if self.times: return list(self.times)
-        if self.stochastic: return few_step_times(self.steps, base.info['shift'] if self.shift is None else self.shift)
+        if self.times:
+            return list(self.times)
+        if self.stochastic:
+            return few_step_times(self.steps, base.info['shift'] if self.shift is None else self.shift)
         return base.times(self.steps, grid) if self.shift is None else ode_times(self.steps, self.shift)
 
     @property
@@ -84,59 +90,116 @@ class Recipe:
 @dataclass(frozen=True)
 class Blend:
     "Several roles in one sample: `rule` 'switch' asks one per step, in turn; 'composite' asks all at every step and takes the mean."
+
     roles: tuple[Role, ...]
     rule: str
 
     def __post_init__(self):
-        if self.rule not in ('switch', 'composite') or not self.roles: raise UserError(f"Blend: rule is {self.rule!r} with {len(self.roles)} roles; give 'switch' or 'composite' and at least one role")
+        if self.rule not in ('switch', 'composite') or not self.roles:
+            raise UserError(
+                f"Blend: rule is {self.rule!r} with {len(self.roles)} roles; give 'switch' or 'composite' and at least one role"
+            )
 
     def velocity(self, v_fns: Sequence[Callable], times: Sequence[float]) -> Callable:
         "One velocity function from those of the roles."
         return switch(v_fns, times) if self.rule == 'switch' else composite(v_fns)
 
-def velocity_fn(backbone: Backbone, role: Role, cond: Cond, neutral: Cond | None = None, weight: Tensor | None = None, rescale: bool = False):
+
+def velocity_fn(
+    backbone: Backbone,
+    role: Role,
+    cond: Cond,
+    neutral: Cond | None = None,
+    weight: Tensor | None = None,
+    rescale: bool = False,
+):
     "v(x_t, t) of a role; with `neutral` and `weight` [B], both branches in one batch and v = v_neutral + weight (v - v_neutral)."
     both = Cond.cat([cond, neutral]) if neutral is not None else cond
+
     def v_fn(x: Tensor, t: Tensor) -> Tensor:
-        if neutral is None: return backbone.velocity(role, x, t, cond)
+        if neutral is None:
+            return backbone.velocity(role, x, t, cond)
         v = backbone.velocity(role, torch.cat([x, x]), torch.cat([t, t]), both)
         return guide(*v.chunk(2), weight.view(-1, 1, 1), rescale)
+
     return v_fn
 
+
 @torch.no_grad()
-def sample(base: Base, role: Role | Blend, cond: Cond, seeds: Sequence[int], recipe: Recipe, neutral: Cond | None = None, strength: Sequence[float] | None = None, tick: Callable = lambda: None) -> Tensor:
+def sample(
+    base: Base,
+    role: Role | Blend,
+    cond: Cond,
+    seeds: Sequence[int],
+    recipe: Recipe,
+    neutral: Cond | None = None,
+    strength: Sequence[float] | None = None,
+    tick: Callable = lambda: None,
+) -> Tensor:
     "x0 [B, N, C] by a recipe; sample i draws all its noise from seeds[i]. `neutral` is needed where guidance x strength is not 1."
     (h, w), device = cond.grids[0], base.device
     shape = len(cond), h * w, cond.source.shape[-1]
-    weight = recipe.guidance * torch.tensor(strength or [1.] * len(cond))
+    weight = recipe.guidance * torch.tensor(strength or [1.0] * len(cond))
     plain = bool((weight == 1).all())
-    if not plain and neutral is None: raise UserError('sample: guidance or a strength other than 1 needs the neutral condition; pass base.uncond(images)')
+    if not plain and neutral is None:
+        raise UserError(
+            'sample: guidance or a strength other than 1 needs the neutral condition; pass base.uncond(images)'
+        )
     times, blend = recipe.at(base, cond.grids[0]), role if isinstance(role, Blend) else Blend((role,), 'composite')
-    v_blend = blend.velocity([velocity_fn(base.backbone, r, cond, None if plain else neutral, weight.to(device), recipe.rescale) for r in blend.roles], times)
-    def noise(step): return noise_like(shape, seeds, step).to(device)
+    v_blend = blend.velocity(
+        [
+            velocity_fn(base.backbone, r, cond, None if plain else neutral, weight.to(device), recipe.rescale)
+            for r in blend.roles
+        ],
+        times,
+    )
+
+    def noise(step):
+        return noise_like(shape, seeds, step).to(device)
+
     def v_fn(x: Tensor, t: Tensor) -> Tensor:
         tick()
         return v_blend(x, t)
+
     return sample_few(v_fn, noise(0), times, noise) if recipe.stochastic else sample_ode(v_fn, noise(0), times)
 
 # %% ../../nbs/use/edit.ipynb #fc5a594a
 @dataclass(frozen=True)
 class Output:
     "A generated picture (None if its numbers were not finite) and its latents [N, C] on the CPU."
+
     image: Image.Image | None
     latents: Tensor
+
 
 def buckets(images: Sequence[Image.Image], batch: int) -> list[list[int]]:
     "Indices of images in batches of one size each, at most `batch` long."
     by_size: dict[tuple, list[int]] = {}
-    for i, image in enumerate(images): by_size.setdefault(image.size, []).append(i)
-    return [group[k:k + batch] for group in by_size.values() for k in range(0, len(group), batch)]
+    for i, image in enumerate(images):
+        by_size.setdefault(image.size, []).append(i)
+    return [group[k : k + batch] for group in by_size.values() for k in range(0, len(group), batch)]
 
-def generate(base: Base, role: Role | Blend, images: Sequence[Image.Image], prompts: Sequence[str], seeds: Sequence[int], recipe: Recipe, strength: Sequence[float] | None = None, neutral: str = ' ', batch: int = 16, desc: str = 'editing') -> list[Output]:
+
+def generate(
+    base: Base,
+    role: Role | Blend,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    recipe: Recipe,
+    strength: Sequence[float] | None = None,
+    neutral: str = ' ',
+    batch: int = 16,
+    desc: str = 'editing',
+) -> list[Output]:
     "One Output per (image, prompt, seed); strengths per image; `neutral` is the prompt of the unguided branch."
     out: list[Output | None] = [None] * len(images)
     parts = buckets(images, batch)
-    fold = base.backbone.merged(role) if base.backbone.dtype == torch.float32 and not isinstance(role, Blend) else nullcontext()
+    fold = (
+        base.backbone.merged(role)
+        if base.backbone.dtype == torch.float32 and not isinstance(role, Blend)
+        else nullcontext()
+    )
     with fold, bar(total=len(parts) * recipe.steps, desc=desc) as progress:
         for part in parts:
             pictures, s = [images[i] for i in part], None if strength is None else [strength[i] for i in part]
@@ -146,25 +209,33 @@ def generate(base: Base, role: Role | Blend, images: Sequence[Image.Image], prom
             x0 = sample(base, role, cond, [seeds[i] for i in part], recipe, other, s, progress.update)
             fine = torch.isfinite(x0).flatten(1).all(1).tolist()
             decoded = base.decode(torch.nan_to_num(x0), cond.grids[0])
-            for i, ok, image, latents in zip(part, fine, decoded, x0.cpu()): out[i] = Output(image if ok else None, latents)
+            for i, ok, image, latents in zip(part, fine, decoded, x0.cpu()):
+                out[i] = Output(image if ok else None, latents)
     return out
 
 # %% ../../nbs/use/edit.ipynb #478bd890
-def load_role(base: Base, file: str | Path, role: str, allow_other_base: bool = False, allow_missing: bool = False) -> str:
+def load_role(
+    base: Base, file: str | Path, role: str, allow_other_base: bool = False, allow_missing: bool = False
+) -> str:
     "Puts a LoRA file on the base as `role`, checked completely (the base's hash first); returns the role. `allow_missing`: some of the base's layers may be absent."
     said = read_header(file).get('collectionlora.base') or {}
     if not allow_other_base and said.get('hash') not in (None, base.hash):
-        raise UserError(f"{file}: made for the base {' '.join(filter(None, (said.get('id'), said['hash'][:12])))}, the base in use is {base.folder.name} {base.hash[:12]}; load that one, or pass allow_other_base=True if you know better")
+        raise UserError(
+            f'{file}: made for the base {" ".join(filter(None, (said.get("id"), said["hash"][:12])))}, the base in use is {base.folder.name} {base.hash[:12]}; load that one, or pass allow_other_base=True if you know better'
+        )
     lora = read_lora(file, base.backbone.modules(), allow_missing=allow_missing)
     base.backbone.add_role(role, max(lora.rank, 1))
     base.backbone.load(role, lora)
     return role
 
+
 def _spread(value, n: int, what: str) -> list:
     "A list as it is (length n, or 1), anything else n times."
     many = list(value) if isinstance(value, list) else [value]
-    if len(many) not in (1, n): raise UserError(f'edit: {len(many)} {what} for {n} pictures; give one, or one per picture')
+    if len(many) not in (1, n):
+        raise UserError(f'edit: {len(many)} {what} for {n} pictures; give one, or one per picture')
     return many * n if len(many) == 1 else many
+
 
 class Collection:
     """A collection file on a base. `file` may be of any dialect that carries a catalogue and a sampling recipe in its header.
@@ -188,38 +259,82 @@ class Collection:
 
     def effects(self) -> list[dict]:
         "What the file can do: [{id, category, trigger, description, strength}]."
-        return [{k: e.get(k, d) for k, d in dict(id='', category='', trigger='', description='', strength=1.).items()} for e in self.catalogue.values()]
+        return [
+            {k: e.get(k, d) for k, d in dict(id='', category='', trigger='', description='', strength=1.0).items()}
+            for e in self.catalogue.values()
+        ]
 
     def _entry(self, effect: str) -> dict:
-        if effect not in self.catalogue: raise UserError(f'{self.file}: no effect {effect!r} in this collection; {nearest(effect, self.catalogue)}')
+        if effect not in self.catalogue:
+            raise UserError(f'{self.file}: no effect {effect!r} in this collection; {nearest(effect, self.catalogue)}')
         return self.catalogue[effect]
 
     def _parts(self, effect: str | tuple) -> list[dict]:
         "Catalogue entries of an effect, a tuple of effects, or 'a+b'."
-        names = effect if isinstance(effect, tuple) else (effect,) if effect in self.catalogue else tuple(n.strip() for n in str(effect).split('+'))
+        names = (
+            effect
+            if isinstance(effect, tuple)
+            else (effect,)
+            if effect in self.catalogue
+            else tuple(n.strip() for n in str(effect).split('+'))
+        )
         return [self._entry(n) for n in names]
 
     def prompt(self, effect: str | tuple) -> str:
         "The instruction that applies an effect, or several chained (tuple or 'a+b')."
-        return compose([e.get('prompt') or student_prompt(e['trigger'], e.get('description', ''), e['category']) for e in self._parts(effect)])
+        return compose(
+            [
+                e.get('prompt') or student_prompt(e['trigger'], e.get('description', ''), e['category'])
+                for e in self._parts(effect)
+            ]
+        )
 
     def edit(self, image, effect, seed=0, strength=None, batch: int = 16, neutral: str = ' '):
         """Picture(s) with effect(s) applied. image: PIL or path, or a list of them; effect: id, tuple or 'a+b' of ids, or a list; seed, strength: number or list
         (strength None = the catalogue's). One picture for all-single arguments, else a list. UserError for unknown effects and for samples that diverged."""
         n = max([len(v) for v in (image, effect, seed, strength) if isinstance(v, list)] or [1])
-        images = [load_image(i) if isinstance(i, (str, Path)) else to_rgb(i, 'image') for i in _spread(image, n, 'pictures')]
+        images = [
+            load_image(i) if isinstance(i, (str, Path)) else to_rgb(i, 'image') for i in _spread(image, n, 'pictures')
+        ]
         asked = _spread(effect, n, 'effects')
-        strengths = [float(self._parts(e)[0].get('strength', 1.) if s is None else s) for s, e in zip(_spread(strength, n, 'strengths'), asked)]
-        made = generate(self.base, self.role, images, [self.prompt(e) for e in asked], _spread(seed, n, 'seeds'), self.recipe, strengths, neutral, batch)
-        if any(o.image is None for o in made): raise UserError(f'{self.file}: the sample of effect {asked[[o.image is None for o in made].index(True)]!r} is not finite; the file does not fit this base or its training diverged')
-        return [o.image for o in made] if any(isinstance(v, list) for v in (image, effect, seed, strength)) else made[0].image
+        strengths = [
+            float(self._parts(e)[0].get('strength', 1.0) if s is None else s)
+            for s, e in zip(_spread(strength, n, 'strengths'), asked)
+        ]
+        made = generate(
+            self.base,
+            self.role,
+            images,
+            [self.prompt(e) for e in asked],
+            _spread(seed, n, 'seeds'),
+            self.recipe,
+            strengths,
+            neutral,
+            batch,
+        )
+        if any(o.image is None for o in made):
+            raise UserError(
+                f'{self.file}: the sample of effect {asked[[o.image is None for o in made].index(True)]!r} is not finite; the file does not fit this base or its training diverged'
+            )
+        return (
+            [o.image for o in made]
+            if any(isinstance(v, list) for v in (image, effect, seed, strength))
+            else made[0].image
+        )
 
     def sampler_config(self) -> dict:
         "Configuration for diffusers' FlowMatchEulerDiscreteScheduler, with which the stock pipeline walks this file's times in `recipe.steps` steps."
         times, shift = self.recipe.at(self.base, (8, 8)), float(self.recipe.shift or self.base.info['shift'])
         if max(abs(a - b) for a, b in zip(times, few_step_times(self.recipe.steps, shift))) > 1e-4:
-            raise UserError(f'{self.file}: its times are not an even grid under one shift; set shift 1 and pass sigmas={[round(t, 4) for t in times]} to the pipeline')
-        return dict(num_train_timesteps=1000, shift=shift, use_dynamic_shifting=False, stochastic_sampling=self.recipe.stochastic)
+            raise UserError(
+                f'{self.file}: its times are not an even grid under one shift; set shift 1 and pass sigmas={[round(t, 4) for t in times]} to the pipeline'
+            )
+        return dict(
+            num_train_timesteps=1000,
+            shift=shift,
+            use_dynamic_shifting=False,
+            stochastic_sampling=self.recipe.stochastic,
+        )
 
 # %% ../../nbs/use/edit.ipynb #f9c97590
 def _jpeg_uri(image: Image.Image, side: int) -> str:
@@ -229,16 +344,39 @@ def _jpeg_uri(image: Image.Image, side: int) -> str:
     image.save(buffer, 'JPEG', quality=80)
     return 'data:image/jpeg;base64,' + base64.b64encode(buffer.getvalue()).decode()
 
-def thumbnails(collection: Collection, pictures: Mapping[str, Image.Image | str | Path], side: int = 64, seed: int = 0) -> dict[str, dict]:
-    "effect id -> {thumbnail, example_seed}: what the collection makes of that effect's picture; samples that are not finite are left out."
-    ids, images = list(pictures), [load_image(p) if isinstance(p, (str, Path)) else to_rgb(p, 'picture') for p in pictures.values()]
-    made = generate(collection.base, collection.role, images, [collection.prompt(e) for e in ids], [seed] * len(ids), collection.recipe, desc='thumbnails')
-    return {e: {'thumbnail': _jpeg_uri(o.image, side), 'example_seed': seed} for e, o in zip(ids, made) if o.image is not None}
 
-def present(base: Base, file: str | Path, pictures: Mapping[str, Image.Image | str | Path], side: int = 64, seed: int = 0) -> list[Path]:
+def thumbnails(
+    collection: Collection, pictures: Mapping[str, Image.Image | str | Path], side: int = 64, seed: int = 0
+) -> dict[str, dict]:
+    "effect id -> {thumbnail, example_seed}: what the collection makes of that effect's picture; samples that are not finite are left out."
+    ids, images = (
+        list(pictures),
+        [load_image(p) if isinstance(p, (str, Path)) else to_rgb(p, 'picture') for p in pictures.values()],
+    )
+    made = generate(
+        collection.base,
+        collection.role,
+        images,
+        [collection.prompt(e) for e in ids],
+        [seed] * len(ids),
+        collection.recipe,
+        desc='thumbnails',
+    )
+    return {
+        e: {'thumbnail': _jpeg_uri(o.image, side), 'example_seed': seed}
+        for e, o in zip(ids, made)
+        if o.image is not None
+    }
+
+
+def present(
+    base: Base, file: str | Path, pictures: Mapping[str, Image.Image | str | Path], side: int = 64, seed: int = 0
+) -> list[Path]:
     "Completes a finished collection file: thumbnails of the effects in `pictures` into its catalogue (side 0: none), and card, gallery and workflow beside it; returns these."
     if side:
         shown = Collection(base, file, role='presented')
-        try: annotate(file, thumbnails(shown, pictures, side, seed))
-        finally: shown.close()
+        try:
+            annotate(file, thumbnails(shown, pictures, side, seed))
+        finally:
+            shown.close()
     return write_card(file)

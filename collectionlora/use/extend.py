@@ -33,6 +33,7 @@ from .edit import load_role, Recipe
 @dataclass(frozen=True)
 class Parent:
     "A collection to be extended: file, its sha256, catalogue by effect id, rank, and the noise levels it is sampled at."
+
     file: Path
     sha256: str
     entries: Mapping[str, dict]
@@ -48,14 +49,18 @@ class Parent:
 def recipe_of(file) -> Recipe:
     "The few-step recipe in a collection's header. Raises UserError if there is none, or another sampler's."
     recipe = Recipe.read(read_header(file), str(file))
-    if not recipe.stochastic: raise UserError(f'{file}: is sampled by an ODE, not by the few-step sampler that distillation trains; use it as init instead')
+    if not recipe.stochastic:
+        raise UserError(
+            f'{file}: is sampled by an ODE, not by the few-step sampler that distillation trains; use it as init instead'
+        )
     return recipe
 
 
 def read_parent(file, base: Base) -> Parent:
     "Reads a collection file for this base. Raises UserError without a catalogue or a few-step recipe, and for a file of another base."
     entries = {e['id']: e for e in catalogue(file)}
-    if not entries: raise UserError(f'{file}: its catalogue is empty, so it is no collection; use it as init instead')
+    if not entries:
+        raise UserError(f'{file}: its catalogue is empty, so it is no collection; use it as init instead')
     recipe = recipe_of(file)
     lora = read_lora(file, base.backbone.modules(), allow_missing=True, base=base.hash)
     return Parent(Path(file), sha256_file(file), entries, lora.rank, tuple(recipe.at(base, (8, 8))))
@@ -63,18 +68,30 @@ def read_parent(file, base: Base) -> Parent:
 # %% ../../nbs/use/extend.ipynb #5d6f6a1b
 def shift_of(times: Sequence[float]) -> float:
     "The shift of a few-step schedule, from its second noise level (1 for a single step)."
-    if len(times) < 2: return 1.0
+    if len(times) < 2:
+        return 1.0
     u, t = 1 - 1 / len(times), times[1]
     return t * (1 - u) / (u * (1 - t))
 
 
 def child_settings(parent: Parent, given: Mapping) -> Settings:
     "`Settings.from_dict` of what is given, starting from the parent, with its noise levels and at least its rank. Raises UserError if `given` contradicts it."
-    ours = dict(init=parent.file.as_posix(), few_steps=len(parent.times), few_shift=shift_of(parent.times), rank_student=parent.rank)
+    ours = dict(
+        init=parent.file.as_posix(),
+        few_steps=len(parent.times),
+        few_shift=shift_of(parent.times),
+        rank_student=parent.rank,
+    )
     s = Settings.from_dict({**ours, **given})
     off = max([abs(a - b) for a, b in zip(schedule_of(s), parent.times)] + [float(s.few_steps != len(parent.times))])
-    if off > 1e-3: raise UserError(f'{parent.file}: is sampled at {[round(t, 4) for t in parent.times]}, the settings ask for {[round(t, 4) for t in schedule_of(s)]}; leave few_steps and few_shift out')
-    if s.rank_student < parent.rank: raise UserError(f'{parent.file}: has rank {parent.rank}, the settings {s.rank_student}; give rank_student at least {parent.rank}')
+    if off > 1e-3:
+        raise UserError(
+            f'{parent.file}: is sampled at {[round(t, 4) for t in parent.times]}, the settings ask for {[round(t, 4) for t in schedule_of(s)]}; leave few_steps and few_shift out'
+        )
+    if s.rank_student < parent.rank:
+        raise UserError(
+            f'{parent.file}: has rank {parent.rank}, the settings {s.rank_student}; give rank_student at least {parent.rank}'
+        )
     return s
 
 # %% ../../nbs/use/extend.ipynb #9d018119
@@ -82,47 +99,73 @@ def family(parent: Parent, effects: Sequence[EffectSet], rehearsed: Sequence[Eff
     """The effects that a child trains on: the new ones, then rehearsed old ones under the parent's words.
 
     Raises UserError for a new effect whose id or trigger the parent has, and for a rehearsed one that it has not."""
-    if not effects: raise UserError(f'{parent.file}: nothing to add; give the folder of at least one new effect')
+    if not effects:
+        raise UserError(f'{parent.file}: nothing to add; give the folder of at least one new effect')
     for e in effects:
-        if e.id in parent.entries: raise UserError(f"{e.folder/'effect.yaml'}: id {e.id!r} is already in {parent.file}; change the id, or rehearse it as an old effect")
+        if e.id in parent.entries:
+            raise UserError(
+                f'{e.folder / "effect.yaml"}: id {e.id!r} is already in {parent.file}; change the id, or rehearse it as an old effect'
+            )
     for e in rehearsed:
-        if e.id not in parent.entries: raise UserError(f"{e.folder/'effect.yaml'}: effect {e.id!r} is not in {parent.file}, so it cannot be rehearsed; {nearest(e.id, parent.entries)}")
-    check_triggers({id: t for id, t in [*((id, e['trigger']) for id, e in parent.entries.items()), *((e.id, e.trigger) for e in effects)] if t})
+        if e.id not in parent.entries:
+            raise UserError(
+                f'{e.folder / "effect.yaml"}: effect {e.id!r} is not in {parent.file}, so it cannot be rehearsed; {nearest(e.id, parent.entries)}'
+            )
+    check_triggers(
+        {
+            id: t
+            for id, t in [
+                *((id, e['trigger']) for id, e in parent.entries.items()),
+                *((e.id, e.trigger) for e in effects),
+            ]
+            if t
+        }
+    )
     return [*effects, *(_as_known(parent, e) for e in rehearsed)]
 
 
 def _as_known(parent: Parent, e: EffectSet) -> EffectSet:
     known = parent.entries[e.id]
-    return replace(e, trigger=known['trigger'], description=known.get('description') or e.description, category=known['category'])
+    return replace(
+        e, trigger=known['trigger'], description=known.get('description') or e.description, category=known['category']
+    )
 
 # %% ../../nbs/use/extend.ipynb #7f7546bc
 @dataclass(frozen=True)
 class Probe:
     "Pictures on which one old effect is looked at: conditions of one shape, a seed each, the effect's targets [K, N, C] if its folder is known."
+
     id: str
     cond: Cond
     seeds: tuple[int, ...]
     targets: Tensor | None = None
 
 
-def probes(parent: Parent, cache: ConditionCache, old: Sequence[EffectSet], pictures: Sequence[Path], n: int, seed: int = 0) -> list[Probe]:
+def probes(
+    parent: Parent, cache: ConditionCache, old: Sequence[EffectSet], pictures: Sequence[Path], n: int, seed: int = 0
+) -> list[Probe]:
     "A Probe per effect of the parent: on the first n sources of its folder in `old`, else on the first n of `pictures` (those of the first one's shape)."
     folders, found = {e.id: e for e in old}, []
     for id in parent.entries:
         sources = _one_shape(cache, folders[id].sources if id in folders else pictures)[:n]
-        if not sources: raise UserError(f'effect {id!r}: no pictures to look at it; give its folder, or at least one picture')
+        if not sources:
+            raise UserError(f'effect {id!r}: no pictures to look at it; give its folder, or at least one picture')
         seeds = tuple(seed_of('regression', seed, id, i) for i in range(len(sources)))
-        found.append(Probe(id, cache.cond([(p, parent.prompt(id)) for p in sources]), seeds, _targets(cache, folders.get(id))))
+        found.append(
+            Probe(id, cache.cond([(p, parent.prompt(id)) for p in sources]), seeds, _targets(cache, folders.get(id)))
+        )
     return found
 
 
-def _one_shape(cache: ConditionCache, paths: Sequence[Path]) -> list[Path]: return [p for p in paths if cache.grid(p) == cache.grid(paths[0])]
+def _one_shape(cache: ConditionCache, paths: Sequence[Path]) -> list[Path]:
+    return [p for p in paths if cache.grid(p) == cache.grid(paths[0])]
 
 
 def _targets(cache: ConditionCache, e: EffectSet | None) -> Tensor | None:
     "The latents of an effect's targets that share the first one's shape, painted or encoded."
-    if e is None: return None
-    y = target_latents(e) if (e.folder/'latents').is_dir() else [cache.latents([p])[0] for p in e.wanted()]
+    if e is None:
+        return None
+    y = target_latents(e) if (e.folder / 'latents').is_dir() else [cache.latents([p])[0] for p in e.wanted()]
     return torch.stack([v for v in y if v.shape == y[0].shape]).float()
 
 
@@ -141,16 +184,23 @@ def regression(probe: Probe, before: Tensor, after: Tensor) -> dict:
     "One line of the list: what became of an old effect's samples [B, N, C]."
     y = probe.targets
     detail = lambda x: laplacian_energy(x, probe.cond.grids[0]).mean()
-    sharp = {k: (detail(x) / detail(before if y is None else y).clamp_min(1e-12)).item() for k, x in (('detail_before', before), ('detail_after', after))}
-    far = {} if y is None else {'distance_before': style_distance(before, y), 'distance_after': style_distance(after, y)}
+    sharp = {
+        k: (detail(x) / detail(before if y is None else y).clamp_min(1e-12)).item()
+        for k, x in (('detail_before', before), ('detail_after', after))
+    }
+    far = (
+        {} if y is None else {'distance_before': style_distance(before, y), 'distance_after': style_distance(after, y)}
+    )
     return {'id': probe.id, 'n': len(before), 'drift': drift(before, after), **far, **sharp}
 
 # %% ../../nbs/use/extend.ipynb #1bf665af
 def sampled(base: Base, file, role: str, looked: Sequence[Probe], times: Sequence[float]) -> list[Tensor]:
     "The few-step samples of a collection file on every probe."
     load_role(base, file, role)
-    try: return [few_step_sample(base.backbone, role, p.cond, times, p.seeds) for p in looked]
-    finally: base.backbone.remove(role)
+    try:
+        return [few_step_sample(base.backbone, role, p.cond, times, p.seeds) for p in looked]
+    finally:
+        base.backbone.remove(role)
 
 
 def regressions(base: Base, parent: Parent, child, looked: Sequence[Probe]) -> list[dict]:

@@ -20,19 +20,30 @@ from .edit import Collection
 def plain_pipeline(folder: str | Path, file: str | Path, device: str = 'cpu'):
     "The stock QwenImageEditPlusPipeline of a base's folder with a collection file loaded by its own `load_lora_weights` and this file's scheduler."
     from diffusers import FlowMatchEulerDiscreteScheduler
+
     collection = Collection.load(folder, file, device)
     pipe, config = collection.base.pipe, collection.sampler_config()
     collection.close()
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
-    pipe.load_lora_weights(str(Path(file).parent), weight_name=Path(file).name)       # the pair, since older versions look a single path up on the hub
+    pipe.load_lora_weights(
+        str(Path(file).parent), weight_name=Path(file).name
+    )  # the pair, since older versions look a single path up on the hub
     return pipe
+
 
 def fixed_noise(base: Base, image: Image.Image, seed: int) -> dict:
     "Arguments (`latents`, `callback_on_step_end`) that make a stock pipeline call use the noise of `noise_like` for one picture on the CPU."
     h, w = base.grid(image)
-    def before(i: int) -> None: torch.manual_seed(seed_of(seed, 'noise', i))
+
+    def before(i: int) -> None:
+        torch.manual_seed(seed_of(seed, 'noise', i))
+
     def after_step(pipe, i, t, kwargs):
         before(i + 2)
         return kwargs
+
     before(1)
-    return dict(latents=noise_like((1, h * w, base.pipe.transformer.config.in_channels), [seed]), callback_on_step_end=after_step)
+    return dict(
+        latents=noise_like((1, h * w, base.pipe.transformer.config.in_channels), [seed]),
+        callback_on_step_end=after_step,
+    )

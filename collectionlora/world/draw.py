@@ -16,251 +16,624 @@ from .styles import _blur, _lum, _particles, _spots, LOOKS
 from .things import _body_wear, BODYWEAR, HEADWEAR, PROPS
 
 # %% ../../nbs/world/draw.ipynb #633284aa
-SPECIES = dict(cat=('point', 'small', 'whiskers'), dog=('flop', 'long', ''), rabbit=('long', 'small', ''), bear=('round', 'round', ''),
-               fox=('point', 'long', 'cheeks'), mouse=('big', 'small', 'whiskers'), pig=('point', 'snout', ''), panda=('round', 'round', 'patches'),
-               lion=('round', 'round', 'mane'), owl=('tuft', 'beak', 'discs'), frog=('eyes', 'wide', ''), sheep=('side', 'small', 'wool'))
+SPECIES = dict(
+    cat=('point', 'small', 'whiskers'),
+    dog=('flop', 'long', ''),
+    rabbit=('long', 'small', ''),
+    bear=('round', 'round', ''),
+    fox=('point', 'long', 'cheeks'),
+    mouse=('big', 'small', 'whiskers'),
+    pig=('point', 'snout', ''),
+    panda=('round', 'round', 'patches'),
+    lion=('round', 'round', 'mane'),
+    owl=('tuft', 'beak', 'discs'),
+    frog=('eyes', 'wide', ''),
+    sheep=('side', 'small', 'wool'),
+)
 OOD_SPECIES = dict(elephant=('huge', 'trunk', ''), penguin=('none', 'beak', 'discs'))
-COATS = dict(orange=(226, 140, 60), grey=(140, 142, 150), brown=(128, 84, 52), white=(236, 232, 224), black=(52, 50, 56), cream=(232, 206, 160),
-             blue=(92, 132, 206), pink=(232, 150, 176), green=(112, 168, 88), red=(196, 74, 62), purple=(150, 104, 190), yellow=(236, 200, 84))
+COATS = dict(
+    orange=(226, 140, 60),
+    grey=(140, 142, 150),
+    brown=(128, 84, 52),
+    white=(236, 232, 224),
+    black=(52, 50, 56),
+    cream=(232, 206, 160),
+    blue=(92, 132, 206),
+    pink=(232, 150, 176),
+    green=(112, 168, 88),
+    red=(196, 74, 62),
+    purple=(150, 104, 190),
+    yellow=(236, 200, 84),
+)
 NATURAL = ('orange', 'grey', 'brown', 'white', 'black', 'cream')
 EXPRESSIONS = ('smiling', 'surprised', 'sad', 'sleepy', 'calm')
 POSES = dict(animal=('sitting', 'standing', 'lying', 'jumping', 'upright'), portrait=('front', 'tilted', 'waving'))
 
+
 def _ears(p, kind, c, inner):
-    pairs = {'point': lambda q: (q.poly([(-.19, -.06), (-.16, -.3), (-.03, -.18)], c), q.poly([(-.16, -.1), (-.145, -.24), (-.07, -.17)], inner)),
-             'round': lambda q: (q.oval(-.16, -.17, .08, .08, c), q.oval(-.16, -.17, .045, .045, inner)),
-             'big': lambda q: (q.oval(-.2, -.16, .13, .13, c), q.oval(-.2, -.16, .085, .085, inner)),
-             'huge': lambda q: (q.oval(-.26, .0, .16, .19, c), q.oval(-.26, .02, .11, .13, inner)),
-             'long': lambda q: (q.oval(-.09, -.32, .055, .19, c, .12), q.oval(-.09, -.31, .028, .14, inner, .12)),
-             'flop': lambda q: q.oval(-.21, .0, .065, .16, shade(c, -.25), -.25),
-             'side': lambda q: q.oval(-.24, -.04, .1, .045, c, .3),
-             'tuft': lambda q: q.poly([(-.17, -.1), (-.19, -.27), (-.05, -.17)], shade(c, -.2)),
-             'eyes': lambda q: q.oval(-.12, -.18, .085, .085, c), 'none': lambda q: None}
-    for f in (False, True): pairs[kind](p.at(0, 0, 1, f))
+    pairs = {
+        'point': lambda q: (
+            q.poly([(-0.19, -0.06), (-0.16, -0.3), (-0.03, -0.18)], c),
+            q.poly([(-0.16, -0.1), (-0.145, -0.24), (-0.07, -0.17)], inner),
+        ),
+        'round': lambda q: (q.oval(-0.16, -0.17, 0.08, 0.08, c), q.oval(-0.16, -0.17, 0.045, 0.045, inner)),
+        'big': lambda q: (q.oval(-0.2, -0.16, 0.13, 0.13, c), q.oval(-0.2, -0.16, 0.085, 0.085, inner)),
+        'huge': lambda q: (q.oval(-0.26, 0.0, 0.16, 0.19, c), q.oval(-0.26, 0.02, 0.11, 0.13, inner)),
+        'long': lambda q: (q.oval(-0.09, -0.32, 0.055, 0.19, c, 0.12), q.oval(-0.09, -0.31, 0.028, 0.14, inner, 0.12)),
+        'flop': lambda q: q.oval(-0.21, 0.0, 0.065, 0.16, shade(c, -0.25), -0.25),
+        'side': lambda q: q.oval(-0.24, -0.04, 0.1, 0.045, c, 0.3),
+        'tuft': lambda q: q.poly([(-0.17, -0.1), (-0.19, -0.27), (-0.05, -0.17)], shade(c, -0.2)),
+        'eyes': lambda q: q.oval(-0.12, -0.18, 0.085, 0.085, c),
+        'none': lambda q: None,
+    }
+    for f in (False, True):
+        pairs[kind](p.at(0, 0, 1, f))
+
 
 def _eyes(p, expr, x, y, r, iris):
     for s in (-1, 1):
-        if expr == 'sleepy': p.line([(s*x - r, y), (s*x, y + r*.5), (s*x + r, y)], .022, (40, 34, 36)); continue
-        k = 1.35 if expr == 'surprised' else 1.
-        p.oval(s*x, y, r*k, r*1.15*k, (250, 250, 248)); p.oval(s*x, y + .008, r*.66*k, r*.8*k, iris); p.oval(s*x - .01, y - .008, r*.25, r*.25, (255, 255, 255))
-        if expr == 'sad': p.line([(s*(x + .06), y - .055), (s*(x - .03), y - .095)], .02, (40, 34, 36))
+        if expr == 'sleepy':
+            p.line([(s * x - r, y), (s * x, y + r * 0.5), (s * x + r, y)], 0.022, (40, 34, 36))
+            continue
+        k = 1.35 if expr == 'surprised' else 1.0
+        p.oval(s * x, y, r * k, r * 1.15 * k, (250, 250, 248))
+        p.oval(s * x, y + 0.008, r * 0.66 * k, r * 0.8 * k, iris)
+        p.oval(s * x - 0.01, y - 0.008, r * 0.25, r * 0.25, (255, 255, 255))
+        if expr == 'sad':
+            p.line([(s * (x + 0.06), y - 0.055), (s * (x - 0.03), y - 0.095)], 0.02, (40, 34, 36))
+
 
 def _mouth(p, expr, y, w, ink=(52, 36, 40)):
-    if expr == 'surprised': p.oval(0, y + .02, w*.45, w*.6, (120, 44, 52))
-    elif expr == 'sad': p.line([(-w, y + .04), (0, y), (w, y + .04)], .02, ink)
-    elif expr == 'calm': p.line([(-w*.6, y + .01), (w*.6, y + .01)], .018, ink)
-    else: p.line([(-w, y), (-w*.4, y + .04), (0, y + .01), (w*.4, y + .04), (w, y)], .02, ink)
+    if expr == 'surprised':
+        p.oval(0, y + 0.02, w * 0.45, w * 0.6, (120, 44, 52))
+    elif expr == 'sad':
+        p.line([(-w, y + 0.04), (0, y), (w, y + 0.04)], 0.02, ink)
+    elif expr == 'calm':
+        p.line([(-w * 0.6, y + 0.01), (w * 0.6, y + 0.01)], 0.018, ink)
+    else:
+        p.line([(-w, y), (-w * 0.4, y + 0.04), (0, y + 0.01), (w * 0.4, y + 0.04), (w, y)], 0.02, ink)
+
 
 def _animal_head(p, a, c, c2):
     ears, muzzle, extra = {**SPECIES, **OOD_SPECIES}[a['species']]
-    inner = shade((224, 150, 150), .1 if a['coat'] != 'black' else -.3)
+    inner = shade((224, 150, 150), 0.1 if a['coat'] != 'black' else -0.3)
     if extra == 'mane':
-        for t in _A[::2]: p.oval(.25*np.cos(t), .25*np.sin(t), .1, .1, shade(c, -.4))
+        for t in _A[::2]:
+            p.oval(0.25 * np.cos(t), 0.25 * np.sin(t), 0.1, 0.1, shade(c, -0.4))
     if extra == 'wool':
-        for t in _A[::3]: p.oval(.2*np.cos(t), .2*np.sin(t) - .02, .09, .09, shade(c, .3))
+        for t in _A[::3]:
+            p.oval(0.2 * np.cos(t), 0.2 * np.sin(t) - 0.02, 0.09, 0.09, shade(c, 0.3))
     _ears(p, ears, c, inner)
-    p.oval(0, 0, .235, .215, c)
-    if extra == 'patches': [p.oval(s*.095, -.03, .07, .08, shade(c, -.75), s*.5) for s in (-1, 1)]
-    if extra == 'discs': [p.oval(s*.09, -.03, .1, .1, shade(c, .5)) for s in (-1, 1)]
-    if extra == 'cheeks': p.poly([(-.2, .03), (0, .2), (.2, .03), (.07, .02), (0, -.06), (-.07, .02)], c2)
-    if a['pattern'] == 'stripes': [p.line([(x, -.2), (x*.8, -.11)], .03, shade(c, -.45)) for x in (-.08, 0, .08)]
-    if a['pattern'] == 'spots': [p.oval(x, y, .04, .035, shade(c, -.45)) for x, y in ((-.12, -.12), (.13, -.1), (.02, -.16))]
-    ey = -.18 if ears == 'eyes' else -.03
-    if muzzle in ('round', 'long'): p.oval(0, .1, .1 if muzzle == 'round' else .085, .075 if muzzle == 'round' else .1, c2)
-    _eyes(p, a['expression'], .12 if ears == 'eyes' else .095, ey, .042, COATS_EYE[a['eye']])
-    if muzzle == 'snout': p.oval(0, .07, .085, .06, shade(c, -.15)); [p.oval(s*.03, .07, .016, .022, shade(c, -.6)) for s in (-1, 1)]
-    elif muzzle == 'beak': p.poly([(-.05, .03), (.05, .03), (0, .12)], (240, 170, 50))
-    elif muzzle == 'trunk': p.line([(0, .05), (.01, .2), (.06, .3), (.13, .31)], .085, shade(c, -.1))
-    elif muzzle != 'wide': p.oval(0, .06, .035, .026, (60, 40, 46))
-    if muzzle not in ('beak', 'trunk'): _mouth(p, a['expression'], .13 if muzzle != 'wide' else .08, .07 if muzzle != 'wide' else .15)
-    if extra == 'whiskers': [p.line([(s*.1, .09 + d), (s*.25, .07 + 2*d)], .01, shade(c, -.5)) for s in (-1, 1) for d in (-.01, .025)]
+    p.oval(0, 0, 0.235, 0.215, c)
+    if extra == 'patches':
+        [p.oval(s * 0.095, -0.03, 0.07, 0.08, shade(c, -0.75), s * 0.5) for s in (-1, 1)]
+    if extra == 'discs':
+        [p.oval(s * 0.09, -0.03, 0.1, 0.1, shade(c, 0.5)) for s in (-1, 1)]
+    if extra == 'cheeks':
+        p.poly([(-0.2, 0.03), (0, 0.2), (0.2, 0.03), (0.07, 0.02), (0, -0.06), (-0.07, 0.02)], c2)
+    if a['pattern'] == 'stripes':
+        [p.line([(x, -0.2), (x * 0.8, -0.11)], 0.03, shade(c, -0.45)) for x in (-0.08, 0, 0.08)]
+    if a['pattern'] == 'spots':
+        [p.oval(x, y, 0.04, 0.035, shade(c, -0.45)) for x, y in ((-0.12, -0.12), (0.13, -0.1), (0.02, -0.16))]
+    ey = -0.18 if ears == 'eyes' else -0.03
+    if muzzle in ('round', 'long'):
+        p.oval(0, 0.1, 0.1 if muzzle == 'round' else 0.085, 0.075 if muzzle == 'round' else 0.1, c2)
+    _eyes(p, a['expression'], 0.12 if ears == 'eyes' else 0.095, ey, 0.042, COATS_EYE[a['eye']])
+    if muzzle == 'snout':
+        p.oval(0, 0.07, 0.085, 0.06, shade(c, -0.15))
+        [p.oval(s * 0.03, 0.07, 0.016, 0.022, shade(c, -0.6)) for s in (-1, 1)]
+    elif muzzle == 'beak':
+        p.poly([(-0.05, 0.03), (0.05, 0.03), (0, 0.12)], (240, 170, 50))
+    elif muzzle == 'trunk':
+        p.line([(0, 0.05), (0.01, 0.2), (0.06, 0.3), (0.13, 0.31)], 0.085, shade(c, -0.1))
+    elif muzzle != 'wide':
+        p.oval(0, 0.06, 0.035, 0.026, (60, 40, 46))
+    if muzzle not in ('beak', 'trunk'):
+        _mouth(p, a['expression'], 0.13 if muzzle != 'wide' else 0.08, 0.07 if muzzle != 'wide' else 0.15)
+    if extra == 'whiskers':
+        [
+            p.line([(s * 0.1, 0.09 + d), (s * 0.25, 0.07 + 2 * d)], 0.01, shade(c, -0.5))
+            for s in (-1, 1)
+            for d in (-0.01, 0.025)
+        ]
+
 
 COATS_EYE = dict(brown=(86, 54, 30), green=(70, 140, 70), blue=(60, 110, 190), amber=(210, 150, 40))
-BODY = dict(   # pose: body oval (x, y, rx, ry, turn), legs as lines, tail, head (x, y, size)
-    sitting=((0, .22, .24, .27, 0), [((-.1, .2), (-.1, .47)), ((.1, .2), (.1, .47))], ((.2, .4), (.34, .34), (.36, .16)), (0, -.2, 1.)),
-    standing=((-.07, .16, .32, .17, 0), [((-.28, .2), (-.28, .47)), ((-.16, .2), (-.17, .47)), ((.08, .2), (.08, .47)), ((.18, .18), (.18, .47))], ((-.36, .1), (-.46, -.02), (-.44, -.14)), (.24, -.1, .9)),
-    lying=((-.08, .34, .36, .15, 0), [((.06, .42), (.3, .46)), ((-.26, .44), (-.1, .47))], ((-.4, .38), (-.5, .42), (-.46, .3)), (.22, .14, .92)),
-    jumping=((-.06, .1, .31, .16, -.5), [((-.26, .22), (-.42, .36)), ((-.18, .26), (-.3, .44)), ((.14, .04), (.34, .14)), ((.1, .12), (.26, .26))], ((-.32, .2), (-.46, .14), (-.5, .0)), (.2, -.24, .85)),
-    upright=((0, .12, .18, .26, 0), [((-.09, .3), (-.1, .48)), ((.09, .3), (.1, .48)), ((-.13, .02), (-.33, -.1)), ((.13, .02), (.33, -.1))], ((.14, .3), (.28, .36), (.3, .24)), (0, -.28, .85)))
+BODY = dict(  # pose: body oval (x, y, rx, ry, turn), legs as lines, tail, head (x, y, size)
+    sitting=(
+        (0, 0.22, 0.24, 0.27, 0),
+        [((-0.1, 0.2), (-0.1, 0.47)), ((0.1, 0.2), (0.1, 0.47))],
+        ((0.2, 0.4), (0.34, 0.34), (0.36, 0.16)),
+        (0, -0.2, 1.0),
+    ),
+    standing=(
+        (-0.07, 0.16, 0.32, 0.17, 0),
+        [
+            ((-0.28, 0.2), (-0.28, 0.47)),
+            ((-0.16, 0.2), (-0.17, 0.47)),
+            ((0.08, 0.2), (0.08, 0.47)),
+            ((0.18, 0.18), (0.18, 0.47)),
+        ],
+        ((-0.36, 0.1), (-0.46, -0.02), (-0.44, -0.14)),
+        (0.24, -0.1, 0.9),
+    ),
+    lying=(
+        (-0.08, 0.34, 0.36, 0.15, 0),
+        [((0.06, 0.42), (0.3, 0.46)), ((-0.26, 0.44), (-0.1, 0.47))],
+        ((-0.4, 0.38), (-0.5, 0.42), (-0.46, 0.3)),
+        (0.22, 0.14, 0.92),
+    ),
+    jumping=(
+        (-0.06, 0.1, 0.31, 0.16, -0.5),
+        [
+            ((-0.26, 0.22), (-0.42, 0.36)),
+            ((-0.18, 0.26), (-0.3, 0.44)),
+            ((0.14, 0.04), (0.34, 0.14)),
+            ((0.1, 0.12), (0.26, 0.26)),
+        ],
+        ((-0.32, 0.2), (-0.46, 0.14), (-0.5, 0.0)),
+        (0.2, -0.24, 0.85),
+    ),
+    upright=(
+        (0, 0.12, 0.18, 0.26, 0),
+        [
+            ((-0.09, 0.3), (-0.1, 0.48)),
+            ((0.09, 0.3), (0.1, 0.48)),
+            ((-0.13, 0.02), (-0.33, -0.1)),
+            ((0.13, 0.02), (0.33, -0.1)),
+        ],
+        ((0.14, 0.3), (0.28, 0.36), (0.3, 0.24)),
+        (0, -0.28, 0.85),
+    ),
+)
+
 
 def _animal(p, a):
-    c = COATS[a['coat']]; c2 = shade(c, .55)
+    c = COATS[a['coat']]
+    c2 = shade(c, 0.55)
     (bx, by, rx, ry, turn), legs, tail, (hx, hy, hs) = BODY[a['pose']]
-    fat = a.get('fat', 1.)
-    p.line(tail, .075, shade(c, -.12))
-    for q in legs: p.line(q, .095, shade(c, -.1)); p.oval(*q[1], .06, .04, c2)
-    if a['species'] in ('sheep',): [p.oval(bx + rx*.85*np.cos(t), by + ry*.85*np.sin(t), .1, .09, shade(c, .3)) for t in _A[::3]]
-    p.oval(bx, by, rx*fat, ry*(1 + (fat - 1)*.6), c, turn)
-    if a['pose'] in ('sitting', 'upright'): p.oval(bx, by + .05, rx*.55*fat, ry*.65, c2)
+    fat = a.get('fat', 1.0)
+    p.line(tail, 0.075, shade(c, -0.12))
+    for q in legs:
+        p.line(q, 0.095, shade(c, -0.1))
+        p.oval(*q[1], 0.06, 0.04, c2)
+    if a['species'] in ('sheep',):
+        [p.oval(bx + rx * 0.85 * np.cos(t), by + ry * 0.85 * np.sin(t), 0.1, 0.09, shade(c, 0.3)) for t in _A[::3]]
+    p.oval(bx, by, rx * fat, ry * (1 + (fat - 1) * 0.6), c, turn)
+    if a['pose'] in ('sitting', 'upright'):
+        p.oval(bx, by + 0.05, rx * 0.55 * fat, ry * 0.65, c2)
     q = p.at(bx, by, 1, rot=turn)
-    if a['pattern'] == 'stripes': [q.line([(x*rx, -ry*.85), (x*rx*.9, -ry*.1)], .035, shade(c, -.45)) for x in (-.6, -.2, .2, .6)]
-    if a['pattern'] == 'spots': [q.oval(x*rx, y*ry, .05, .045, shade(c, -.45)) for x, y in ((-.6, -.3), (-.1, -.6), (.45, -.35), (.1, .3), (-.4, .4))]
-    if 'cape' in a['wears'] or 'scarf' in a['wears'] or 'trunks' in a['wears']: _body_wear(p, a, bx, by, rx, ry, hx, hy)
-    big = a.get('bighead', 1.)
-    h = p.at(hx, hy - .1*(big - 1), hs*big, rot=a.get('tilt', 0.))
+    if a['pattern'] == 'stripes':
+        [
+            q.line([(x * rx, -ry * 0.85), (x * rx * 0.9, -ry * 0.1)], 0.035, shade(c, -0.45))
+            for x in (-0.6, -0.2, 0.2, 0.6)
+        ]
+    if a['pattern'] == 'spots':
+        [
+            q.oval(x * rx, y * ry, 0.05, 0.045, shade(c, -0.45))
+            for x, y in ((-0.6, -0.3), (-0.1, -0.6), (0.45, -0.35), (0.1, 0.3), (-0.4, 0.4))
+        ]
+    if 'cape' in a['wears'] or 'scarf' in a['wears'] or 'trunks' in a['wears']:
+        _body_wear(p, a, bx, by, rx, ry, hx, hy)
+    big = a.get('bighead', 1.0)
+    h = p.at(hx, hy - 0.1 * (big - 1), hs * big, rot=a.get('tilt', 0.0))
     _animal_head(h, a, c, c2)
     return h
 
 # %% ../../nbs/world/draw.ipynb #298232cc
 SKINS = dict(pale=(244, 214, 190), light=(232, 190, 156), tan=(204, 152, 112), brown=(150, 100, 68), dark=(98, 64, 48))
-HAIRS = dict(black=(38, 32, 36), brown=(98, 62, 38), blond=(226, 188, 104), red=(178, 76, 40), grey=(176, 176, 182), blue=(80, 120, 200), pink=(226, 130, 170))
+HAIRS = dict(
+    black=(38, 32, 36),
+    brown=(98, 62, 38),
+    blond=(226, 188, 104),
+    red=(178, 76, 40),
+    grey=(176, 176, 182),
+    blue=(80, 120, 200),
+    pink=(226, 130, 170),
+)
 NATURAL_HAIR = ('black', 'brown', 'blond', 'red', 'grey')
 STYLES_HAIR = ('short', 'long', 'bun', 'curly', 'bald', 'bob')
-CLOTHES = dict(red=(196, 60, 58), blue=(62, 98, 180), green=(70, 140, 90), yellow=(232, 192, 70), white=(236, 236, 236), black=(48, 48, 56), purple=(132, 84, 168), orange=(232, 130, 56))
+CLOTHES = dict(
+    red=(196, 60, 58),
+    blue=(62, 98, 180),
+    green=(70, 140, 90),
+    yellow=(232, 192, 70),
+    white=(236, 236, 236),
+    black=(48, 48, 56),
+    purple=(132, 84, 168),
+    orange=(232, 130, 56),
+)
+
 
 def _hair(p, a, front):
     c, st = HAIRS[a['hair']], a['hairstyle']
-    if st == 'bald': return
-    if not front:
-        if st == 'long': p.poly([(-.25, -.1), (-.29, .3), (.29, .3), (.25, -.1)], shade(c, -.2))
-        if st == 'bob': p.oval(0, .0, .275, .24, shade(c, -.2))
-        if st == 'curly': [p.oval(.25*np.cos(t), -.06 + .24*np.sin(t), .1, .1, shade(c, -.15)) for t in _A[::2] if np.sin(t) < .5]
-        if st == 'bun': p.oval(0, -.34, .1, .09, shade(c, -.1))
+    if st == 'bald':
         return
-    p.poly([(-.23, -.02), (-.235, -.16), (-.15, -.28), (0, -.31), (.15, -.28), (.235, -.16), (.23, -.02), (.17, -.13), (.05, -.17), (-.1, -.16), (-.18, -.1)], c)
-    if st == 'curly': [p.oval(x, -.22 + abs(x)*.5, .07, .06, c) for x in (-.2, -.12, -.03, .06, .14, .2)]
+    if not front:
+        if st == 'long':
+            p.poly([(-0.25, -0.1), (-0.29, 0.3), (0.29, 0.3), (0.25, -0.1)], shade(c, -0.2))
+        if st == 'bob':
+            p.oval(0, 0.0, 0.275, 0.24, shade(c, -0.2))
+        if st == 'curly':
+            [
+                p.oval(0.25 * np.cos(t), -0.06 + 0.24 * np.sin(t), 0.1, 0.1, shade(c, -0.15))
+                for t in _A[::2]
+                if np.sin(t) < 0.5
+            ]
+        if st == 'bun':
+            p.oval(0, -0.34, 0.1, 0.09, shade(c, -0.1))
+        return
+    p.poly(
+        [
+            (-0.23, -0.02),
+            (-0.235, -0.16),
+            (-0.15, -0.28),
+            (0, -0.31),
+            (0.15, -0.28),
+            (0.235, -0.16),
+            (0.23, -0.02),
+            (0.17, -0.13),
+            (0.05, -0.17),
+            (-0.1, -0.16),
+            (-0.18, -0.1),
+        ],
+        c,
+    )
+    if st == 'curly':
+        [p.oval(x, -0.22 + abs(x) * 0.5, 0.07, 0.06, c) for x in (-0.2, -0.12, -0.03, 0.06, 0.14, 0.2)]
+
 
 def _person(p, a):
     s, c = SKINS[a['skin']], CLOTHES[a['clothes']]
-    big = a.get('bighead', 1.)
-    h = p.at(0, -.08 - .1*(big - 1), big, rot=a.get('tilt', 0.) + (.22 if a['pose'] == 'tilted' else 0))
+    big = a.get('bighead', 1.0)
+    h = p.at(0, -0.08 - 0.1 * (big - 1), big, rot=a.get('tilt', 0.0) + (0.22 if a['pose'] == 'tilted' else 0))
     _hair(h, a, False)
-    w = .34*a.get('fat', 1.)
-    p.poly([(-w, .6), (-w*.94, .32), (-w*.5, .23), (w*.5, .23), (w*.94, .32), (w, .6)], c)
-    p.poly([(-.09, .12), (-.1, .25), (0, .32), (.1, .25), (.09, .12)], shade(s, -.15))
-    if a['pattern'] == 'stripes': [p.line([(-w*.9, y), (w*.9, y)], .03, shade(c, .6)) for y in (.36, .44, .52)]
-    if a['pattern'] == 'spots': [p.oval(x, y, .025, .025, shade(c, .7)) for x, y in ((-.2, .36), (.2, .36), (-.1, .45), (.1, .45), (-.25, .52), (.25, .52), (0, .54))]
-    if a['pose'] == 'waving': p.line([(.3, .42), (.4, .22), (.36, .02)], .1, shade(c, -.1)); p.oval(.36, -.03, .065, .075, s)
-    if 'cape' in a['wears'] or 'scarf' in a['wears'] or 'trunks' in a['wears']: _body_wear(p, a, 0, .42, .34, .2, 0, -.08)
-    h.oval(-.225, .0, .035, .05, shade(s, -.1)); h.oval(.225, .0, .035, .05, shade(s, -.1))
-    h.oval(0, .0, .215, .26, s)
+    w = 0.34 * a.get('fat', 1.0)
+    p.poly([(-w, 0.6), (-w * 0.94, 0.32), (-w * 0.5, 0.23), (w * 0.5, 0.23), (w * 0.94, 0.32), (w, 0.6)], c)
+    p.poly([(-0.09, 0.12), (-0.1, 0.25), (0, 0.32), (0.1, 0.25), (0.09, 0.12)], shade(s, -0.15))
+    if a['pattern'] == 'stripes':
+        [p.line([(-w * 0.9, y), (w * 0.9, y)], 0.03, shade(c, 0.6)) for y in (0.36, 0.44, 0.52)]
+    if a['pattern'] == 'spots':
+        [
+            p.oval(x, y, 0.025, 0.025, shade(c, 0.7))
+            for x, y in ((-0.2, 0.36), (0.2, 0.36), (-0.1, 0.45), (0.1, 0.45), (-0.25, 0.52), (0.25, 0.52), (0, 0.54))
+        ]
+    if a['pose'] == 'waving':
+        p.line([(0.3, 0.42), (0.4, 0.22), (0.36, 0.02)], 0.1, shade(c, -0.1))
+        p.oval(0.36, -0.03, 0.065, 0.075, s)
+    if 'cape' in a['wears'] or 'scarf' in a['wears'] or 'trunks' in a['wears']:
+        _body_wear(p, a, 0, 0.42, 0.34, 0.2, 0, -0.08)
+    h.oval(-0.225, 0.0, 0.035, 0.05, shade(s, -0.1))
+    h.oval(0.225, 0.0, 0.035, 0.05, shade(s, -0.1))
+    h.oval(0, 0.0, 0.215, 0.26, s)
     _hair(h, a, True)
-    _eyes(h, a['expression'], .085, -.02, .038, COATS_EYE[a['eye']])
-    [h.line([(x*.05, -.1), (x*.13, -.105)], .018, shade(HAIRS[a['hair']], -.2)) for x in (-1, 1)]
-    h.line([(0, .0), (-.012, .07), (.012, .075)], .016, shade(s, -.3))
-    if a['beard']: h.poly([(-.19, .07), (-.15, .22), (0, .29), (.15, .22), (.19, .07), (.1, .12), (-.1, .12)], HAIRS[a['hair']])
-    _mouth(h, a['expression'], .135, .065, (150, 60, 60))
+    _eyes(h, a['expression'], 0.085, -0.02, 0.038, COATS_EYE[a['eye']])
+    [h.line([(x * 0.05, -0.1), (x * 0.13, -0.105)], 0.018, shade(HAIRS[a['hair']], -0.2)) for x in (-1, 1)]
+    h.line([(0, 0.0), (-0.012, 0.07), (0.012, 0.075)], 0.016, shade(s, -0.3))
+    if a['beard']:
+        h.poly(
+            [(-0.19, 0.07), (-0.15, 0.22), (0, 0.29), (0.15, 0.22), (0.19, 0.07), (0.1, 0.12), (-0.1, 0.12)],
+            HAIRS[a['hair']],
+        )
+    _mouth(h, a['expression'], 0.135, 0.065, (150, 60, 60))
     return h
 
 # %% ../../nbs/world/draw.ipynb #4d47e58b
 def _gradient(top, bottom):
     t = np.linspace(0, 1, N, dtype=np.float32)[:, None, None]
-    return ((1 - t)*np.array(top, np.float32) + t*np.array(bottom, np.float32))/255 + np.zeros((N, N, 1), np.float32)
+    return ((1 - t) * np.array(top, np.float32) + t * np.array(bottom, np.float32)) / 255 + np.zeros(
+        (N, N, 1), np.float32
+    )
+
 
 def _ground(im, y, c, tex, amp, r):
     yy = np.linspace(0, 1, N, dtype=np.float32)[:, None, None]
-    g = np.array(c, np.float32)/255 * (1 + amp*texture(tex, r)[..., None]) * (.86 + .28*yy)
-    m = np.clip((yy - y)*N + .5, 0, 1)
-    return im*(1 - m) + m*g
+    g = np.array(c, np.float32) / 255 * (1 + amp * texture(tex, r)[..., None]) * (0.86 + 0.28 * yy)
+    m = np.clip((yy - y) * N + 0.5, 0, 1)
+    return im * (1 - m) + m * g
 
-def _clouds(im, r, amp=.2): return im + amp*np.clip(texture('cloud', r), 0, 2)[..., None]*(np.linspace(1, 0, N)[:, None, None])
+
+def _clouds(im, r, amp=0.2):
+    return im + amp * np.clip(texture('cloud', r), 0, 2)[..., None] * (np.linspace(1, 0, N)[:, None, None])
+
 
 def _hills(r, c, y, h, k=5):
-    p = Pen(); x = np.linspace(-.1, 1.1, k)
-    p.poly([(-.1, 1), *zip(x, y - h*r.random(k)), (1.1, 1)], c); return p
+    p = Pen()
+    x = np.linspace(-0.1, 1.1, k)
+    p.poly([(-0.1, 1), *zip(x, y - h * r.random(k)), (1.1, 1)], c)
+    return p
+
 
 def _trees(r, n, y, c):
     p = Pen()
-    for x in np.sort(r.random(n)): q = p.at(x, y, .3 + .25*r.random()); q.rect(-.05, 0, .05, .5, (84, 60, 44)); [q.poly([(-.28 + i*.06, .1 - i*.2), (0, -.3 - i*.2), (.28 - i*.06, .1 - i*.2)], shade(c, .08*i)) for i in range(3)]
+    for x in np.sort(r.random(n)):
+        q = p.at(x, y, 0.3 + 0.25 * r.random())
+        q.rect(-0.05, 0, 0.05, 0.5, (84, 60, 44))
+        [
+            q.poly(
+                [(-0.28 + i * 0.06, 0.1 - i * 0.2), (0, -0.3 - i * 0.2), (0.28 - i * 0.06, 0.1 - i * 0.2)],
+                shade(c, 0.08 * i),
+            )
+            for i in range(3)
+        ]
     return p
 
-def _meadow(r): im = _clouds(_gradient((130 + r.integers(30), 190, 238), (216, 236, 246)), r); im = over(layer(_hills(r, (128, 172, 104), .62, .25)), im); return _ground(im, .6, (98 + r.integers(30), 158, 74), 'grass', .14, r)
-def _beach(r): im = _clouds(_gradient((120, 196, 240), (240, 240, 226)), r); im = _ground(im, .42 + .08*r.random(), (50, 140 + r.integers(40), 190), 'wave', .12, r); return _ground(im, .64, (232, 208, 152), 'grain', .06, r)
-def _forest(r): im = _gradient((150, 190, 150), (70, 110, 70)); im = im*(1 + .22*texture('blotch', r)[..., None]); im = over(layer(_trees(r, 7, .5, (44, 96, 56))), im); return _ground(im, .74, (86, 100, 56), 'grass', .18, r)
-def _snowfield(r): im = _clouds(_gradient((178, 200, 226), (232, 240, 248)), r, .1); im = over(layer(_hills(r, (206, 218, 234), .6, .4, 6)), im); im = over(layer(_trees(r, 3, .5, (70, 100, 100))), im); return _ground(im, .66, (240, 244, 250), 'grain', .03, r)
+
+def _meadow(r):
+    im = _clouds(_gradient((130 + r.integers(30), 190, 238), (216, 236, 246)), r)
+    im = over(layer(_hills(r, (128, 172, 104), 0.62, 0.25)), im)
+    return _ground(im, 0.6, (98 + r.integers(30), 158, 74), 'grass', 0.14, r)
+
+
+def _beach(r):
+    im = _clouds(_gradient((120, 196, 240), (240, 240, 226)), r)
+    im = _ground(im, 0.42 + 0.08 * r.random(), (50, 140 + r.integers(40), 190), 'wave', 0.12, r)
+    return _ground(im, 0.64, (232, 208, 152), 'grain', 0.06, r)
+
+
+def _forest(r):
+    im = _gradient((150, 190, 150), (70, 110, 70))
+    im = im * (1 + 0.22 * texture('blotch', r)[..., None])
+    im = over(layer(_trees(r, 7, 0.5, (44, 96, 56))), im)
+    return _ground(im, 0.74, (86, 100, 56), 'grass', 0.18, r)
+
+
+def _snowfield(r):
+    im = _clouds(_gradient((178, 200, 226), (232, 240, 248)), r, 0.1)
+    im = over(layer(_hills(r, (206, 218, 234), 0.6, 0.4, 6)), im)
+    im = over(layer(_trees(r, 3, 0.5, (70, 100, 100))), im)
+    return _ground(im, 0.66, (240, 244, 250), 'grain', 0.03, r)
+
+
 def _city(r):
-    im, p = _clouds(_gradient((168, 186, 214), (232, 220, 214)), r, .1), Pen(); x = 0.
+    im, p = _clouds(_gradient((168, 186, 214), (232, 220, 214)), r, 0.1), Pen()
+    x = 0.0
     while x < 1:
-        w, h, c = .12 + .12*r.random(), .3 + .45*r.random(), shade((120, 116, 128), r.uniform(-.3, .3)); p.rect(x, .8 - h, x + w, .9, c)
-        for i in range(int(w/.055)):
-            for j in range(int(h/.09)): p.rect(x + .02 + i*.055, .83 - h + j*.09, x + .05 + i*.055, .88 - h + j*.09, (250, 226, 150) if r.random() < .4 else shade(c, -.4))
-        x += w + .01
-    return _ground(over(layer(p), im), .78, (104, 104, 110), 'grain', .06, r)
+        w, h, c = 0.12 + 0.12 * r.random(), 0.3 + 0.45 * r.random(), shade((120, 116, 128), r.uniform(-0.3, 0.3))
+        p.rect(x, 0.8 - h, x + w, 0.9, c)
+        for i in range(int(w / 0.055)):
+            for j in range(int(h / 0.09)):
+                p.rect(
+                    x + 0.02 + i * 0.055,
+                    0.83 - h + j * 0.09,
+                    x + 0.05 + i * 0.055,
+                    0.88 - h + j * 0.09,
+                    (250, 226, 150) if r.random() < 0.4 else shade(c, -0.4),
+                )
+        x += w + 0.01
+    return _ground(over(layer(p), im), 0.78, (104, 104, 110), 'grain', 0.06, r)
+
+
 def _room(r):
-    c = hsv(r.random(), .25, .85); im, p = _gradient(c, shade(c, -.12)), Pen(); x = r.uniform(.05, .6)
-    p.rect(x, .12, x + .3, .48, (250, 250, 246)); p.rect(x + .025, .145, x + .275, .455, (160, 204, 236)); p.rect(x + .14, .13, x + .16, .47, (250, 250, 246))
-    return _ground(over(layer(p), im), .74, hsv(.07, .5, .45 + .25*r.random()), 'wave', .12, r)
-def _desert(r): im = _gradient((240, 190 + r.integers(30), 140), (252, 226, 180)); im = over(layer(_hills(r, (212, 160, 96), .66, .2)), im); return _ground(im, .62, (226, 180, 112), 'wave', .08, r)
+    c = hsv(r.random(), 0.25, 0.85)
+    im, p = _gradient(c, shade(c, -0.12)), Pen()
+    x = r.uniform(0.05, 0.6)
+    p.rect(x, 0.12, x + 0.3, 0.48, (250, 250, 246))
+    p.rect(x + 0.025, 0.145, x + 0.275, 0.455, (160, 204, 236))
+    p.rect(x + 0.14, 0.13, x + 0.16, 0.47, (250, 250, 246))
+    return _ground(over(layer(p), im), 0.74, hsv(0.07, 0.5, 0.45 + 0.25 * r.random()), 'wave', 0.12, r)
+
+
+def _desert(r):
+    im = _gradient((240, 190 + r.integers(30), 140), (252, 226, 180))
+    im = over(layer(_hills(r, (212, 160, 96), 0.66, 0.2)), im)
+    return _ground(im, 0.62, (226, 180, 112), 'wave', 0.08, r)
+
+
 def _space(r):
-    im, p = _gradient((14, 12, 40), (40, 22, 70)), Pen(); im = im + .12*np.clip(texture('cloud', r), 0, 3)[..., None]*np.array([.9, .3, 1.])
-    for _ in range(45): p.oval(r.random(), r.random(), s := .004 + .007*r.random(), s, (255, 255, shade((200,)*3, r.random())[0]))
-    q = p.at(r.uniform(.1, .9), r.uniform(.1, .4), .3 + .3*r.random()); c = hsv(r.random(), .5, .9); q.oval(0, 0, .25, .25, c); q.oval(-.05, -.05, .17, .17, shade(c, .25))
+    im, p = _gradient((14, 12, 40), (40, 22, 70)), Pen()
+    im = im + 0.12 * np.clip(texture('cloud', r), 0, 3)[..., None] * np.array([0.9, 0.3, 1.0])
+    for _ in range(45):
+        p.oval(r.random(), r.random(), s := 0.004 + 0.007 * r.random(), s, (255, 255, shade((200,) * 3, r.random())[0]))
+    q = p.at(r.uniform(0.1, 0.9), r.uniform(0.1, 0.4), 0.3 + 0.3 * r.random())
+    c = hsv(r.random(), 0.5, 0.9)
+    q.oval(0, 0, 0.25, 0.25, c)
+    q.oval(-0.05, -0.05, 0.17, 0.17, shade(c, 0.25))
     return over(layer(p), im)
+
+
 def _underwater(r):
-    im, p = _gradient((80, 190, 220), (10, 60, 120)) * (1 + .12*texture('wave', r)[..., None]), Pen()
-    for _ in range(6): x, y, s = r.random(), r.random(), .02 + .03*r.random(); p.oval(x, y, s, s, (190, 232, 246)); p.oval(x, y, s*.7, s*.7, (90, 180, 220))
-    for _ in range(4): x = r.random(); p.line([(x, 1.), (x + .04, .86), (x - .02, .74 - .1*r.random())], .04, (40, 130, 90))
-    return _ground(over(layer(p), im), .86, (196, 176, 120), 'grain', .08, r)
+    im, p = _gradient((80, 190, 220), (10, 60, 120)) * (1 + 0.12 * texture('wave', r)[..., None]), Pen()
+    for _ in range(6):
+        x, y, s = r.random(), r.random(), 0.02 + 0.03 * r.random()
+        p.oval(x, y, s, s, (190, 232, 246))
+        p.oval(x, y, s * 0.7, s * 0.7, (90, 180, 220))
+    for _ in range(4):
+        x = r.random()
+        p.line([(x, 1.0), (x + 0.04, 0.86), (x - 0.02, 0.74 - 0.1 * r.random())], 0.04, (40, 130, 90))
+    return _ground(over(layer(p), im), 0.86, (196, 176, 120), 'grain', 0.08, r)
+
+
 def _stage(r):
-    c = hsv(r.random(), .75, .6); im = _gradient(c, shade(c, -.4)) * (1 + .22*np.sin(np.arange(N)*(.5 + .3*r.random()) + 6*r.random())[None, :, None]); p = Pen()
-    im = _ground(im, .76, (120, 84, 54), 'wave', .12, r); x = r.uniform(.3, .7); yy, xx = np.mgrid[0:N, 0:N]/N
-    return im + .3*np.clip(1 - ((xx - x)/(.12 + .25*yy))**2, 0, 1)[..., None]
+    c = hsv(r.random(), 0.75, 0.6)
+    im = _gradient(c, shade(c, -0.4)) * (
+        1 + 0.22 * np.sin(np.arange(N) * (0.5 + 0.3 * r.random()) + 6 * r.random())[None, :, None]
+    )
+    p = Pen()
+    im = _ground(im, 0.76, (120, 84, 54), 'wave', 0.12, r)
+    x = r.uniform(0.3, 0.7)
+    yy, xx = np.mgrid[0:N, 0:N] / N
+    return im + 0.3 * np.clip(1 - ((xx - x) / (0.12 + 0.25 * yy)) ** 2, 0, 1)[..., None]
+
+
 def _brick(r):
-    c = np.array(hsv(.02 + .05*r.random(), .55, .7), np.float32)/255; yy, xx = np.mgrid[0:N, 0:N]; dy, dx = r.integers(0, 8, 2)
-    row = (yy + dy)//6; joint = ((yy + dy) % 6 == 0) | ((xx + dx + 6*(row % 2)) % 12 == 0); tone = r.uniform(.8, 1.2, (16, 16))[row % 16, ((xx + dx + 6*(row % 2))//12) % 16]
-    im = np.where(joint[..., None], .78, c*tone[..., None]); return _ground(im*(1 + .06*texture('grain', r)[..., None]), .84, (150, 146, 140), 'grain', .06, r)
-def _studio(r): c = hsv(r.random(), .12 + .3*r.random(), .9); return _gradient(shade(c, .2), shade(c, -.1))
-def _sunset(r): im = _gradient((90, 60, 130), (252, 160 + r.integers(40), 90)); p = Pen(); p.oval(r.uniform(.2, .8), .5, .12, .12, (255, 236, 170)); im = _clouds(over(layer(p), im), r, .12); return _ground(im, .6, (64, 56, 96), 'wave', .15, r)
-def _volcano(r): im = _gradient((70, 40, 50), (200, 90, 50))*(1 + .15*texture('blotch', r)[..., None]); p = _hills(r, (66, 48, 50), .5, .02); x = r.uniform(.2, .8); p.poly([(x - .35, .75), (x - .07, .2), (x + .07, .2), (x + .35, .75)], (58, 42, 46)); p.line([(x, .22), (x + .05*r.random(), .45), (x - .1*r.random(), .7)], .05, (255, 140, 40)); return _ground(over(layer(p), im), .74, (54, 44, 48), 'grain', .15, r)
+    c = np.array(hsv(0.02 + 0.05 * r.random(), 0.55, 0.7), np.float32) / 255
+    yy, xx = np.mgrid[0:N, 0:N]
+    dy, dx = r.integers(0, 8, 2)
+    row = (yy + dy) // 6
+    joint = ((yy + dy) % 6 == 0) | ((xx + dx + 6 * (row % 2)) % 12 == 0)
+    tone = r.uniform(0.8, 1.2, (16, 16))[row % 16, ((xx + dx + 6 * (row % 2)) // 12) % 16]
+    im = np.where(joint[..., None], 0.78, c * tone[..., None])
+    return _ground(im * (1 + 0.06 * texture('grain', r)[..., None]), 0.84, (150, 146, 140), 'grain', 0.06, r)
+
+
+def _studio(r):
+    c = hsv(r.random(), 0.12 + 0.3 * r.random(), 0.9)
+    return _gradient(shade(c, 0.2), shade(c, -0.1))
+
+
+def _sunset(r):
+    im = _gradient((90, 60, 130), (252, 160 + r.integers(40), 90))
+    p = Pen()
+    p.oval(r.uniform(0.2, 0.8), 0.5, 0.12, 0.12, (255, 236, 170))
+    im = _clouds(over(layer(p), im), r, 0.12)
+    return _ground(im, 0.6, (64, 56, 96), 'wave', 0.15, r)
+
+
+def _volcano(r):
+    im = _gradient((70, 40, 50), (200, 90, 50)) * (1 + 0.15 * texture('blotch', r)[..., None])
+    p = _hills(r, (66, 48, 50), 0.5, 0.02)
+    x = r.uniform(0.2, 0.8)
+    p.poly([(x - 0.35, 0.75), (x - 0.07, 0.2), (x + 0.07, 0.2), (x + 0.35, 0.75)], (58, 42, 46))
+    p.line([(x, 0.22), (x + 0.05 * r.random(), 0.45), (x - 0.1 * r.random(), 0.7)], 0.05, (255, 140, 40))
+    return _ground(over(layer(p), im), 0.74, (54, 44, 48), 'grain', 0.15, r)
+
+
 def _library(r):
     im, p = _gradient((110, 74, 48), (84, 56, 38)), Pen()
     for j in range(4):
-        x = -.05*r.random()
-        while x < 1: w = .03 + .03*r.random(); h = .14 + .05*r.random(); p.rect(x, .22 + .24*j - h, x + w, .22 + .24*j, hsv(r.random(), .5, .35 + .5*r.random())); x += w + .004
-        p.rect(0, .22 + .24*j, 1, .245 + .24*j, (60, 40, 28))
-    return over(layer(p), im)
-def _garden(r):
-    im = _ground(_clouds(_gradient((150, 206, 240), (226, 240, 240)), r), .45, (96, 156, 76), 'grass', .15, r); p = Pen()
-    for _ in range(22): x, y = r.random(), .5 + .5*r.random(); c = hsv(r.random(), .6, .95); [p.oval(x + .017*np.cos(t), y + .017*np.sin(t), .015, .015, c) for t in _A[::5]]; p.oval(x, y, .01, .01, (255, 230, 90))
+        x = -0.05 * r.random()
+        while x < 1:
+            w = 0.03 + 0.03 * r.random()
+            h = 0.14 + 0.05 * r.random()
+            p.rect(x, 0.22 + 0.24 * j - h, x + w, 0.22 + 0.24 * j, hsv(r.random(), 0.5, 0.35 + 0.5 * r.random()))
+            x += w + 0.004
+        p.rect(0, 0.22 + 0.24 * j, 1, 0.245 + 0.24 * j, (60, 40, 28))
     return over(layer(p), im)
 
-PLACES = dict(meadow=_meadow, beach=_beach, forest=_forest, snow=_snowfield, city=_city, room=_room, desert=_desert, studio=_studio, brick=_brick, garden=_garden,
-              space=_space, underwater=_underwater, stage=_stage, sunset=_sunset, volcano=_volcano, library=_library)
+
+def _garden(r):
+    im = _ground(_clouds(_gradient((150, 206, 240), (226, 240, 240)), r), 0.45, (96, 156, 76), 'grass', 0.15, r)
+    p = Pen()
+    for _ in range(22):
+        x, y = r.random(), 0.5 + 0.5 * r.random()
+        c = hsv(r.random(), 0.6, 0.95)
+        [p.oval(x + 0.017 * np.cos(t), y + 0.017 * np.sin(t), 0.015, 0.015, c) for t in _A[::5]]
+        p.oval(x, y, 0.01, 0.01, (255, 230, 90))
+    return over(layer(p), im)
+
+
+PLACES = dict(
+    meadow=_meadow,
+    beach=_beach,
+    forest=_forest,
+    snow=_snowfield,
+    city=_city,
+    room=_room,
+    desert=_desert,
+    studio=_studio,
+    brick=_brick,
+    garden=_garden,
+    space=_space,
+    underwater=_underwater,
+    stage=_stage,
+    sunset=_sunset,
+    volcano=_volcano,
+    library=_library,
+)
 SCENE_PLACES = ('meadow', 'beach', 'forest', 'snow', 'city', 'room', 'desert', 'studio', 'brick', 'garden')
-PLACE_WORDS = dict(meadow='a green meadow', beach='a sandy beach', forest='a pine forest', snow='a snowy field', city='a city street', room='a cosy room', desert='a desert', studio='a plain studio',
-                   brick='a brick wall', garden='a flower garden', space='outer space', underwater='the sea floor', stage='a theatre stage', sunset='a lake at sunset', volcano='a volcano', library='a library')
-TIMES = dict(day=None, dusk=(1.08, .82, .7), night=(.5, .56, .82), dawn=(1.05, .95, .95))
+PLACE_WORDS = dict(
+    meadow='a green meadow',
+    beach='a sandy beach',
+    forest='a pine forest',
+    snow='a snowy field',
+    city='a city street',
+    room='a cosy room',
+    desert='a desert',
+    studio='a plain studio',
+    brick='a brick wall',
+    garden='a flower garden',
+    space='outer space',
+    underwater='the sea floor',
+    stage='a theatre stage',
+    sunset='a lake at sunset',
+    volcano='a volcano',
+    library='a library',
+)
+TIMES = dict(day=None, dusk=(1.08, 0.82, 0.7), night=(0.5, 0.56, 0.82), dawn=(1.05, 0.95, 0.95))
+
 
 def _light(im, time):
-    if TIMES[time] is None: return im
-    return im*np.array(TIMES[time], np.float32)
+    if TIMES[time] is None:
+        return im
+    return im * np.array(TIMES[time], np.float32)
+
 
 def _weather(im, kind, r):
-    if kind == 'clear': return im
-    if kind == 'fog': return im + (.86 - im)*np.clip(.55 + .16*texture('cloud', r), 0, 1)[..., None]
+    if kind == 'clear':
+        return im
+    if kind == 'fog':
+        return im + (0.86 - im) * np.clip(0.55 + 0.16 * texture('cloud', r), 0, 1)[..., None]
     p = Pen()
     if kind == 'rain':
-        im = im*np.array([.72, .76, .84]); k = r.uniform(-.04, .04)
-        for x, y in r.random((48, 2)): p.line([(x, y), (x + k, y + .09)], .011, (196, 214, 236))
+        im = im * np.array([0.72, 0.76, 0.84])
+        k = r.uniform(-0.04, 0.04)
+        for x, y in r.random((48, 2)):
+            p.line([(x, y), (x + k, y + 0.09)], 0.011, (196, 214, 236))
     else:
-        for x, y, s in r.random((60, 3)): p.oval(x, y, .008 + .014*s, .008 + .014*s, (252, 252, 255))
+        for x, y, s in r.random((60, 3)):
+            p.oval(x, y, 0.008 + 0.014 * s, 0.008 + 0.014 * s, (252, 252, 255))
     return over(layer(p), im)
 
 # %% ../../nbs/world/draw.ipynb #25eb42ef
 CATEGORIES = ('animal', 'portrait')
-STRATA = {'train': 'five of six combinations of looks, for pairs that something is trained on',
-          'heldout': 'the sixth combination, for every test',
-          'ood': 'species that no other stratum has, distant subjects, half of them in pairs, one picture in four already stylised'}
+STRATA = {
+    'train': 'five of six combinations of looks, for pairs that something is trained on',
+    'heldout': 'the sixth combination, for every test',
+    'ood': 'species that no other stratum has, distant subjects, half of them in pairs, one picture in four already stylised',
+}
+
 
 def heldout(subject):
     "True if this combination of looks belongs to the held-out subjects: about one in six, by arithmetic on its names."
     pair = [SPECIES, COATS, ('plain', 'spots', 'stripes')] if 'species' in subject else [SKINS, HAIRS, STYLES_HAIR]
     keys = ('species', 'coat', 'pattern') if 'species' in subject else ('skin', 'hair', 'hairstyle')
     i, j, k = (list(o).index(subject[n]) if subject[n] in o else 0 for o, n in zip(pair, keys))
-    return (i + 2*j + 3*k) % 6 == 5
+    return (i + 2 * j + 3 * k) % 6 == 5
 
-def _pick(r, options): return list(options)[r.integers(len(options))]
+
+def _pick(r, options):
+    return list(options)[r.integers(len(options))]
+
 
 def _subject(r, category, stratum):
     while True:
-        a = dict(eye=_pick(r, COATS_EYE), expression=_pick(r, EXPRESSIONS), pose=_pick(r, POSES[category]), pattern=_pick(r, ('plain', 'plain', 'spots', 'stripes')),
-                 flip=bool(r.random() < .5), wears=[], wearcolor=hsv(r.random(), .7, .85))
-        if category == 'animal': a |= dict(species=_pick(r, OOD_SPECIES if stratum == 'ood' else SPECIES), coat=_pick(r, NATURAL), scale=float(r.uniform(.58, .78)), x=float(r.uniform(.38, .62)), y=float(r.uniform(.56, .64)))
-        else: a |= dict(skin=_pick(r, SKINS), hair=_pick(r, NATURAL_HAIR), hairstyle=_pick(r, STYLES_HAIR), clothes=_pick(r, CLOTHES), beard=bool(r.random() < .2), scale=float(r.uniform(.8, 1.)), x=float(r.uniform(.42, .58)), y=float(r.uniform(.5, .58)))
-        if stratum == 'ood' or heldout(a) == (stratum == 'heldout'): break
-    if stratum == 'ood': a['scale'] *= r.uniform(.5, .65)
-    if r.random() < .3: a['wears'] = [_pick(r, HEADWEAR if r.random() < .75 else BODYWEAR[:2])]
+        a = dict(
+            eye=_pick(r, COATS_EYE),
+            expression=_pick(r, EXPRESSIONS),
+            pose=_pick(r, POSES[category]),
+            pattern=_pick(r, ('plain', 'plain', 'spots', 'stripes')),
+            flip=bool(r.random() < 0.5),
+            wears=[],
+            wearcolor=hsv(r.random(), 0.7, 0.85),
+        )
+        if category == 'animal':
+            a |= dict(
+                species=_pick(r, OOD_SPECIES if stratum == 'ood' else SPECIES),
+                coat=_pick(r, NATURAL),
+                scale=float(r.uniform(0.58, 0.78)),
+                x=float(r.uniform(0.38, 0.62)),
+                y=float(r.uniform(0.56, 0.64)),
+            )
+        else:
+            a |= dict(
+                skin=_pick(r, SKINS),
+                hair=_pick(r, NATURAL_HAIR),
+                hairstyle=_pick(r, STYLES_HAIR),
+                clothes=_pick(r, CLOTHES),
+                beard=bool(r.random() < 0.2),
+                scale=float(r.uniform(0.8, 1.0)),
+                x=float(r.uniform(0.42, 0.58)),
+                y=float(r.uniform(0.5, 0.58)),
+            )
+        if stratum == 'ood' or heldout(a) == (stratum == 'heldout'):
+            break
+    if stratum == 'ood':
+        a['scale'] *= r.uniform(0.5, 0.65)
+    if r.random() < 0.3:
+        a['wears'] = [_pick(r, HEADWEAR if r.random() < 0.75 else BODYWEAR[:2])]
     return a
+
 
 def draw_scene(r, category, stratum='train'):
     """A random scene of a category and stratum, drawn with the numpy generator `r`.
@@ -268,29 +641,58 @@ def draw_scene(r, category, stratum='train'):
     Returns a JSON-able dict with keys category, stratum, subjects, place, time, weather, props, seed, and
     empty slots for style, material, particles and frame. Raises UserError on an unknown category or stratum."""
     for v, o, n in ((category, CATEGORIES, 'category'), (stratum, STRATA, 'stratum')):
-        if v not in o: raise UserError(f"world.draw_scene: unknown {n} '{v}'; use one of {', '.join(o)}.")
+        if v not in o:
+            raise UserError(f"world.draw_scene: unknown {n} '{v}'; use one of {', '.join(o)}.")
     subjects = [_subject(r, category, stratum)]
-    if stratum == 'ood' and r.random() < .5:
-        b = _subject(r, category, stratum); subjects[0]['x'], b['x'] = .3, .72; subjects.append(b)
-    props = [dict(kind=_pick(r, PROPS), x=float(x), y=float(r.uniform(.74, .82)), s=float(r.uniform(.22, .34)), color=hsv(r.random(), .65, .85)) for x in r.permutation([.14, .86])[:r.integers(0, 3)]]
-    spec = dict(category=category, stratum=stratum, subjects=subjects, place=_pick(r, SCENE_PLACES), time=_pick(r, ('day',)*6 + ('dusk', 'night', 'dawn')),
-                weather=_pick(r, ('clear',)*9 + ('rain', 'snow', 'fog')), props=props, seed=int(r.integers(2**31)), style=None, material=None, particles=None, frame=None)
-    if stratum == 'ood' and r.random() < .25: spec['style'] = dict(kind=_pick(r, sorted(LOOKS['style'])), seed=int(r.integers(2**31)))
+    if stratum == 'ood' and r.random() < 0.5:
+        b = _subject(r, category, stratum)
+        subjects[0]['x'], b['x'] = 0.3, 0.72
+        subjects.append(b)
+    props = [
+        dict(
+            kind=_pick(r, PROPS),
+            x=float(x),
+            y=float(r.uniform(0.74, 0.82)),
+            s=float(r.uniform(0.22, 0.34)),
+            color=hsv(r.random(), 0.65, 0.85),
+        )
+        for x in r.permutation([0.14, 0.86])[: r.integers(0, 3)]
+    ]
+    spec = dict(
+        category=category,
+        stratum=stratum,
+        subjects=subjects,
+        place=_pick(r, SCENE_PLACES),
+        time=_pick(r, ('day',) * 6 + ('dusk', 'night', 'dawn')),
+        weather=_pick(r, ('clear',) * 9 + ('rain', 'snow', 'fog')),
+        props=props,
+        seed=int(r.integers(2**31)),
+        style=None,
+        material=None,
+        particles=None,
+        frame=None,
+    )
+    if stratum == 'ood' and r.random() < 0.25:
+        spec['style'] = dict(kind=_pick(r, sorted(LOOKS['style'])), seed=int(r.integers(2**31)))
     return spec
 
 # %% ../../nbs/world/draw.ipynb #4a880542
 def _draw_subject(p, a):
-    q = p.at(a['x'], a['y'], a['scale'], a['flip'] and 'species' in a, sy=a['scale']*a.get('tall', 1.))
-    q = q.at(0, 0, 1, rot=a.get('turn', 0.))
+    q = p.at(a['x'], a['y'], a['scale'], a['flip'] and 'species' in a, sy=a['scale'] * a.get('tall', 1.0))
+    q = q.at(0, 0, 1, rot=a.get('turn', 0.0))
     h = _animal(q, a) if 'species' in a else _person(q, a)
     for w in a['wears']:
-        if w in LOOKS['wear']: LOOKS['wear'][w](h, a['wearcolor'])
+        if w in LOOKS['wear']:
+            LOOKS['wear'][w](h, a['wearcolor'])
+
 
 def _worn(spec, s):
     "Where the layer of the subjects shows what they wear, `[N, N, 1]`: that part a material leaves as it is."
     p = Pen()
-    for a in spec['subjects']: _draw_subject(p, {**a, 'wears': []})
-    return np.abs(layer(p) - s).max(-1, keepdims=True) > .03
+    for a in spec['subjects']:
+        _draw_subject(p, {**a, 'wears': []})
+    return np.abs(layer(p) - s).max(-1, keepdims=True) > 0.03
+
 
 def parts(spec):
     "Render a scene: image `[N, N, 3]` float in [0, 1] and the subject's coverage `[N, N]` in [0, 1]."
@@ -298,26 +700,44 @@ def parts(spec):
     im = np.clip(PLACES[spec['place']](np.random.default_rng(spec.get('placeseed', spec['seed']))), 0, 1)
     if spec['props']:
         p = Pen()
-        for o in spec['props']: PROPS[o['kind']](p.at(o['x'], o['y'], o['s']), o['color'])
+        for o in spec['props']:
+            PROPS[o['kind']](p.at(o['x'], o['y'], o['s']), o['color'])
         im = over(layer(p), im)
     p = Pen()
-    for a in spec['subjects']: _draw_subject(p, a)
+    for a in spec['subjects']:
+        _draw_subject(p, a)
     s = layer(p)
     worn = spec.get('dressed') and _worn(spec, s)
     kind = 'fur' if 'species' in spec['subjects'][0] else 'grain'
-    s[..., :3] *= (1 + (.06 if kind == 'fur' else .035)*texture(kind, r) - .16*(np.linspace(-.5, .5, N)[:, None]))[..., None]
+    s[..., :3] *= (
+        1 + (0.06 if kind == 'fur' else 0.035) * texture(kind, r) - 0.16 * (np.linspace(-0.5, 0.5, N)[:, None])
+    )[..., None]
     if spec['material']:
-        l = _lum(s[..., :3]/np.maximum(s[..., 3:], 1e-3))
-        s[..., :3] = np.where(worn, s[..., :3], np.clip(LOOKS['material'][spec['material']['kind']](l, np.random.default_rng(spec['material']['seed'])), 0, 1)*s[..., 3:])
+        l = _lum(s[..., :3] / np.maximum(s[..., 3:], 1e-3))
+        s[..., :3] = np.where(
+            worn,
+            s[..., :3],
+            np.clip(
+                LOOKS['material'][spec['material']['kind']](l, np.random.default_rng(spec['material']['seed'])), 0, 1
+            )
+            * s[..., 3:],
+        )
     im = _weather(_light(over(s, im), spec['time']), spec['weather'], r)
     alpha = s[..., 3]
-    if spec.get('light'): im = _spots(im, spec['light']['n'], np.random.default_rng(spec['light']['seed']))
-    if spec['particles']: im = _particles(im, spec['particles']['kind'], np.random.default_rng(spec['particles']['seed']))
+    if spec.get('light'):
+        im = _spots(im, spec['light']['n'], np.random.default_rng(spec['light']['seed']))
+    if spec['particles']:
+        im = _particles(im, spec['particles']['kind'], np.random.default_rng(spec['particles']['seed']))
     im = np.clip(im, 0, 1)
-    if spec['style']: im = np.clip(LOOKS['style'][spec['style']['kind']](im, np.random.default_rng(spec['style']['seed'])), 0, 1)
-    if spec['frame']: im = np.clip(LOOKS['frame'][spec['frame']['kind']](im, alpha, np.random.default_rng(spec['frame']['seed'])), 0, 1)
+    if spec['style']:
+        im = np.clip(LOOKS['style'][spec['style']['kind']](im, np.random.default_rng(spec['style']['seed'])), 0, 1)
+    if spec['frame']:
+        im = np.clip(
+            LOOKS['frame'][spec['frame']['kind']](im, alpha, np.random.default_rng(spec['frame']['seed'])), 0, 1
+        )
     return _blur(im, LENS), alpha
+
 
 def render(spec):
     "Render a scene to uint8 `[N, N, 3]`."
-    return (parts(spec)[0]*255 + .5).astype(np.uint8)
+    return (parts(spec)[0] * 255 + 0.5).astype(np.uint8)

@@ -13,8 +13,19 @@ import functools
 import numpy as np
 
 from ..core import nearest, UserError
-from .draw import (
-    _pick, CLOTHES, COATS, EXPRESSIONS, HAIRS, PLACE_WORDS, PLACES, POSES, SPECIES, STYLES_HAIR, TIMES)
+from collectionlora.world.draw import (
+    _pick,
+    CLOTHES,
+    COATS,
+    EXPRESSIONS,
+    HAIRS,
+    PLACE_WORDS,
+    PLACES,
+    POSES,
+    SPECIES,
+    STYLES_HAIR,
+    TIMES,
+)
 from .pen import hsv
 from .styles import FRAMES, MATERIALS, PARTICLES, STYLES
 from .things import BODYWEAR, HEADWEAR, PROPS
@@ -24,121 +35,434 @@ def _who(s):
     a = s['subjects'][0]
     return a['species'] if 'species' in a else 'person'
 
-def _say(r, *forms): return forms[r.integers(len(forms))]
-def _new(r, options, old): return _pick(r, [o for o in options if o != old])
 
-AMOUNTS = dict(move=(.16, .24), larger=(1.25, 1.4), smaller=(.55, .7), low=(.74, .82), size=(.24, .34))      # what instructions leave open
-def _amount(r, k): return float(r.uniform(*AMOUNTS[k]))
-def _unnamed_colour(r): return hsv(r.random(), .75, .9)
+def _say(r, *forms):
+    return forms[r.integers(len(forms))]
+
+
+def _new(r, options, old):
+    return _pick(r, [o for o in options if o != old])
+
+
+AMOUNTS = dict(
+    move=(0.16, 0.24), larger=(1.25, 1.4), smaller=(0.55, 0.7), low=(0.74, 0.82), size=(0.24, 0.34)
+)  # what instructions leave open
+
+
+def _amount(r, k):
+    return float(r.uniform(*AMOUNTS[k]))
+
+
+def _unnamed_colour(r):
+    return hsv(r.random(), 0.75, 0.9)
+
 
 def _recolor(s, r):
     a = s['subjects'][0]
-    if 'species' in a: a['coat'] = c = _new(r, COATS, a['coat']); return _say(r, f'make the {_who(s)} {c}', f'change the fur to {c}', f'a {c} {_who(s)}')
-    if r.random() < .5: a['hair'] = c = _new(r, HAIRS, a['hair']); return _say(r, f'dye the hair {c}', f'give the person {c} hair')
-    a['clothes'] = c = _new(r, CLOTHES, a['clothes']); return _say(r, f'make the shirt {c}', f'change the clothes to {c}')
+    if 'species' in a:
+        a['coat'] = c = _new(r, COATS, a['coat'])
+        return _say(r, f'make the {_who(s)} {c}', f'change the fur to {c}', f'a {c} {_who(s)}')
+    if r.random() < 0.5:
+        a['hair'] = c = _new(r, HAIRS, a['hair'])
+        return _say(r, f'dye the hair {c}', f'give the person {c} hair')
+    a['clothes'] = c = _new(r, CLOTHES, a['clothes'])
+    return _say(r, f'make the shirt {c}', f'change the clothes to {c}')
+
+
 def _replace(s, r):
     a = s['subjects'][0]
-    if 'species' in a: old, a['species'] = a['species'], _new(r, SPECIES, a['species']); return _say(r, f"replace the {old} with a {a['species']}", f"turn it into a {a['species']}")
-    a['hairstyle'] = h = _new(r, STYLES_HAIR, a['hairstyle']); return _say(r, f'change the hair to {h}', f'give the person a {h} hairstyle')
+    if 'species' in a:
+        old, a['species'] = a['species'], _new(r, SPECIES, a['species'])
+        return _say(r, f'replace the {old} with a {a["species"]}', f'turn it into a {a["species"]}')
+    a['hairstyle'] = h = _new(r, STYLES_HAIR, a['hairstyle'])
+    return _say(r, f'change the hair to {h}', f'give the person a {h} hairstyle')
+
+
 def _wear(s, r):
-    a = s['subjects'][0]; w = _pick(r, HEADWEAR if r.random() < .8 else BODYWEAR); c = _pick(r, CLOTHES); a['wears'], a['wearcolor'] = [w], CLOTHES[c]
+    a = s['subjects'][0]
+    w = _pick(r, HEADWEAR if r.random() < 0.8 else BODYWEAR)
+    c = _pick(r, CLOTHES)
+    a['wears'], a['wearcolor'] = [w], CLOTHES[c]
     return _say(r, f'put a {c} {w} on the {_who(s)}', f'add a {c} {w}', f'the {_who(s)} wears a {c} {w}')
+
+
 def _unwear(s, r):
     a = s['subjects'][0]
-    if not a['wears']: return None
-    w = a['wears'][0]; a['wears'] = []; return _say(r, f'remove the {w}', f'take off the {w}')
+    if not a['wears']:
+        return None
+    w = a['wears'][0]
+    a['wears'] = []
+    return _say(r, f'remove the {w}', f'take off the {w}')
+
+
 def _add(s, r):
-    k, c, left = _pick(r, PROPS), _pick(r, CLOTHES), r.random() < .5; s['props'].append(dict(kind=k, x=.13 if left else .87, y=_amount(r, 'low'), s=_amount(r, 'size'), color=CLOTHES[c]))
-    return _say(r, f"add a {c} {k} on the {'left' if left else 'right'}", f"place a {c} {k} to the {'left' if left else 'right'}")
+    k, c, left = _pick(r, PROPS), _pick(r, CLOTHES), r.random() < 0.5
+    s['props'].append(
+        dict(kind=k, x=0.13 if left else 0.87, y=_amount(r, 'low'), s=_amount(r, 'size'), color=CLOTHES[c])
+    )
+    return _say(
+        r,
+        f'add a {c} {k} on the {"left" if left else "right"}',
+        f'place a {c} {k} to the {"left" if left else "right"}',
+    )
+
+
 def _remove(s, r):
-    if not s['props']: return None
-    k = s['props'].pop(int(r.integers(len(s['props'])))); s['props'] = [p for p in s['props'] if p['kind'] != k['kind']]; return _say(r, f"remove the {k['kind']}", f"delete the {k['kind']}")
+    if not s['props']:
+        return None
+    k = s['props'].pop(int(r.integers(len(s['props']))))
+    s['props'] = [p for p in s['props'] if p['kind'] != k['kind']]
+    return _say(r, f'remove the {k["kind"]}', f'delete the {k["kind"]}')
+
+
 def _move(s, r):
-    a = s['subjects'][0]; d = _pick(r, ('left', 'right')); a['x'] += (-1 if d == 'left' else 1)*_amount(r, 'move'); return _say(r, f'move the {_who(s)} to the {d}', f'shift the subject {d}')
+    a = s['subjects'][0]
+    d = _pick(r, ('left', 'right'))
+    a['x'] += (-1 if d == 'left' else 1) * _amount(r, 'move')
+    return _say(r, f'move the {_who(s)} to the {d}', f'shift the subject {d}')
+
+
 def _resize(s, r):
-    a = s['subjects'][0]; d = _pick(r, ('larger', 'smaller')); a['scale'] *= _amount(r, d); return _say(r, f'make the {_who(s)} {d}', f'{d} subject')
+    a = s['subjects'][0]
+    d = _pick(r, ('larger', 'smaller'))
+    a['scale'] *= _amount(r, d)
+    return _say(r, f'make the {_who(s)} {d}', f'{d} subject')
+
+
 def _flip(s, r):
-    if s['category'] != 'animal': return None
-    s['subjects'][0]['flip'] ^= True; return _say(r, f'flip the {_who(s)}', 'mirror the animal')
+    if s['category'] != 'animal':
+        return None
+    s['subjects'][0]['flip'] ^= True
+    return _say(r, f'flip the {_who(s)}', 'mirror the animal')
+
+
 def _place(s, r):
-    s['place'] = p = _new(r, PLACES, s['place']); s['placeseed'] = int(r.integers(2**31)); return _say(r, f'change the background to {PLACE_WORDS[p]}', f'put the {_who(s)} in {PLACE_WORDS[p]}', f'in {PLACE_WORDS[p]}')
+    s['place'] = p = _new(r, PLACES, s['place'])
+    s['placeseed'] = int(r.integers(2**31))
+    return _say(
+        r,
+        f'change the background to {PLACE_WORDS[p]}',
+        f'put the {_who(s)} in {PLACE_WORDS[p]}',
+        f'in {PLACE_WORDS[p]}',
+    )
+
+
 def _setweather(s, r):
-    s['weather'] = w = _new(r, ('clear', 'rain', 'snow', 'fog'), s['weather']); return _say(r, *{'clear': ('make the weather clear', 'clear weather'), 'rain': ('make it rain', 'add rain'), 'snow': ('make it snow', 'add falling snow'), 'fog': ('add fog', 'make it foggy')}[w])
-def _settime(s, r): s['time'] = t = _new(r, TIMES, s['time']); return _say(r, f'make it {t}', f'change the time to {t}')
-def _express(s, r): a = s['subjects'][0]; a['expression'] = e = _new(r, EXPRESSIONS, a['expression']); return _say(r, f'make the {_who(s)} {e}', f'a {e} face')
-def _repose(s, r): a = s['subjects'][0]; a['pose'] = p = _new(r, POSES[s['category']], a['pose']); return _say(r, f'make the {_who(s)} {p}', f'{p} pose')
-def _pattern(s, r): a = s['subjects'][0]; a['pattern'] = p = _new(r, ('plain', 'spots', 'stripes'), a['pattern']); return _say(r, f'{p} pattern', f'make it {p}' if p == 'plain' else f'add {p}')
+    s['weather'] = w = _new(r, ('clear', 'rain', 'snow', 'fog'), s['weather'])
+    return _say(
+        r,
+        *{
+            'clear': ('make the weather clear', 'clear weather'),
+            'rain': ('make it rain', 'add rain'),
+            'snow': ('make it snow', 'add falling snow'),
+            'fog': ('add fog', 'make it foggy'),
+        }[w],
+    )
+
+
+def _settime(s, r):
+    s['time'] = t = _new(r, TIMES, s['time'])
+    return _say(r, f'make it {t}', f'change the time to {t}')
+
+
+def _express(s, r):
+    a = s['subjects'][0]
+    a['expression'] = e = _new(r, EXPRESSIONS, a['expression'])
+    return _say(r, f'make the {_who(s)} {e}', f'a {e} face')
+
+
+def _repose(s, r):
+    a = s['subjects'][0]
+    a['pose'] = p = _new(r, POSES[s['category']], a['pose'])
+    return _say(r, f'make the {_who(s)} {p}', f'{p} pose')
+
+
+def _pattern(s, r):
+    a = s['subjects'][0]
+    a['pattern'] = p = _new(r, ('plain', 'spots', 'stripes'), a['pattern'])
+    return _say(r, f'{p} pattern', f'make it {p}' if p == 'plain' else f'add {p}')
+
+
 def _count(s, r):
-    a = s['subjects'][0]; b = copy.deepcopy(a); a['x'], b['x'] = .29, .72; a['scale'] *= .62; b['scale'] = a['scale']; s['subjects'].append(b); return _say(r, f'two copies of the {_who(s)}', f'show the {_who(s)} twice')
-def _sprinkle(s, r): k = _pick(r, PARTICLES); s['particles'] = dict(kind=k, seed=int(r.integers(2**31))); return _say(r, f'add {k} in the air', f'throw {k}', f'falling {k}')
-def _keep(s, r): return _say(r, 'keep the picture as it is', 'change nothing', 'same image')
+    a = s['subjects'][0]
+    b = copy.deepcopy(a)
+    a['x'], b['x'] = 0.29, 0.72
+    a['scale'] *= 0.62
+    b['scale'] = a['scale']
+    s['subjects'].append(b)
+    return _say(r, f'two copies of the {_who(s)}', f'show the {_who(s)} twice')
 
-STYLE_WORDS = dict(oil='an oil painting', halftone='a halftone print', sketch='a pencil drawing', watercolor='a soft watercolor', neon='neon outlines', stained='a stained glass window', pixel='pixel art',
-                   comic='a comic book panel', glitch='a glitched video', thermal='a thermal camera picture', blueprint='a blueprint', duotone='a duotone poster')
-MATERIAL_WORDS = dict(gold='gold', ice='ice', wood='carved wood', stone='grey stone', galaxy='a purple galaxy', knit='knitted wool', lava='black lava', checker='a checkerboard', zebra='zebra stripes', chrome='chrome metal', flowers='flower petals', jelly='translucent jelly')
-FRAME_WORDS = dict(polaroid='an instant photo', film='a film strip', sticker='a cut out sticker', stamp='a postage stamp', magazine='a magazine cover', tv='an old television')
-SHAPES = dict(bighead=('a very big head', 1.4, 1.7), fat=('a round fat body', 1.45, 1.8), tall=('a tall thin body', 1.3, 1.5), turn=('turned upside down', 2.85, 3.45))
-UNTAUGHT = dict(style=('halftone', 'stained', 'thermal'), material=('lava', 'checker', 'flowers'), frame=('stamp', 'tv'))      # only effects show these: a base should have something left to learn
 
-def _skill(r, kind, table): return _pick(r, [k for k in table if k not in UNTAUGHT.get(kind, ())])
+def _sprinkle(s, r):
+    k = _pick(r, PARTICLES)
+    s['particles'] = dict(kind=k, seed=int(r.integers(2**31)))
+    return _say(r, f'add {k} in the air', f'throw {k}', f'falling {k}')
+
+
+def _keep(s, r):
+    return _say(r, 'keep the picture as it is', 'change nothing', 'same image')
+
+
+STYLE_WORDS = dict(
+    oil='an oil painting',
+    halftone='a halftone print',
+    sketch='a pencil drawing',
+    watercolor='a soft watercolor',
+    neon='neon outlines',
+    stained='a stained glass window',
+    pixel='pixel art',
+    comic='a comic book panel',
+    glitch='a glitched video',
+    thermal='a thermal camera picture',
+    blueprint='a blueprint',
+    duotone='a duotone poster',
+)
+MATERIAL_WORDS = dict(
+    gold='gold',
+    ice='ice',
+    wood='carved wood',
+    stone='grey stone',
+    galaxy='a purple galaxy',
+    knit='knitted wool',
+    lava='black lava',
+    checker='a checkerboard',
+    zebra='zebra stripes',
+    chrome='chrome metal',
+    flowers='flower petals',
+    jelly='translucent jelly',
+)
+FRAME_WORDS = dict(
+    polaroid='an instant photo',
+    film='a film strip',
+    sticker='a cut out sticker',
+    stamp='a postage stamp',
+    magazine='a magazine cover',
+    tv='an old television',
+)
+SHAPES = dict(
+    bighead=('a very big head', 1.4, 1.7),
+    fat=('a round fat body', 1.45, 1.8),
+    tall=('a tall thin body', 1.3, 1.5),
+    turn=('turned upside down', 2.85, 3.45),
+)
+UNTAUGHT = dict(
+    style=('halftone', 'stained', 'thermal'), material=('lava', 'checker', 'flowers'), frame=('stamp', 'tv')
+)  # only effects show these: a base should have something left to learn
+
+
+def _skill(r, kind, table):
+    return _pick(r, [k for k in table if k not in UNTAUGHT.get(kind, ())])
+
+
 def _dress_up(s, r, kind):
     "Apply a random look of a kind to the scene; returns the words for it."
     chance = lambda k: dict(kind=k, seed=int(r.integers(2**31)))
-    if kind == 'style': s['style'] = chance(k := _skill(r, kind, STYLE_WORDS)); return STYLE_WORDS[k]
-    if kind == 'material': s['material'] = chance(k := _skill(r, kind, MATERIAL_WORDS)); return f'made of {MATERIAL_WORDS[k]}'
-    if kind == 'frame': s['frame'] = chance(k := _skill(r, kind, FRAME_WORDS)); return FRAME_WORDS[k]
-    if kind == 'place': s['place'], s['placeseed'], s['props'] = (k := _pick(r, PLACES)), int(r.integers(2**31)), []; return f'in {PLACE_WORDS[k]}'
-    if kind == 'particles': s['particles'] = chance(k := _pick(r, PARTICLES)); return f'with {k}'
-    if kind == 'body': k = _pick(r, SHAPES); w, lo, hi = SHAPES[k]; s['subjects'][0][k] = float(r.uniform(lo, hi)); return w
-    if kind == 'face': s['subjects'][0]['expression'] = e = _pick(r, EXPRESSIONS); return f'with a {e} face'
-    if kind == 'time': s['time'] = t = _pick(r, ('dusk', 'night', 'dawn')); return f'at {t}'
-    a = s['subjects'][0]; w = _pick(r, HEADWEAR if r.random() < .8 else BODYWEAR); a['wears'], a['wearcolor'] = [w], _unnamed_colour(r); return f'wearing a {w}'
-def _style(s, r): w = _dress_up(s, r, 'style'); return _say(r, f'turn it into {w}', f'{w} of the {_who(s)}', f'make it {w}')
-def _material(s, r): w = _dress_up(s, r, 'material'); return _say(r, f'the {_who(s)} {w}', f'turn the {_who(s)} into one {w}', f'a {_who(s)} {w}')
-def _frame(s, r): w = _dress_up(s, r, 'frame'); return _say(r, f'turn it into {w}', f'show it as {w}')
-def _body(s, r): w = _dress_up(s, r, 'body'); return _say(r, f'give the {_who(s)} {w}', f'the {_who(s)} with {w}') if not w.startswith('turned') else f'the {_who(s)} {w}'
+    if kind == 'style':
+        s['style'] = chance(k := _skill(r, kind, STYLE_WORDS))
+        return STYLE_WORDS[k]
+    if kind == 'material':
+        s['material'] = chance(k := _skill(r, kind, MATERIAL_WORDS))
+        return f'made of {MATERIAL_WORDS[k]}'
+    if kind == 'frame':
+        s['frame'] = chance(k := _skill(r, kind, FRAME_WORDS))
+        return FRAME_WORDS[k]
+    if kind == 'place':
+        s['place'], s['placeseed'], s['props'] = (k := _pick(r, PLACES)), int(r.integers(2**31)), []
+        return f'in {PLACE_WORDS[k]}'
+    if kind == 'particles':
+        s['particles'] = chance(k := _pick(r, PARTICLES))
+        return f'with {k}'
+    if kind == 'body':
+        k = _pick(r, SHAPES)
+        w, lo, hi = SHAPES[k]
+        s['subjects'][0][k] = float(r.uniform(lo, hi))
+        return w
+    if kind == 'face':
+        s['subjects'][0]['expression'] = e = _pick(r, EXPRESSIONS)
+        return f'with a {e} face'
+    if kind == 'time':
+        s['time'] = t = _pick(r, ('dusk', 'night', 'dawn'))
+        return f'at {t}'
+    a = s['subjects'][0]
+    w = _pick(r, HEADWEAR if r.random() < 0.8 else BODYWEAR)
+    a['wears'], a['wearcolor'] = [w], _unnamed_colour(r)
+    return f'wearing a {w}'
+
+
+def _style(s, r):
+    w = _dress_up(s, r, 'style')
+    return _say(r, f'turn it into {w}', f'{w} of the {_who(s)}', f'make it {w}')
+
+
+def _material(s, r):
+    w = _dress_up(s, r, 'material')
+    return _say(r, f'the {_who(s)} {w}', f'turn the {_who(s)} into one {w}', f'a {_who(s)} {w}')
+
+
+def _frame(s, r):
+    w = _dress_up(s, r, 'frame')
+    return _say(r, f'turn it into {w}', f'show it as {w}')
+
+
+def _body(s, r):
+    w = _dress_up(s, r, 'body')
+    return (
+        _say(r, f'give the {_who(s)} {w}', f'the {_who(s)} with {w}')
+        if not w.startswith('turned')
+        else f'the {_who(s)} {w}'
+    )
+
+
 def _compose(s, r):
-    kinds = r.permutation(['style', 'material', 'place', 'place', 'particles', 'particles', 'wear', 'face', 'time', 'frame'])[:int(r.integers(2, 4))]
-    words = [_dress_up(s, r, k) for k in sorted(set(map(str, kinds)), key=['material', 'wear', 'face', 'place', 'time', 'particles', 'style', 'frame'].index)]
-    who = f'the {_who(s)}' if r.random() < .5 else f"a {_who(s)}"
-    return f'{who} ' + ', '.join(words) if r.random() < .5 else f'{who} ' + ' and '.join(words)
+    kinds = r.permutation(
+        ['style', 'material', 'place', 'place', 'particles', 'particles', 'wear', 'face', 'time', 'frame']
+    )[: int(r.integers(2, 4))]
+    words = [
+        _dress_up(s, r, k)
+        for k in sorted(
+            set(map(str, kinds)), key=['material', 'wear', 'face', 'place', 'time', 'particles', 'style', 'frame'].index
+        )
+    ]
+    who = f'the {_who(s)}' if r.random() < 0.5 else f'a {_who(s)}'
+    return f'{who} ' + ', '.join(words) if r.random() < 0.5 else f'{who} ' + ' and '.join(words)
 
-FAMILIES = dict(recolor=_recolor, replace=_replace, wear=_wear, unwear=_unwear, add=_add, remove=_remove, move=_move, resize=_resize, flip=_flip, place=_place,
-                weather=_setweather, time=_settime, expression=_express, pose=_repose, pattern=_pattern, count=_count, particles=_sprinkle, style=_style, material=_material, frame=_frame, body=_body, compose=_compose, keep=_keep)
-WEIGHTS = dict.fromkeys(FAMILIES, 1.) | dict(style=3., material=3., frame=1.5, compose=6., place=2., particles=1.5, unwear=.5, remove=.7, flip=.5, keep=.4)
 
-LOCAL = ('recolor', 'replace', 'wear', 'unwear', 'add', 'remove', 'flip', 'pose', 'expression', 'pattern')   # edits of a part or of the subject's shape
+FAMILIES = dict(
+    recolor=_recolor,
+    replace=_replace,
+    wear=_wear,
+    unwear=_unwear,
+    add=_add,
+    remove=_remove,
+    move=_move,
+    resize=_resize,
+    flip=_flip,
+    place=_place,
+    weather=_setweather,
+    time=_settime,
+    expression=_express,
+    pose=_repose,
+    pattern=_pattern,
+    count=_count,
+    particles=_sprinkle,
+    style=_style,
+    material=_material,
+    frame=_frame,
+    body=_body,
+    compose=_compose,
+    keep=_keep,
+)
+WEIGHTS = dict.fromkeys(FAMILIES, 1.0) | dict(
+    style=3.0,
+    material=3.0,
+    frame=1.5,
+    compose=6.0,
+    place=2.0,
+    particles=1.5,
+    unwear=0.5,
+    remove=0.7,
+    flip=0.5,
+    keep=0.4,
+)
+
+LOCAL = (
+    'recolor',
+    'replace',
+    'wear',
+    'unwear',
+    'add',
+    'remove',
+    'flip',
+    'pose',
+    'expression',
+    'pattern',
+)  # edits of a part or of the subject's shape
+
 
 @functools.cache
-def chances(local=1.):
+def chances(local=1.0):
     "Share of every family among random edits; `local` multiplies the weights of those that change a part or a shape."
-    w = {f: v*(local if f in LOCAL else 1.) for f, v in WEIGHTS.items()}
-    return {f: v/sum(w.values()) for f, v in w.items()}
+    w = {f: v * (local if f in LOCAL else 1.0) for f, v in WEIGHTS.items()}
+    return {f: v / sum(w.values()) for f, v in w.items()}
 
-def random_edit(spec, r, family=None, local=1.):
+
+def random_edit(spec, r, family=None, local=1.0):
     "A random general edit of a scene: `(instruction, target scene, family)`. `family` fixes the kind; None is returned if it does not apply; `local` as in `chances`."
-    if family is not None and family not in FAMILIES: raise UserError(f'world.random_edit: unknown family {family!r}; {nearest(family, FAMILIES)}')
+    if family is not None and family not in FAMILIES:
+        raise UserError(f'world.random_edit: unknown family {family!r}; {nearest(family, FAMILIES)}')
     p = chances(local)
     while True:
         f, s = family or str(r.choice(list(p), p=list(p.values()))), copy.deepcopy(spec)
         said = FAMILIES[f](s, r)
-        if said or family: return (said, s, f) if said else None
+        if said or family:
+            return (said, s, f) if said else None
 
 # %% ../../nbs/world/edits.ipynb #1410a543
-SLOTS = {'place': PLACES, 'time': TIMES, 'weather': ('clear', 'rain', 'snow', 'fog'), 'species': SPECIES, 'coat': COATS, 'hair': HAIRS, 'hairstyle': STYLES_HAIR, 'clothes': CLOTHES,
-         'pose': (*POSES['animal'], *POSES['portrait']), 'expression': EXPRESSIONS, 'pattern': ('plain', 'spots', 'stripes'), 'wears': (*HEADWEAR, *BODYWEAR), 'wearcolor': CLOTHES,
-         'style': STYLES, 'material': MATERIALS, 'particles': PARTICLES, 'frame': FRAMES, 'count': ('1', '2'), 'shape': SHAPES, 'left': PROPS, 'leftcolor': CLOTHES, 'right': PROPS, 'rightcolor': CLOTHES,
-         'side': ('left', 'middle', 'right'), 'size': ('small', 'medium', 'large'), 'flip': ('no', 'yes')}
+SLOTS = {
+    'place': PLACES,
+    'time': TIMES,
+    'weather': ('clear', 'rain', 'snow', 'fog'),
+    'species': SPECIES,
+    'coat': COATS,
+    'hair': HAIRS,
+    'hairstyle': STYLES_HAIR,
+    'clothes': CLOTHES,
+    'pose': (*POSES['animal'], *POSES['portrait']),
+    'expression': EXPRESSIONS,
+    'pattern': ('plain', 'spots', 'stripes'),
+    'wears': (*HEADWEAR, *BODYWEAR),
+    'wearcolor': CLOTHES,
+    'style': STYLES,
+    'material': MATERIALS,
+    'particles': PARTICLES,
+    'frame': FRAMES,
+    'count': ('1', '2'),
+    'shape': SHAPES,
+    'left': PROPS,
+    'leftcolor': CLOTHES,
+    'right': PROPS,
+    'rightcolor': CLOTHES,
+    'side': ('left', 'middle', 'right'),
+    'size': ('small', 'medium', 'large'),
+    'flip': ('no', 'yes'),
+}
 
-def _named(c): return min(CLOTHES, key=lambda k: np.abs(np.subtract(CLOTHES[k], c)).sum())
+
+def _named(c):
+    return min(CLOTHES, key=lambda k: np.abs(np.subtract(CLOTHES[k], c)).sum())
+
 
 def read_scene(spec):
     "What a scene shows: `{slot: option or None}` for the slots of `SLOTS`, of its first subject."
-    a = spec['subjects'][0]; size = a['scale']*(1.3 if 'species' in a else 1.)
-    out = {k: spec.get(k, a.get(k)) for k in ('place', 'time', 'weather', 'species', 'coat', 'hair', 'hairstyle', 'clothes', 'pose', 'expression', 'pattern')}
+    a = spec['subjects'][0]
+    size = a['scale'] * (1.3 if 'species' in a else 1.0)
+    out = {
+        k: spec.get(k, a.get(k))
+        for k in (
+            'place',
+            'time',
+            'weather',
+            'species',
+            'coat',
+            'hair',
+            'hairstyle',
+            'clothes',
+            'pose',
+            'expression',
+            'pattern',
+        )
+    }
     out |= {k: spec[k] and spec[k]['kind'] for k in ('style', 'material', 'particles', 'frame')}
-    out |= dict(wears=(a['wears'] or [None])[0], wearcolor=_named(a['wearcolor']) if a['wears'] else None, count=str(min(2, len(spec['subjects']))), shape=next((k for k in SHAPES if a.get(k, 1.) != 1.), None),
-                side='left' if a['x'] < .37 else 'right' if a['x'] > .63 else 'middle', size='small' if size < .65 else 'large' if size > 1.08 else 'medium', flip='yes' if a['flip'] else 'no')
-    for side, test in (('left', lambda o: o['x'] < .5), ('right', lambda o: o['x'] >= .5)):
-        o = next((o for o in reversed(spec['props']) if test(o)), None); out |= {side: o and o['kind'], side + 'color': o and _named(o['color'])}
+    out |= dict(
+        wears=(a['wears'] or [None])[0],
+        wearcolor=_named(a['wearcolor']) if a['wears'] else None,
+        count=str(min(2, len(spec['subjects']))),
+        shape=next((k for k in SHAPES if a.get(k, 1.0) != 1.0), None),
+        side='left' if a['x'] < 0.37 else 'right' if a['x'] > 0.63 else 'middle',
+        size='small' if size < 0.65 else 'large' if size > 1.08 else 'medium',
+        flip='yes' if a['flip'] else 'no',
+    )
+    for side, test in (('left', lambda o: o['x'] < 0.5), ('right', lambda o: o['x'] >= 0.5)):
+        o = next((o for o in reversed(spec['props']) if test(o)), None)
+        out |= {side: o and o['kind'], side + 'color': o and _named(o['color'])}
     return out

@@ -19,55 +19,91 @@ from .pen import N
 from .styles import _blur, _edges, _lum, _pool
 
 # %% ../../nbs/world/oracle.ipynb #c1522c6e
-_FLOOR = dict(colour=.05, sharp=.4, edge=.4, hist=.06)
+_FLOOR = dict(colour=0.05, sharp=0.4, edge=0.4, hist=0.06)
+
 
 def describe_picture(image):
     "The oracle's description of a uint8 picture: `(vector [D], floor [D])`; D is the same for all pictures."
-    x = np.asarray(image, np.float32)/255
-    opp = np.stack([_lum(x), x[..., 0] - x[..., 1], x[..., 2] - (x[..., 0] + x[..., 1])/2], -1)
-    lap = np.abs(4*opp - np.roll(opp, 1, 0) - np.roll(opp, -1, 0) - np.roll(opp, 1, 1) - np.roll(opp, -1, 1))
-    gy, gx = np.gradient(opp[..., 0]); m = np.hypot(gx, gy) + 1e-9; c, s = (gx*gx - gy*gy)/m, 2*gx*gy/m          # length times cosine and sine of twice the angle
+    x = np.asarray(image, np.float32) / 255
+    opp = np.stack([_lum(x), x[..., 0] - x[..., 1], x[..., 2] - (x[..., 0] + x[..., 1]) / 2], -1)
+    lap = np.abs(4 * opp - np.roll(opp, 1, 0) - np.roll(opp, -1, 0) - np.roll(opp, 1, 1) - np.roll(opp, -1, 1))
+    gy, gx = np.gradient(opp[..., 0])
+    m = np.hypot(gx, gy) + 1e-9
+    c, s = (gx * gx - gy * gy) / m, 2 * gx * gy / m  # length times cosine and sine of twice the angle
     turn = np.maximum(0, np.stack([c, s, -c, -s], -1))
-    hist = [np.sqrt(np.histogram(opp[..., k], b)[0]/N**2) for k, b in ((0, np.linspace(0, 1, 11)), (1, np.linspace(-.8, .8, 11)), (2, np.linspace(-.8, .8, 11)))]
-    parts_ = dict(colour=_pool(x, 8), sharp=np.log(_pool(lap, 8) + .02), edge=np.log(_pool(turn, 16) + .01), hist=np.concatenate(hist))
-    return np.concatenate([v.ravel() for v in parts_.values()]), np.concatenate([np.full(v.size, _FLOOR[k]) for k, v in parts_.items()])
+    hist = [
+        np.sqrt(np.histogram(opp[..., k], b)[0] / N**2)
+        for k, b in ((0, np.linspace(0, 1, 11)), (1, np.linspace(-0.8, 0.8, 11)), (2, np.linspace(-0.8, 0.8, 11)))
+    ]
+    parts_ = dict(
+        colour=_pool(x, 8),
+        sharp=np.log(_pool(lap, 8) + 0.02),
+        edge=np.log(_pool(turn, 16) + 0.01),
+        hist=np.concatenate(hist),
+    )
+    return np.concatenate([v.ravel() for v in parts_.values()]), np.concatenate(
+        [np.full(v.size, _FLOOR[k]) for k, v in parts_.items()]
+    )
+
 
 def _subject_view(image, weight):
     "Colours and edges of the subject's region on a 16 x 16 grid, weighted by its coverage."
-    x = np.asarray(image, np.float32)/255; w = np.sqrt(_pool(weight, 4))[..., None]
-    return np.concatenate([(w*_pool(x, 4)).ravel(), 2*(w[..., 0]*_pool(_edges(_lum(x)), 4)).ravel()])
+    x = np.asarray(image, np.float32) / 255
+    w = np.sqrt(_pool(weight, 4))[..., None]
+    return np.concatenate([(w * _pool(x, 4)).ravel(), 2 * (w[..., 0] * _pool(_edges(_lum(x)), 4)).ravel()])
+
 
 class _Normal:
     "A normal distribution fitted to descriptions [K, D]: covariance halfway between theirs and its diagonal, plus floor²; K may be far below D."
+
     def __init__(self, V, floor):
-        V = np.asarray(V, np.float32); self.mu = V.mean(0)
-        A = (V - self.mu)/np.sqrt(2*max(len(V) - 1, 1)); self.diag = (A**2).sum(0) + np.asarray(floor, np.float32)**2
-        self.B = A/self.diag; M = np.eye(len(V)) + self.B @ A.T          # Woodbury: a K x K matrix instead of D x D
-        self.inv, self.half_logdet = np.linalg.inv(M), .5*(np.log(self.diag).sum() + np.linalg.slogdet(M)[1])/V.shape[1]
+        V = np.asarray(V, np.float32)
+        self.mu = V.mean(0)
+        A = (V - self.mu) / np.sqrt(2 * max(len(V) - 1, 1))
+        self.diag = (A**2).sum(0) + np.asarray(floor, np.float32) ** 2
+        self.B = A / self.diag
+        M = np.eye(len(V)) + self.B @ A.T  # Woodbury: a K x K matrix instead of D x D
+        self.inv, self.half_logdet = (
+            np.linalg.inv(M),
+            0.5 * (np.log(self.diag).sum() + np.linalg.slogdet(M)[1]) / V.shape[1],
+        )
+
     def pull(self, x):
         "Inverse covariance times every row of `x`."
-        return x/self.diag - ((x @ self.B.T) @ self.inv) @ self.B
+        return x / self.diag - ((x @ self.B.T) @ self.inv) @ self.B
+
     def far(self, v):
         "d of every row of `v` `[..., D]`: its distance from the mean in units of the spread."
-        d = v - self.mu; return np.sqrt(np.maximum((d*self.pull(d)).mean(-1), 0))
+        d = v - self.mu
+        return np.sqrt(np.maximum((d * self.pull(d)).mean(-1), 0))
+
 
 def _typical(V, floor):
     "Median distance of descriptions from a distribution fitted to the other half of them."
-    return float(np.median([_Normal(V[i::2], floor).far(V[1 - i::2]) for i in (0, 1)]))
+    return float(np.median([_Normal(V[i::2], floor).far(V[1 - i :: 2]) for i in (0, 1)]))
 
 # %% ../../nbs/world/oracle.ipynb #6f4eaadd
-def _byte(x): return np.clip(x, 0, 255).astype(np.uint8)
-FLAWS = dict(blur=lambda y, r: _byte(255*_blur(y/255, 1.2)), noise=lambda y, r: _byte(y + r.normal(0, 20, y.shape)),
-             warm=lambda y, r: _byte(y*np.array([1.25, 1, .75])), bright=lambda y, r: _byte(y*1.25))
-CASTS = ('warm', 'bright')          # flaws with two directions
-TAU, TIE = 1.5, .1                  # largest accepted distance; near ties of l_e go to the asked effect
+def _byte(x):
+    return np.clip(x, 0, 255).astype(np.uint8)
+
+
+FLAWS = dict(
+    blur=lambda y, r: _byte(255 * _blur(y / 255, 1.2)),
+    noise=lambda y, r: _byte(y + r.normal(0, 20, y.shape)),
+    warm=lambda y, r: _byte(y * np.array([1.25, 1, 0.75])),
+    bright=lambda y, r: _byte(y * 1.25),
+)
+CASTS = ('warm', 'bright')  # flaws with two directions
+TAU, TIE = 1.5, 0.1  # largest accepted distance; near ties of l_e go to the asked effect
 
 # %% ../../nbs/world/oracle.ipynb #c7771b73
 def stranger(spec, r):
     "The scene with another subject of its kind in the same places, drawn with `r` from the training subjects."
     s, new = copy.deepcopy(spec), _subject(r, spec['category'], 'train')
-    for a in s['subjects']: a.update({k: v for k, v in new.items() if k not in ('x', 'y', 'scale')})
+    for a in s['subjects']:
+        a.update({k: v for k, v in new.items() if k not in ('x', 'y', 'scale')})
     return s
+
 
 class Oracle:
     """Judges pictures against the known distribution of true targets of `ids` (default: all effects).
@@ -75,48 +111,76 @@ class Oracle:
     draws: true targets drawn per scene and effect; strangers: drawn per scene and effect for the subject score; tau: largest accepted distance;
     through: a base's autoencoder as a function of a uint8 picture, through which every other true target is sent, so that its losses count as tolerable.
     Everything is a function of (scene, effect, seed): two oracles agree to the bit."""
+
     def __init__(self, ids=None, draws=24, strangers=12, tau=TAU, seed=0, through=None):
-        self.ids, self.draws, self.strangers, self.tau, self.seed, self.through = list(ids or EFFECTS), draws, strangers, tau, seed, through
-        for id in self.ids: get_effect(id)
+        self.ids, self.draws, self.strangers, self.tau, self.seed, self.through = (
+            list(ids or EFFECTS),
+            draws,
+            strangers,
+            tau,
+            seed,
+            through,
+        )
+        for id in self.ids:
+            get_effect(id)
         self.fit, self._specs = functools.lru_cache(2048)(self._fit), {}
         self._spoils, self._subjects = functools.lru_cache(2048)(self._spoil), functools.lru_cache(1024)(self._kept)
 
     def _key(self, spec):
-        k = sha256_json(spec); self._specs[k] = spec
+        k = sha256_json(spec)
+        self._specs[k] = spec
         return k
 
     def _fit(self, key, id):
         "Descriptions of draws [K, D], their distribution, the typical distance of a true target, and the description of the draws' average."
         spec = self._specs[key]
-        if id == 'none': v, f = describe_picture(render(spec)); return v[None], _Normal(v[None], f), 1., v
-        r = named_rng('oracle', self.seed, key, id); Y = [apply_effect(spec, id, r) for _ in range(self.draws)]
+        if id == 'none':
+            v, f = describe_picture(render(spec))
+            return v[None], _Normal(v[None], f), 1.0, v
+        r = named_rng('oracle', self.seed, key, id)
+        Y = [apply_effect(spec, id, r) for _ in range(self.draws)]
         mean, floor = describe_picture(np.mean(Y, 0).astype(np.uint8))
-        V = np.stack([describe_picture(self.through(y) if self.through and k % 4 > 1 else y)[0] for k, y in enumerate(Y)]).astype(np.float32)
+        V = np.stack(
+            [describe_picture(self.through(y) if self.through and k % 4 > 1 else y)[0] for k, y in enumerate(Y)]
+        ).astype(np.float32)
         return V, _Normal(V, floor), _typical(V, floor), mean
 
     def _spoil(self, key, id):
         "For every flaw: the row that reads its share off a deviation from the mean, and the share from which it counts."
-        V, N, _, mean = self.fit(key, id); r, floor = named_rng('oracle flaws', self.seed, key, id), describe_picture(render(self._specs[key]))[1]
-        Y = [apply_effect(self._specs[key], id, r) for _ in range(3)]; plain = np.mean([describe_picture(y)[0] for y in Y], 0)
-        shift = {'mean': mean - N.mu} | {k: np.mean([describe_picture(f(y, r))[0] for y in Y], 0) - plain for k, f in FLAWS.items()}
-        row = lambda M, d: M.pull(d)/max(d @ M.pull(d), 1e-6)
-        halves = [(_Normal(V[i::2], floor), V[1 - i::2]) for i in (0, 1)]      # halves judge each other, so that the spread is honest
-        return {k: (row(N, d), max(.5, 3*np.concatenate([(o - h.mu) @ row(h, d) for h, o in halves]).std())) for k, d in shift.items()}
+        V, N, _, mean = self.fit(key, id)
+        r, floor = named_rng('oracle flaws', self.seed, key, id), describe_picture(render(self._specs[key]))[1]
+        Y = [apply_effect(self._specs[key], id, r) for _ in range(3)]
+        plain = np.mean([describe_picture(y)[0] for y in Y], 0)
+        shift = {'mean': mean - N.mu} | {
+            k: np.mean([describe_picture(f(y, r))[0] for y in Y], 0) - plain for k, f in FLAWS.items()
+        }
+        row = lambda M, d: M.pull(d) / max(d @ M.pull(d), 1e-6)
+        halves = [
+            (_Normal(V[i::2], floor), V[1 - i :: 2]) for i in (0, 1)
+        ]  # halves judge each other, so that the spread is honest
+        return {
+            k: (row(N, d), max(0.5, 3 * np.concatenate([(o - h.mu) @ row(h, d) for h, o in halves]).std()))
+            for k, d in shift.items()
+        }
 
     def likelihoods(self, image, spec, ids=None):
         "`{effect or 'none': l_e}`; the smallest explains the picture best."
-        return {id: float(l[0]) for id, l in self._likelihoods(describe_picture(image)[0][None], self._key(spec), ids or self.ids).items()}
+        return {
+            id: float(l[0])
+            for id, l in self._likelihoods(describe_picture(image)[0][None], self._key(spec), ids or self.ids).items()
+        }
 
     def _likelihoods(self, v, key, ids):
         fits = {id: self.fit(key, id)[1] for id in [*ids, 'none']}
-        return {id: .5*N.far(v)**2 + N.half_logdet for id, N in fits.items()}
+        return {id: 0.5 * N.far(v) ** 2 + N.half_logdet for id, N in fits.items()}
 
     def flaws(self, image, spec, id):
         "Share of every flaw in a picture, in units of the share from which it counts: above 1 is a fault."
         return self._flaws(describe_picture(image)[0], self._key(spec), id)
 
     def _flaws(self, v, key, id):
-        d = v - self.fit(key, id)[1].mu; read = {f: float(d @ row/limit) for f, (row, limit) in self._spoils(key, id).items()}
+        d = v - self.fit(key, id)[1].mu
+        read = {f: float(d @ row / limit) for f, (row, limit) in self._spoils(key, id).items()}
         return {f: abs(t) if f in CASTS else t for f, t in read.items()}
 
     def distance(self, image, spec, id):
@@ -125,21 +189,21 @@ class Oracle:
 
     def _distance(self, v, key, id):
         _, N, ref, _ = self.fit(key, id)
-        return float(max(N.far(v)/ref, self.tau*max(self._flaws(v, key, id).values())))
+        return float(max(N.far(v) / ref, self.tau * max(self._flaws(v, key, id).values())))
 
     def _kept(self, key, id):
         spec, r = self._specs[key], named_rng('oracle subject', self.seed, key, id)
         own = [parts(effect_scene(spec, id, r)) for _ in range(self.strangers)]
-        w = np.clip(np.mean([a for _, a in own], 0)*1.5, 0, 1)
-        view = lambda ims: np.stack([_subject_view(im*255, w) for im in ims])
+        w = np.clip(np.mean([a for _, a in own], 0) * 1.5, 0, 1)
+        view = lambda ims: np.stack([_subject_view(im * 255, w) for im in ims])
         A, B = view([im for im, _ in own]), view([parts(effect_scene(stranger(spec, r), id, r))[0] for _ in own])
-        N, one = _Normal(A, .05), [_Normal(np.delete(A, i, 0), .05).far(v) for i, v in enumerate(A)]
+        N, one = _Normal(A, 0.05), [_Normal(np.delete(A, i, 0), 0.05).far(v) for i, v in enumerate(A)]
         return N, w, np.log(np.median(one)), np.log(np.median(N.far(B)))
 
     def subject(self, image, spec, id):
         "How well the subject was kept, in [0, 1]: 1 like a true target, 0 like a stranger with the same effect."
         N, w, own, other = self._subjects(self._key(spec), id)
-        return float(np.clip(1 - (np.log(N.far(_subject_view(image, w)) + 1e-9) - own)/max(other - own, .1), 0, 1))
+        return float(np.clip(1 - (np.log(N.far(_subject_view(image, w)) + 1e-9) - own) / max(other - own, 0.1), 0, 1))
 
     def score(self, image, spec, id):
         """The verdict on a picture that should show effect `id` on the scene `spec`.
@@ -150,42 +214,79 @@ class Oracle:
     def verdicts(self, images, spec, id):
         "`score` without the subject for several pictures that should show the same effect on the same scene, which costs little more than one."
         k, V, out = self._key(spec), np.stack([describe_picture(im)[0] for im in images]), []
-        l = self._likelihoods(V, k, dict.fromkeys([*self.ids, id])); names = list(l); L = np.stack([l[n] for n in names])
+        l = self._likelihoods(V, k, dict.fromkeys([*self.ids, id]))
+        names = list(l)
+        L = np.stack([l[n] for n in names])
         for i, v in enumerate(V):
-            best, d, f = id if l[id][i] <= L[:, i].min() + TIE else names[L[:, i].argmin()], self._distance(v, k, id), self._flaws(v, k, id); worst = max(f, key=f.get)
-            out.append(dict(predicted=best, applied=bool(best == id and d <= self.tau), distance=d, flaw=worst if f[worst] > 1 else ''))
+            best, d, f = (
+                id if l[id][i] <= L[:, i].min() + TIE else names[L[:, i].argmin()],
+                self._distance(v, k, id),
+                self._flaws(v, k, id),
+            )
+            worst = max(f, key=f.get)
+            out.append(
+                dict(
+                    predicted=best,
+                    applied=bool(best == id and d <= self.tau),
+                    distance=d,
+                    flaw=worst if f[worst] > 1 else '',
+                )
+            )
         return out
 
 # %% ../../nbs/world/oracle.ipynb #22bec575
 def planted(spec, id, other, r, n=12):
     "Pictures whose verdict is known, for effect `id` on a scene: `{case: uint8 picture}`; `other` is another effect, `n` the targets in a mean, `r` a numpy generator."
     y, src, T = apply_effect(spec, id, r), render(spec), np.stack([apply_effect(spec, id, r) for _ in range(n)])
-    return {'true target': y, 'source, unedited': src, "other effect's target": apply_effect(spec, other, r), f'mean of {n} targets': T.mean(0).astype(np.uint8),
-            'blurred target': FLAWS['blur'](y, r), 'noisy target': _byte(y + r.normal(0, 25, y.shape)), 'tinted target': _byte(y*np.array([1.25, 1, .75]) + 10),
-            'stranger, same scene': apply_effect(stranger(spec, r), id, r), 'another scene': apply_effect(draw_scene(r, spec['category'], 'heldout'), id, r)}
+    return {
+        'true target': y,
+        'source, unedited': src,
+        "other effect's target": apply_effect(spec, other, r),
+        f'mean of {n} targets': T.mean(0).astype(np.uint8),
+        'blurred target': FLAWS['blur'](y, r),
+        'noisy target': _byte(y + r.normal(0, 25, y.shape)),
+        'tinted target': _byte(y * np.array([1.25, 1, 0.75]) + 10),
+        'stranger, same scene': apply_effect(stranger(spec, r), id, r),
+        'another scene': apply_effect(draw_scene(r, spec['category'], 'heldout'), id, r),
+    }
 
 # %% ../../nbs/world/oracle.ipynb #476c7568
 def again(spec, edited, r):
     """Another scene that the instruction which made `edited` of `spec` could have made; what the words leave open is drawn with the numpy generator `r`."""
-    s = copy.deepcopy(edited); a, old, seed = s['subjects'][0], spec['subjects'][0], lambda: int(r.integers(2**31))
+    s = copy.deepcopy(edited)
+    a, old, seed = s['subjects'][0], spec['subjects'][0], lambda: int(r.integers(2**31))
     for k in ('style', 'material', 'particles', 'frame'):
-        if s[k] and s[k] != spec[k]: s[k]['seed'] = seed()
-    if s.get('placeseed') != spec.get('placeseed'): s['placeseed'] = seed()
+        if s[k] and s[k] != spec[k]:
+            s[k]['seed'] = seed()
+    if s.get('placeseed') != spec.get('placeseed'):
+        s['placeseed'] = seed()
     if len(s['subjects']) == len(spec['subjects']):
-        if a['x'] != old['x']: a['x'] = old['x'] + float(np.sign(a['x'] - old['x']))*_amount(r, 'move')
-        if a['scale'] != old['scale']: a['scale'] = old['scale']*_amount(r, 'larger' if a['scale'] > old['scale'] else 'smaller')
+        if a['x'] != old['x']:
+            a['x'] = old['x'] + float(np.sign(a['x'] - old['x'])) * _amount(r, 'move')
+        if a['scale'] != old['scale']:
+            a['scale'] = old['scale'] * _amount(r, 'larger' if a['scale'] > old['scale'] else 'smaller')
     for k, (_, lo, hi) in SHAPES.items():
-        if a.get(k) != old.get(k): a[k] = float(r.uniform(lo, hi))
-    for o in s['props'][len(spec['props']):]: o.update(y=_amount(r, 'low'), s=_amount(r, 'size'))
-    if a['wears'] and a['wearcolor'] != old['wearcolor'] and a['wearcolor'] not in CLOTHES.values(): a['wearcolor'] = _unnamed_colour(r)
+        if a.get(k) != old.get(k):
+            a[k] = float(r.uniform(lo, hi))
+    for o in s['props'][len(spec['props']) :]:
+        o.update(y=_amount(r, 'low'), s=_amount(r, 'size'))
+    if a['wears'] and a['wearcolor'] != old['wearcolor'] and a['wearcolor'] not in CLOTHES.values():
+        a['wearcolor'] = _unnamed_colour(r)
     return s
+
 
 def followed(image, asked, others, tau=TAU):
     """Whether a picture lies within `tau` of the draws `asked`, and none of `others` explains it better.
 
     Draws are lists of uint8 pictures, one list for every instruction or scene that competes. Edits that look alike do not compete."""
     v = describe_picture(image)[0][None]
-    def fit(draws): V, floor = zip(*map(describe_picture, draws)); return _Normal(np.stack(V), floor[0])
-    def unlikely(N): return .5*N.far(v)[0]**2 + N.half_logdet
+
+    def fit(draws):
+        V, floor = zip(*map(describe_picture, draws))
+        return _Normal(np.stack(V), floor[0])
+
+    def unlikely(N):
+        return 0.5 * N.far(v)[0] ** 2 + N.half_logdet
+
     own = fit(asked)
     return bool(own.far(v)[0] <= tau) and all(unlikely(own) <= unlikely(fit(o)) for o in others)

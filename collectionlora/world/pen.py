@@ -12,44 +12,59 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 # %% ../../nbs/world/pen.ipynb #29d7edc7
-N, SS, LENS = 64, 4, .85            # pixels of a picture, supersampling of the drawing, softness of the lens in pixels
-_A = np.linspace(0, 2*np.pi, 26, endpoint=False)
+N, SS, LENS = 64, 4, 0.85  # pixels of a picture, supersampling of the drawing, softness of the lens in pixels
+_A = np.linspace(0, 2 * np.pi, 26, endpoint=False)
 _CIRCLE = np.stack([np.cos(_A), np.sin(_A)], 1)
-_DOT = _CIRCLE[::2]                 # enough corners for anything under four pixels
+_DOT = _CIRCLE[::2]  # enough corners for anything under four pixels
+
 
 class Pen:
     "Fills polygons given in local coordinates on a canvas of `N*SS` pixels; (0, 0) top left, (1, 1) bottom right."
-    def __init__(self, im=None, M=np.eye(2), b=(0., 0.)):
-        self.im = Image.new('CMYK', (N*SS, N*SS)) if im is None else im     # four plain channels: what is drawn is opaque, so means are premultiplied
+
+    def __init__(self, im=None, M=np.eye(2), b=(0.0, 0.0)):
+        self.im = (
+            Image.new('CMYK', (N * SS, N * SS)) if im is None else im
+        )  # four plain channels: what is drawn is opaque, so means are premultiplied
         self.d, self.M, self.b = ImageDraw.Draw(self.im), M, np.asarray(b)
-    def at(self, x, y, s=1., flip=False, rot=0., sy=None):
+
+    def at(self, x, y, s=1.0, flip=False, rot=0.0, sy=None):
         "A pen on the same canvas with its origin at (x, y), scaled by `s` (vertically `sy`), mirrored or turned by `rot` radians."
         c, n = np.cos(rot), np.sin(rot)
         R = np.array([[c, -n], [n, c]]) @ np.diag([-s if flip else s, s if sy is None else sy])
         return Pen(self.im, self.M @ R, self.M @ np.array([x, y]) + self.b)
+
     def poly(self, pts, fill):
         "A filled polygon of points `[n, 2]` in units of the pen."
         p = np.asarray(pts) @ self.M.T + self.b
-        self.d.polygon((p*(N*SS)).ravel().tolist(), fill=(*map(int, fill), 255))
-    def oval(self, x, y, rx, ry, fill, rot=0.):
+        self.d.polygon((p * (N * SS)).ravel().tolist(), fill=(*map(int, fill), 255))
+
+    def oval(self, x, y, rx, ry, fill, rot=0.0):
         "A filled ellipse with half axes rx and ry around (x, y), turned by `rot` radians."
-        p = (_DOT if rx < .06 else _CIRCLE) * (rx, ry)
-        if rot: p = p @ np.array([[np.cos(rot), np.sin(rot)], [-np.sin(rot), np.cos(rot)]])
+        p = (_DOT if rx < 0.06 else _CIRCLE) * (rx, ry)
+        if rot:
+            p = p @ np.array([[np.cos(rot), np.sin(rot)], [-np.sin(rot), np.cos(rot)]])
         self.poly(p + (x, y), fill)
+
     def line(self, pts, w, fill):
         "A polyline of width `w` with round ends."
         pts = np.asarray(pts, float)
         for p, q in zip(pts[:-1], pts[1:]):
-            u = q - p; u = u / (np.hypot(*u) + 1e-9) * w/2; v = np.array([-u[1], u[0]])
-            self.poly([p+v, q+v, q-v, p-v], fill)
-        for p in pts: self.oval(*p, w/2, w/2, fill)
+            u = q - p
+            u = u / (np.hypot(*u) + 1e-9) * w / 2
+            v = np.array([-u[1], u[0]])
+            self.poly([p + v, q + v, q - v, p - v], fill)
+        for p in pts:
+            self.oval(*p, w / 2, w / 2, fill)
+
     def rect(self, x0, y0, x1, y1, fill):
         "A filled rectangle between two corners."
         self.poly([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], fill)
 
+
 def layer(pen):
     "The pen's canvas averaged down: premultiplied float32 `[N, N, 4]` in [0, 1]."
     return np.asarray(pen.im.reduce(SS), np.float32) / 255
+
 
 def over(front, back):
     "Compose a premultiplied layer `[N, N, 4]` over an image `[N, N, 3]`."
@@ -60,24 +75,36 @@ def over(front, back):
 def _field(kind):
     "A fixed noise field `[256, 256]` of mean 0 and standard deviation 1."
     g = np.random.default_rng(7)
+
     def blur(a, sx, sy):
-        f = np.fft.fft2(a); ky, kx = np.meshgrid(np.fft.fftfreq(256), np.fft.fftfreq(256), indexing='ij')
-        return np.real(np.fft.ifft2(f * np.exp(-2*np.pi**2*((kx*sx)**2 + (ky*sy)**2))))
+        f = np.fft.fft2(a)
+        ky, kx = np.meshgrid(np.fft.fftfreq(256), np.fft.fftfreq(256), indexing='ij')
+        return np.real(np.fft.ifft2(f * np.exp(-2 * np.pi**2 * ((kx * sx) ** 2 + (ky * sy) ** 2))))
+
     w = g.standard_normal((256, 256))
-    a = {'grain': lambda: blur(w, 1.4, 1.4), 'grass': lambda: blur(w, 1.2, 3.2), 'wave': lambda: blur(w, 5, 1.4), 'cloud': lambda: blur(w, 9, 7) + .012*blur(w, 3, 3),
-         'fur': lambda: np.array([np.roll(r, i//2) for i, r in enumerate(blur(w, 1.2, 2.6))]), 'blotch': lambda: blur(w, 2.5, 2.5)}[kind]()
+    a = {
+        'grain': lambda: blur(w, 1.4, 1.4),
+        'grass': lambda: blur(w, 1.2, 3.2),
+        'wave': lambda: blur(w, 5, 1.4),
+        'cloud': lambda: blur(w, 9, 7) + 0.012 * blur(w, 3, 3),
+        'fur': lambda: np.array([np.roll(r, i // 2) for i, r in enumerate(blur(w, 1.2, 2.6))]),
+        'blotch': lambda: blur(w, 2.5, 2.5),
+    }[kind]()
     return ((a - a.mean()) / a.std()).astype(np.float32)
+
 
 def texture(kind, r):
     "A random `[N, N]` crop of a noise field, drawn with the generator `r`."
     y, x = r.integers(0, 256 - N, 2)
-    return _field(kind)[y:y+N, x:x+N]
+    return _field(kind)[y : y + N, x : x + N]
+
 
 def shade(c, k):
     "Colour `c` (0-255) times `1+k` towards white for k > 0, towards black for k < 0."
-    return tuple((np.array(c) + (255 - np.array(c))*k if k > 0 else np.array(c)*(1 + k)).astype(int).tolist())
+    return tuple((np.array(c) + (255 - np.array(c)) * k if k > 0 else np.array(c) * (1 + k)).astype(int).tolist())
+
 
 def hsv(h, s, v):
     "HSV in [0, 1] to an RGB tuple 0-255."
-    i = (np.array([h*6 + 5, h*6 + 3, h*6 + 1]) % 6)
-    return tuple(int(x) for x in 255*(v - v*s*np.clip(np.minimum(i, 4 - i), 0, 1)))
+    i = np.array([h * 6 + 5, h * 6 + 3, h * 6 + 1]) % 6
+    return tuple(int(x) for x in 255 * (v - v * s * np.clip(np.minimum(i, 4 - i), 0, 1)))

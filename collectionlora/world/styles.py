@@ -13,142 +13,510 @@ from .pen import hsv, layer, N, over, Pen, shade, texture
 from .things import GOLD, HEADWEAR
 
 # %% ../../nbs/world/styles.ipynb #206724f2
-def _pool(x, k): return x.reshape(N//k, k, N//k, k, *x.shape[2:]).mean((1, 3))
-def _lum(im): return im @ np.array([.3, .59, .11], np.float32)
+def _pool(x, k):
+    return x.reshape(N // k, k, N // k, k, *x.shape[2:]).mean((1, 3))
+
+
+def _lum(im):
+    return im @ np.array([0.3, 0.59, 0.11], np.float32)
+
+
 def _ramp(l, *colors):
-    x = np.clip(l, 0, 1)*(len(colors) - 1); k = np.minimum(x.astype(int), len(colors) - 2); c = np.array(colors, np.float32)/255
-    return c[k] + (x - k)[..., None]*(c[k + 1] - c[k])
-def _blur(im, s): return np.asarray(Image.fromarray((np.clip(im, 0, 1)*255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(s)), np.float32)/255
+    x = np.clip(l, 0, 1) * (len(colors) - 1)
+    k = np.minimum(x.astype(int), len(colors) - 2)
+    c = np.array(colors, np.float32) / 255
+    return c[k] + (x - k)[..., None] * (c[k + 1] - c[k])
+
+
+def _blur(im, s):
+    return (
+        np.asarray(
+            Image.fromarray((np.clip(im, 0, 1) * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(s)), np.float32
+        )
+        / 255
+    )
+
+
 def _edges(l):
-    gy, gx = np.gradient(l); return np.hypot(gx, gy)
+    gy, gx = np.gradient(l)
+    return np.hypot(gx, gy)
+
+
 def _cells(r, n):
     "Index of the nearest of `n` random points for every pixel, and the distance gap to the second nearest."
-    c = r.random((n, 2))*N; yy, xx = np.mgrid[0:N, 0:N]; d = (yy[..., None] - c[:, 0])**2 + (xx[..., None] - c[:, 1])**2
-    two = np.sqrt(np.partition(d, 1, -1)[..., :2]); return d.argmin(-1), two[..., 1] - two[..., 0]
+    c = r.random((n, 2)) * N
+    yy, xx = np.mgrid[0:N, 0:N]
+    d = (yy[..., None] - c[:, 0]) ** 2 + (xx[..., None] - c[:, 1]) ** 2
+    two = np.sqrt(np.partition(d, 1, -1)[..., :2])
+    return d.argmin(-1), two[..., 1] - two[..., 0]
+
 
 MATERIALS = {
-    'gold': lambda l, r: _ramp(l + .14*texture('blotch', r), (70, 40, 8), (200, 140, 30), (250, 214, 90), (255, 250, 210)),
-    'ice': lambda l, r: _ramp(.25 + .7*l + .12*texture('fur', r) + .3*(_cells(r, 30)[1] < 1.2), (40, 90, 150), (130, 196, 232), (220, 244, 255), (255, 255, 255)),
-    'wood': lambda l, r: _ramp(.25 + .5*l + .22*np.sin(np.arange(N)[None, :]*.9 + 2.2*texture('cloud', r) + 6*r.random()), (72, 40, 20), (150, 96, 52), (212, 160, 104)),
-    'stone': lambda l, r: _ramp(.15 + .7*l + .05*texture('grain', r) + .06*texture('blotch', r), (60, 60, 62), (134, 132, 128), (214, 212, 206)),
-    'galaxy': lambda l, r: _ramp(.3*l + .32 + .22*texture('cloud', r), (16, 8, 48), (80, 30, 130), (200, 80, 190), (120, 220, 255)) + (texture('grain', r) > 2.1)[..., None]*.7,
-    'knit': lambda l, r: _ramp(.35 + .5*l, hsv(h := r.random(), .75, .35), hsv(h, .6, .85), hsv(h, .2, 1.))*(.8 + .3*((np.arange(N)[:, None] + r.integers(6) + 3*(np.arange(N)[None, :]//3 % 2)) % 6 < 3))[..., None],
-    'lava': lambda l, r: _ramp(.15 + .25*l + .75*(_cells(r, 40)[1] < 1.6) + .08*texture('blotch', r), (40, 20, 22), (120, 30, 16), (255, 120, 20), (255, 230, 120)),
-    'checker': lambda l, r: _ramp(l, (30, 30, 34), (255, 255, 255))*.25 + .75*np.where(((np.arange(N)[:, None] + (o := r.integers(0, 10)))//5 + (np.arange(N)[None, :] + o)//5) % 2, 1., 0.)[..., None]*np.array(hsv(r.random(), .5, .95))/255,
-    'zebra': lambda l, r: np.where((np.sin(np.arange(N)[None, :]*.75 + 3.2*texture('cloud', r) + 6*r.random()) > 0)[..., None], .93, .1)*(.55 + .5*l[..., None]),
-    'chrome': lambda l, r: _ramp((2*l + .3*texture('cloud', r) + r.random()) % 1., (30, 34, 44), (150, 160, 176), (250, 252, 255), (90, 96, 112)),
-    'flowers': lambda l, r: np.array([hsv(h, .55, .95) for h in r.random(60)], np.float32)[(c := _cells(r, 60))[0]]/255*(.75 + .3*np.clip(c[1]/3, 0, 1))[..., None]*(.6 + .5*l[..., None]),
-    'jelly': lambda l, r: _ramp(.3 + .75*l, *(hsv(h := r.random(), .9, .5), hsv(h, .7, .95), hsv(h, .15, 1.)))*1.02}
+    'gold': lambda l, r: _ramp(
+        l + 0.14 * texture('blotch', r), (70, 40, 8), (200, 140, 30), (250, 214, 90), (255, 250, 210)
+    ),
+    'ice': lambda l, r: _ramp(
+        0.25 + 0.7 * l + 0.12 * texture('fur', r) + 0.3 * (_cells(r, 30)[1] < 1.2),
+        (40, 90, 150),
+        (130, 196, 232),
+        (220, 244, 255),
+        (255, 255, 255),
+    ),
+    'wood': lambda l, r: _ramp(
+        0.25 + 0.5 * l + 0.22 * np.sin(np.arange(N)[None, :] * 0.9 + 2.2 * texture('cloud', r) + 6 * r.random()),
+        (72, 40, 20),
+        (150, 96, 52),
+        (212, 160, 104),
+    ),
+    'stone': lambda l, r: _ramp(
+        0.15 + 0.7 * l + 0.05 * texture('grain', r) + 0.06 * texture('blotch', r),
+        (60, 60, 62),
+        (134, 132, 128),
+        (214, 212, 206),
+    ),
+    'galaxy': lambda l, r: (
+        _ramp(0.3 * l + 0.32 + 0.22 * texture('cloud', r), (16, 8, 48), (80, 30, 130), (200, 80, 190), (120, 220, 255))
+        + (texture('grain', r) > 2.1)[..., None] * 0.7
+    ),
+    'knit': lambda l, r: (
+        _ramp(0.35 + 0.5 * l, hsv(h := r.random(), 0.75, 0.35), hsv(h, 0.6, 0.85), hsv(h, 0.2, 1.0))
+        * (0.8 + 0.3 * ((np.arange(N)[:, None] + r.integers(6) + 3 * (np.arange(N)[None, :] // 3 % 2)) % 6 < 3))[
+            ..., None
+        ]
+    ),
+    'lava': lambda l, r: _ramp(
+        0.15 + 0.25 * l + 0.75 * (_cells(r, 40)[1] < 1.6) + 0.08 * texture('blotch', r),
+        (40, 20, 22),
+        (120, 30, 16),
+        (255, 120, 20),
+        (255, 230, 120),
+    ),
+    'checker': lambda l, r: (
+        _ramp(l, (30, 30, 34), (255, 255, 255)) * 0.25
+        + 0.75
+        * np.where(
+            ((np.arange(N)[:, None] + (o := r.integers(0, 10))) // 5 + (np.arange(N)[None, :] + o) // 5) % 2, 1.0, 0.0
+        )[..., None]
+        * np.array(hsv(r.random(), 0.5, 0.95))
+        / 255
+    ),
+    'zebra': lambda l, r: (
+        np.where(
+            (np.sin(np.arange(N)[None, :] * 0.75 + 3.2 * texture('cloud', r) + 6 * r.random()) > 0)[..., None],
+            0.93,
+            0.1,
+        )
+        * (0.55 + 0.5 * l[..., None])
+    ),
+    'chrome': lambda l, r: _ramp(
+        (2 * l + 0.3 * texture('cloud', r) + r.random()) % 1.0,
+        (30, 34, 44),
+        (150, 160, 176),
+        (250, 252, 255),
+        (90, 96, 112),
+    ),
+    'flowers': lambda l, r: (
+        np.array([hsv(h, 0.55, 0.95) for h in r.random(60)], np.float32)[(c := _cells(r, 60))[0]]
+        / 255
+        * (0.75 + 0.3 * np.clip(c[1] / 3, 0, 1))[..., None]
+        * (0.6 + 0.5 * l[..., None])
+    ),
+    'jelly': lambda l, r: (
+        _ramp(0.3 + 0.75 * l, *(hsv(h := r.random(), 0.9, 0.5), hsv(h, 0.7, 0.95), hsv(h, 0.15, 1.0))) * 1.02
+    ),
+}
+
 
 def _strokes(im, r, n, length, width):
     p = Pen()
     for x, y in r.random((n, 2)):
-        c = im[min(int(y*N), N - 1), min(int(x*N), N - 1)]; t = r.normal(.6, .5); d = length*np.array([np.cos(t), np.sin(t)])
-        p.line([(x - d[0], y - d[1]), (x + d[0], y + d[1])], width, np.clip((c + r.normal(0, .035, 3))*255, 0, 255))
+        c = im[min(int(y * N), N - 1), min(int(x * N), N - 1)]
+        t = r.normal(0.6, 0.5)
+        d = length * np.array([np.cos(t), np.sin(t)])
+        p.line([(x - d[0], y - d[1]), (x + d[0], y + d[1])], width, np.clip((c + r.normal(0, 0.035, 3)) * 255, 0, 255))
     return over(layer(p), im)
-def _halftone(im, r):
-    t, k = r.uniform(0, 1.5), 6.; yy, xx = np.mgrid[0:N, 0:N] + r.random((2, 1, 1))*5; u, v = xx*np.cos(t) + yy*np.sin(t), -xx*np.sin(t) + yy*np.cos(t)
-    d = np.hypot((u % k) - k/2, (v % k) - k/2); ink = np.array(hsv(r.random(), .8, .35))/255; cover = np.clip((1 - _lum(im))*4.4 - d + .5, 0, 1)[..., None]
-    return .97*(1 - cover) + ink*cover
-def _sketch(im, r):
-    l = _lum(im); e = np.clip(_edges(_lum(_blur(im, .6)))*5, 0, 1); t = r.uniform(0, 3.1); yy, xx = np.mgrid[0:N, 0:N]
-    hatch = .5 + .5*np.sin((xx*np.cos(t) + yy*np.sin(t))*1.2 + 1.3*texture('cloud', r)); tone = np.clip(e + (1 - l)*.75*(hatch > l*1.1)*(.7 + .3*texture('grain', r)), 0, 1)
-    return (np.array(hsv(.1, .12*r.random(), .97))/255)*(1 - .85*tone[..., None])
-def _watercolor(im, r):
-    b = _blur(im, 1.3); e = _edges(_lum(b)); g = texture('blotch', r); return np.clip(b*.75 + .26 + .05*g[..., None] - 1.2*e[..., None]*np.abs(g)[..., None] + .03*texture('grain', r)[..., None], 0, 1)
-def _neon(im, r):
-    e = np.clip(_edges(_lum(_blur(im, .8)))*7, 0, 1); h = r.random(); c1, c2 = np.array(hsv(h, .9, 1.))/255, np.array(hsv((h + .4) % 1, .9, 1.))/255; t = np.clip(.5 + .4*texture('cloud', r), 0, 1)[..., None]
-    return .05 + .1*im*np.array([.5, .4, 1.]) + e[..., None]*(c1*t + c2*(1 - t))
-def _stained(im, r):
-    i, gap = _cells(r, 200); m = np.stack([np.bincount(i.ravel(), im[..., k].ravel(), 200)/np.maximum(np.bincount(i.ravel(), minlength=200), 1) for k in range(3)], -1)
-    m = np.clip((m - .5)*1.3 + .5 + r.normal(0, .05, m.shape), 0, 1); return m[i]*np.clip(gap - .1, .2, 1)[..., None]
-def _pixelate(im, r):
-    k, q = 4, np.clip(im + r.normal(0, .03, (1, 1, 3)), 0, 1).reshape(N//4, 4, N//4, 4, 3).mean((1, 3)); q = np.round(q*4)/4; return np.kron(q, np.ones((k, k, 1)))*np.where((np.arange(N) % k == k - 1), .86, 1)[:, None, None]
-def _comic(im, r):
-    q = np.floor(_blur(im, .7)*4 + .5)/4; e = np.clip(_edges(_lum(_blur(im, .7)))*6 - .5, 0, 1)[..., None]; return np.clip((q - .5)*1.35 + .55, 0, 1)*(1 - e)
-def _glitch(im, r):
-    o = im.copy(); y = 0
-    while y < N: h = int(r.integers(2, 9)); s = int(r.integers(-9, 10)) if r.random() < .5 else 0; o[y:y+h] = np.roll(o[y:y+h], s, 1); y += h
-    k = int(r.integers(1, 4)); return np.stack([np.roll(o[..., 0], k, 1), o[..., 1], np.roll(o[..., 2], -k, 1)], -1)
-def _thermal(im, r): return _ramp(np.clip(_lum(_blur(im, .6))*.85 + .05*texture('blotch', r) + .08, 0, 1), (10, 0, 60), (110, 0, 140), (230, 60, 60), (255, 190, 40), (255, 255, 220))
-def _duotone(im, r):
-    t = 6.28*r.random(); yy, xx = np.mgrid[0:N, 0:N]/N - .5; slope = .5*(xx*np.cos(t) + yy*np.sin(t))
-    return _ramp(_lum(im) + slope + .06*texture('blotch', r), hsv(h := r.random(), .8, .25), hsv((h + r.choice([.15, .4, .5])) % 1, .45, 1.))
-def _blueprint(im, r): e = np.clip(_edges(_lum(im))*5, 0, 1)[..., None]; o = r.integers(0, 8, 2); g = ((np.arange(N) + o[0]) % 8 == 0)[:, None] | ((np.arange(N) + o[1]) % 8 == 0)[None, :]; return np.array([.1, .24, .56])*(1 + .08*texture('blotch', r)[..., None]) + .12*g[..., None] + e*.8
-STYLES = dict(oil=lambda im, r: _strokes(_blur(im, .8), r, 420, .035, .028), halftone=_halftone, sketch=_sketch, watercolor=_watercolor, neon=_neon, stained=_stained,
-              pixel=_pixelate, comic=_comic, glitch=_glitch, thermal=_thermal, blueprint=_blueprint, duotone=_duotone)
 
-def _heart(p, c): p.oval(-.25, -.15, .3, .3, c); p.oval(.25, -.15, .3, .3, c); p.poly([(-.52, -.02), (.52, -.02), (0, .6)], c)
-def _star(p, c): p.poly([((.6 if i % 2 == 0 else .25)*np.sin(i*np.pi/5), -(.6 if i % 2 == 0 else .25)*np.cos(i*np.pi/5)) for i in range(10)], c)
-PARTICLES = {   # count, size, drawing
-    'confetti': (34, .045, lambda p, c: p.rect(-.5, -.35, .5, .35, c)), 'hearts': (14, .085, lambda p, c: _heart(p, shade((230, 50, 90), (c[0] - 128)/400))),
-    'stars': (18, .08, lambda p, c: _star(p, shade((255, 220, 70), (c[0] - 128)/400))), 'petals': (30, .055, lambda p, c: p.oval(0, 0, .55, .28, shade((248, 170, 196), (c[0] - 128)/400))),
-    'leaves': (26, .065, lambda p, c: p.poly([(-.6, 0), (0, -.3), (.6, 0), (0, .3)], hsv(.04 + .08*c[0]/255, .8, .85))), 'bubbles': (20, .06, lambda p, c: (p.oval(0, 0, .6, .6, (225, 245, 255)), p.oval(.05, .05, .45, .45, shade((150, 205, 235), (c[0] - 128)/300)))),
-    'embers': (40, .026, lambda p, c: p.oval(0, 0, .5, .7, hsv(.03 + .1*c[0]/255, .9, 1.))), 'coins': (18, .06, lambda p, c: (p.oval(0, 0, .55, .5, (200, 150, 30)), p.oval(0, 0, .4, .36, GOLD)))}
+
+def _halftone(im, r):
+    t, k = r.uniform(0, 1.5), 6.0
+    yy, xx = np.mgrid[0:N, 0:N] + r.random((2, 1, 1)) * 5
+    u, v = xx * np.cos(t) + yy * np.sin(t), -xx * np.sin(t) + yy * np.cos(t)
+    d = np.hypot((u % k) - k / 2, (v % k) - k / 2)
+    ink = np.array(hsv(r.random(), 0.8, 0.35)) / 255
+    cover = np.clip((1 - _lum(im)) * 4.4 - d + 0.5, 0, 1)[..., None]
+    return 0.97 * (1 - cover) + ink * cover
+
+
+def _sketch(im, r):
+    l = _lum(im)
+    e = np.clip(_edges(_lum(_blur(im, 0.6))) * 5, 0, 1)
+    t = r.uniform(0, 3.1)
+    yy, xx = np.mgrid[0:N, 0:N]
+    hatch = 0.5 + 0.5 * np.sin((xx * np.cos(t) + yy * np.sin(t)) * 1.2 + 1.3 * texture('cloud', r))
+    tone = np.clip(e + (1 - l) * 0.75 * (hatch > l * 1.1) * (0.7 + 0.3 * texture('grain', r)), 0, 1)
+    return (np.array(hsv(0.1, 0.12 * r.random(), 0.97)) / 255) * (1 - 0.85 * tone[..., None])
+
+
+def _watercolor(im, r):
+    b = _blur(im, 1.3)
+    e = _edges(_lum(b))
+    g = texture('blotch', r)
+    return np.clip(
+        b * 0.75
+        + 0.26
+        + 0.05 * g[..., None]
+        - 1.2 * e[..., None] * np.abs(g)[..., None]
+        + 0.03 * texture('grain', r)[..., None],
+        0,
+        1,
+    )
+
+
+def _neon(im, r):
+    e = np.clip(_edges(_lum(_blur(im, 0.8))) * 7, 0, 1)
+    h = r.random()
+    c1, c2 = np.array(hsv(h, 0.9, 1.0)) / 255, np.array(hsv((h + 0.4) % 1, 0.9, 1.0)) / 255
+    t = np.clip(0.5 + 0.4 * texture('cloud', r), 0, 1)[..., None]
+    return 0.05 + 0.1 * im * np.array([0.5, 0.4, 1.0]) + e[..., None] * (c1 * t + c2 * (1 - t))
+
+
+def _stained(im, r):
+    i, gap = _cells(r, 200)
+    m = np.stack(
+        [
+            np.bincount(i.ravel(), im[..., k].ravel(), 200) / np.maximum(np.bincount(i.ravel(), minlength=200), 1)
+            for k in range(3)
+        ],
+        -1,
+    )
+    m = np.clip((m - 0.5) * 1.3 + 0.5 + r.normal(0, 0.05, m.shape), 0, 1)
+    return m[i] * np.clip(gap - 0.1, 0.2, 1)[..., None]
+
+
+def _pixelate(im, r):
+    k, q = 4, np.clip(im + r.normal(0, 0.03, (1, 1, 3)), 0, 1).reshape(N // 4, 4, N // 4, 4, 3).mean((1, 3))
+    q = np.round(q * 4) / 4
+    return np.kron(q, np.ones((k, k, 1))) * np.where((np.arange(N) % k == k - 1), 0.86, 1)[:, None, None]
+
+
+def _comic(im, r):
+    q = np.floor(_blur(im, 0.7) * 4 + 0.5) / 4
+    e = np.clip(_edges(_lum(_blur(im, 0.7))) * 6 - 0.5, 0, 1)[..., None]
+    return np.clip((q - 0.5) * 1.35 + 0.55, 0, 1) * (1 - e)
+
+
+def _glitch(im, r):
+    o = im.copy()
+    y = 0
+    while y < N:
+        h = int(r.integers(2, 9))
+        s = int(r.integers(-9, 10)) if r.random() < 0.5 else 0
+        o[y : y + h] = np.roll(o[y : y + h], s, 1)
+        y += h
+    k = int(r.integers(1, 4))
+    return np.stack([np.roll(o[..., 0], k, 1), o[..., 1], np.roll(o[..., 2], -k, 1)], -1)
+
+
+def _thermal(im, r):
+    return _ramp(
+        np.clip(_lum(_blur(im, 0.6)) * 0.85 + 0.05 * texture('blotch', r) + 0.08, 0, 1),
+        (10, 0, 60),
+        (110, 0, 140),
+        (230, 60, 60),
+        (255, 190, 40),
+        (255, 255, 220),
+    )
+
+
+def _duotone(im, r):
+    t = 6.28 * r.random()
+    yy, xx = np.mgrid[0:N, 0:N] / N - 0.5
+    slope = 0.5 * (xx * np.cos(t) + yy * np.sin(t))
+    return _ramp(
+        _lum(im) + slope + 0.06 * texture('blotch', r),
+        hsv(h := r.random(), 0.8, 0.25),
+        hsv((h + r.choice([0.15, 0.4, 0.5])) % 1, 0.45, 1.0),
+    )
+
+
+def _blueprint(im, r):
+    e = np.clip(_edges(_lum(im)) * 5, 0, 1)[..., None]
+    o = r.integers(0, 8, 2)
+    g = ((np.arange(N) + o[0]) % 8 == 0)[:, None] | ((np.arange(N) + o[1]) % 8 == 0)[None, :]
+    return np.array([0.1, 0.24, 0.56]) * (1 + 0.08 * texture('blotch', r)[..., None]) + 0.12 * g[..., None] + e * 0.8
+
+
+STYLES = dict(
+    oil=lambda im, r: _strokes(_blur(im, 0.8), r, 420, 0.035, 0.028),
+    halftone=_halftone,
+    sketch=_sketch,
+    watercolor=_watercolor,
+    neon=_neon,
+    stained=_stained,
+    pixel=_pixelate,
+    comic=_comic,
+    glitch=_glitch,
+    thermal=_thermal,
+    blueprint=_blueprint,
+    duotone=_duotone,
+)
+
+
+def _heart(p, c):
+    p.oval(-0.25, -0.15, 0.3, 0.3, c)
+    p.oval(0.25, -0.15, 0.3, 0.3, c)
+    p.poly([(-0.52, -0.02), (0.52, -0.02), (0, 0.6)], c)
+
+
+def _star(p, c):
+    p.poly(
+        [
+            (
+                (0.6 if i % 2 == 0 else 0.25) * np.sin(i * np.pi / 5),
+                -(0.6 if i % 2 == 0 else 0.25) * np.cos(i * np.pi / 5),
+            )
+            for i in range(10)
+        ],
+        c,
+    )
+
+
+PARTICLES = {  # count, size, drawing
+    'confetti': (34, 0.045, lambda p, c: p.rect(-0.5, -0.35, 0.5, 0.35, c)),
+    'hearts': (14, 0.085, lambda p, c: _heart(p, shade((230, 50, 90), (c[0] - 128) / 400))),
+    'stars': (18, 0.08, lambda p, c: _star(p, shade((255, 220, 70), (c[0] - 128) / 400))),
+    'petals': (30, 0.055, lambda p, c: p.oval(0, 0, 0.55, 0.28, shade((248, 170, 196), (c[0] - 128) / 400))),
+    'leaves': (
+        26,
+        0.065,
+        lambda p, c: p.poly([(-0.6, 0), (0, -0.3), (0.6, 0), (0, 0.3)], hsv(0.04 + 0.08 * c[0] / 255, 0.8, 0.85)),
+    ),
+    'bubbles': (
+        20,
+        0.06,
+        lambda p, c: (
+            p.oval(0, 0, 0.6, 0.6, (225, 245, 255)),
+            p.oval(0.05, 0.05, 0.45, 0.45, shade((150, 205, 235), (c[0] - 128) / 300)),
+        ),
+    ),
+    'embers': (40, 0.026, lambda p, c: p.oval(0, 0, 0.5, 0.7, hsv(0.03 + 0.1 * c[0] / 255, 0.9, 1.0))),
+    'coins': (18, 0.06, lambda p, c: (p.oval(0, 0, 0.55, 0.5, (200, 150, 30)), p.oval(0, 0, 0.4, 0.36, GOLD))),
+}
+
 
 def _particles(im, kind, r):
-    n, size, draw = LOOKS['particles'][kind]; p = Pen()
-    for x, y, s, t in r.random((n, 4)): draw(p.at(x, y, size*(.7 + .6*s), rot=6.28*t), hsv(r.random(), .75, .95))
+    n, size, draw = LOOKS['particles'][kind]
+    p = Pen()
+    for x, y, s, t in r.random((n, 4)):
+        draw(p.at(x, y, size * (0.7 + 0.6 * s), rot=6.28 * t), hsv(r.random(), 0.75, 0.95))
     return over(layer(p), im)
+
 
 def _shrink(im, x0, y0, x1, y1, back):
     "The picture resized into the box (fractions) on the image `back`."
-    a, b, c, d = (int(round(v*N)) for v in (x0, y0, x1, y1)); small = Image.fromarray((np.clip(im, 0, 1)*255).astype(np.uint8)).resize((c - a, d - b), Image.LANCZOS)
-    o = back.copy(); o[b:d, a:c] = np.asarray(small, np.float32)/255; return o
-def _polaroid(im, a, r): back = np.array(hsv(r.random(), .35, .6))/255*(1 + .1*texture('wave', r)[..., None]); back = np.clip(back, 0, 1); back[3:61, 6:58] = np.array([.96, .95, .92]); return _shrink(im, .14, .09, .86, .78, back)
+    a, b, c, d = (int(round(v * N)) for v in (x0, y0, x1, y1))
+    small = Image.fromarray((np.clip(im, 0, 1) * 255).astype(np.uint8)).resize((c - a, d - b), Image.LANCZOS)
+    o = back.copy()
+    o[b:d, a:c] = np.asarray(small, np.float32) / 255
+    return o
+
+
+def _polaroid(im, a, r):
+    back = np.array(hsv(r.random(), 0.35, 0.6)) / 255 * (1 + 0.1 * texture('wave', r)[..., None])
+    back = np.clip(back, 0, 1)
+    back[3:61, 6:58] = np.array([0.96, 0.95, 0.92])
+    return _shrink(im, 0.14, 0.09, 0.86, 0.78, back)
+
+
 def _film(im, a, r):
-    back, o, k = np.zeros((N, N, 3)) + .07, int(r.integers(0, 6)), int(r.integers(-14, 15))
-    for rows in (slice(2, 6), slice(58, 62)): back[rows][:, (np.arange(N) + o) % 6 < 3] = .9
-    im = np.roll(im, k, 0)*(np.array(hsv(r.uniform(0, .18), r.uniform(.1, .4), 1.))/255); im[np.abs(np.arange(N) - k % N) < 2] = .07   # the film stands between two pictures
-    return _shrink(im, 0, .125, 1, .875, back)
+    back, o, k = np.zeros((N, N, 3)) + 0.07, int(r.integers(0, 6)), int(r.integers(-14, 15))
+    for rows in (slice(2, 6), slice(58, 62)):
+        back[rows][:, (np.arange(N) + o) % 6 < 3] = 0.9
+    im = np.roll(im, k, 0) * (np.array(hsv(r.uniform(0, 0.18), r.uniform(0.1, 0.4), 1.0)) / 255)
+    im[np.abs(np.arange(N) - k % N) < 2] = 0.07  # the film stands between two pictures
+    return _shrink(im, 0, 0.125, 1, 0.875, back)
+
+
 def _sticker(im, a, r):
-    h = r.random(); yy, xx = np.mgrid[0:N, 0:N]; t = r.uniform(0, 3.1); back = np.where(((xx*np.cos(t) + yy*np.sin(t)) % 10 < 5)[..., None], np.array(hsv(h, .45, .95))/255, np.array(hsv(h, .3, 1.))/255)
-    grown = np.asarray(Image.fromarray((a*255).astype(np.uint8)).filter(ImageFilter.MaxFilter(5)).filter(ImageFilter.GaussianBlur(.5)), np.float32)[..., None]/255
-    return (back*(1 - grown) + grown)*(1 - a[..., None]) + im*a[..., None]
-def _stamp(im, a, r): back = np.zeros((N, N, 3)) + np.array(hsv(r.random(), .3, .75))/255; back[4:60, 4:60] = .96; o = (np.arange(N) % 6) < 3; [back.__setitem__(s, np.where(o[:, None], back[4, 0], .96)) for s in ((slice(None), 4), (slice(None), 59), (4,), (59,))]; return _shrink(_ramp(_lum(im), hsv(h := r.random(), .8, .3), hsv(h, .15, 1.)), .14, .14, .86, .86, back)
+    h = r.random()
+    yy, xx = np.mgrid[0:N, 0:N]
+    t = r.uniform(0, 3.1)
+    back = np.where(
+        ((xx * np.cos(t) + yy * np.sin(t)) % 10 < 5)[..., None],
+        np.array(hsv(h, 0.45, 0.95)) / 255,
+        np.array(hsv(h, 0.3, 1.0)) / 255,
+    )
+    grown = (
+        np.asarray(
+            Image.fromarray((a * 255).astype(np.uint8))
+            .filter(ImageFilter.MaxFilter(5))
+            .filter(ImageFilter.GaussianBlur(0.5)),
+            np.float32,
+        )[..., None]
+        / 255
+    )
+    return (back * (1 - grown) + grown) * (1 - a[..., None]) + im * a[..., None]
+
+
+def _stamp(im, a, r):
+    back = np.zeros((N, N, 3)) + np.array(hsv(r.random(), 0.3, 0.75)) / 255
+    back[4:60, 4:60] = 0.96
+    o = (np.arange(N) % 6) < 3
+    [
+        back.__setitem__(s, np.where(o[:, None], back[4, 0], 0.96))
+        for s in ((slice(None), 4), (slice(None), 59), (4,), (59,))
+    ]
+    return _shrink(_ramp(_lum(im), hsv(h := r.random(), 0.8, 0.3), hsv(h, 0.15, 1.0)), 0.14, 0.14, 0.86, 0.86, back)
+
+
 def _magazine(im, a, r):
-    p, c = Pen(), hsv(r.random(), .85, .95); x = .06
-    while x < .9: w = .07 + .06*r.random(); p.rect(x, .05, x + w, .18, c); x += w + .03
-    for y in (.62, .7, .78, .86): p.rect(.05, y, .05 + .12 + .2*r.random(), y + .035, (255, 255, 255) if r.random() < .6 else c)
+    p, c = Pen(), hsv(r.random(), 0.85, 0.95)
+    x = 0.06
+    while x < 0.9:
+        w = 0.07 + 0.06 * r.random()
+        p.rect(x, 0.05, x + w, 0.18, c)
+        x += w + 0.03
+    for y in (0.62, 0.7, 0.78, 0.86):
+        p.rect(0.05, y, 0.05 + 0.12 + 0.2 * r.random(), y + 0.035, (255, 255, 255) if r.random() < 0.6 else c)
     return over(layer(p), im)
-def _tv(im, a, r): o = im*(.7 + .3*((np.arange(N) + r.integers(4)) % 4 > 1))[:, None, None] + .05*texture('grain', r)[..., None]; p = Pen(); c = hsv(.07, .5, .3 + .3*r.random()); [p.rect(*b, c) for b in ((0, 0, 1, .07), (0, .9, 1, 1), (0, 0, .07, 1), (.86, 0, 1, 1))]; p.oval(.93, .25, .035, .035, (220, 220, 210)); p.oval(.93, .4, .035, .035, (220, 220, 210)); return over(layer(p), o)
+
+
+def _tv(im, a, r):
+    o = (
+        im * (0.7 + 0.3 * ((np.arange(N) + r.integers(4)) % 4 > 1))[:, None, None]
+        + 0.05 * texture('grain', r)[..., None]
+    )
+    p = Pen()
+    c = hsv(0.07, 0.5, 0.3 + 0.3 * r.random())
+    [p.rect(*b, c) for b in ((0, 0, 1, 0.07), (0, 0.9, 1, 1), (0, 0, 0.07, 1), (0.86, 0, 1, 1))]
+    p.oval(0.93, 0.25, 0.035, 0.035, (220, 220, 210))
+    p.oval(0.93, 0.4, 0.035, 0.035, (220, 220, 210))
+    return over(layer(p), o)
+
+
 FRAMES = dict(polaroid=_polaroid, film=_film, sticker=_sticker, stamp=_stamp, magazine=_magazine, tv=_tv)
 
 # %% ../../nbs/world/styles.ipynb #8f86df22
 def _sample(im, y, x):
     "The picture read at fractional positions in pixels, by linear interpolation."
-    y, x = np.clip(y, 0, N - 1.001), np.clip(x, 0, N - 1.001); i, j = y.astype(int), x.astype(int); v, u = (y - i)[..., None], (x - j)[..., None]
-    return (1 - v)*((1 - u)*im[i, j] + u*im[i, j + 1]) + v*((1 - u)*im[i + 1, j] + u*im[i + 1, j + 1])
+    y, x = np.clip(y, 0, N - 1.001), np.clip(x, 0, N - 1.001)
+    i, j = y.astype(int), x.astype(int)
+    v, u = (y - i)[..., None], (x - j)[..., None]
+    return (1 - v) * ((1 - u) * im[i, j] + u * im[i, j + 1]) + v * ((1 - u) * im[i + 1, j] + u * im[i + 1, j + 1])
+
+
 def _ruled(r):
     "A ramp across the picture in a random direction, 0 to 1 and around again, `[N, N]`."
-    yy, xx = np.mgrid[0:N, 0:N]/N; t = 6.28*r.random(); return (xx*np.cos(t) + yy*np.sin(t) + r.random()) % 1.
+    yy, xx = np.mgrid[0:N, 0:N] / N
+    t = 6.28 * r.random()
+    return (xx * np.cos(t) + yy * np.sin(t) + r.random()) % 1.0
+
+
 def _chalk(im, r):
-    e = np.clip(_edges(_lum(_blur(im, .6)))*6, 0, 1); dust = np.clip(.75 + .3*texture('grain', r), 0, 1); rub = np.sin(_ruled(r)*150) > .2
-    return np.array(hsv(r.random(), .5, .3))/255*(1 + .15*texture('cloud', r)[..., None]) + (dust*(.75*e + .3*rub*_lum(im)))[..., None]*(.5 + .5*im)
+    e = np.clip(_edges(_lum(_blur(im, 0.6))) * 6, 0, 1)
+    dust = np.clip(0.75 + 0.3 * texture('grain', r), 0, 1)
+    rub = np.sin(_ruled(r) * 150) > 0.2
+    return np.array(hsv(r.random(), 0.5, 0.3)) / 255 * (1 + 0.15 * texture('cloud', r)[..., None]) + (
+        dust * (0.75 * e + 0.3 * rub * _lum(im))
+    )[..., None] * (0.5 + 0.5 * im)
+
+
 def _dots(im, r):
     p = Pen()
     for x, y, s, k in r.random((1100, 4)):
-        c = im[int(y*N), int(x*N)]; p.oval(x, y, .012 + .007*s, .012 + .007*s, np.clip((.9*_lum(c) + (1 + k)*(c - _lum(c)) + r.normal(0, .04, 3))*255, 0, 255))
-    return over(layer(p), .6 + .4*im)
+        c = im[int(y * N), int(x * N)]
+        p.oval(
+            x,
+            y,
+            0.012 + 0.007 * s,
+            0.012 + 0.007 * s,
+            np.clip((0.9 * _lum(c) + (1 + k) * (c - _lum(c)) + r.normal(0, 0.04, 3)) * 255, 0, 255),
+        )
+    return over(layer(p), 0.6 + 0.4 * im)
+
+
 def _swirl(im, r):
-    cy, cx = N*r.uniform(.3, .7, 2); yy, xx = np.mgrid[0:N, 0:N] - np.array([cy, cx])[:, None, None]
-    t = r.choice([-1, 1])*r.uniform(1.6, 3.)*np.exp(-(yy**2 + xx**2)/(.33*N)**2); return _sample(im, cy + yy*np.cos(t) + xx*np.sin(t), cx + xx*np.cos(t) - yy*np.sin(t))
-def _mosaic(im, a, r): l = _lum(_pool(im, 2)); ink = lambda: _ramp(l*1.1 - .05, hsv(h := r.random(), .9, .35), hsv((h + r.uniform(.3, .7)) % 1, .8, .95), hsv(r.random(), .3, 1.)); return np.concatenate([np.concatenate([ink(), ink()], 1) for _ in '12'])
+    cy, cx = N * r.uniform(0.3, 0.7, 2)
+    yy, xx = np.mgrid[0:N, 0:N] - np.array([cy, cx])[:, None, None]
+    t = r.choice([-1, 1]) * r.uniform(1.6, 3.0) * np.exp(-(yy**2 + xx**2) / (0.33 * N) ** 2)
+    return _sample(im, cy + yy * np.cos(t) + xx * np.sin(t), cx + xx * np.cos(t) - yy * np.sin(t))
+
+
+def _mosaic(im, a, r):
+    l = _lum(_pool(im, 2))
+    ink = lambda: _ramp(
+        l * 1.1 - 0.05,
+        hsv(h := r.random(), 0.9, 0.35),
+        hsv((h + r.uniform(0.3, 0.7)) % 1, 0.8, 0.95),
+        hsv(r.random(), 0.3, 1.0),
+    )
+    return np.concatenate([np.concatenate([ink(), ink()], 1) for _ in '12'])
+
+
 def _mirror(im, a, r):
-    t, c = r.choice([0, np.pi/2, np.pi, -np.pi/2]) + r.normal(0, .25), N*r.uniform(.4, .6, 2); yy, xx = np.mgrid[0:N, 0:N]
-    beyond = 2*np.maximum(0, (yy - c[0])*np.sin(t) + (xx - c[1])*np.cos(t)); return _sample(im, yy - beyond*np.sin(t), xx - beyond*np.cos(t))
-def _butterfly(p, c): [p.oval(s*x, y, w, h, k, s*.5) for s in (-1, 1) for x, y, w, h, k in ((.3, -.18, .3, .26, c), (.24, .24, .2, .22, shade(c, -.2)), (.34, -.2, .12, .1, shade(c, .6)))]; p.line([(0, -.3), (0, .35)], .12, (40, 32, 36))
+    t, c = r.choice([0, np.pi / 2, np.pi, -np.pi / 2]) + r.normal(0, 0.25), N * r.uniform(0.4, 0.6, 2)
+    yy, xx = np.mgrid[0:N, 0:N]
+    beyond = 2 * np.maximum(0, (yy - c[0]) * np.sin(t) + (xx - c[1]) * np.cos(t))
+    return _sample(im, yy - beyond * np.sin(t), xx - beyond * np.cos(t))
+
+
+def _butterfly(p, c):
+    [
+        p.oval(s * x, y, w, h, k, s * 0.5)
+        for s in (-1, 1)
+        for x, y, w, h, k in (
+            (0.3, -0.18, 0.3, 0.26, c),
+            (0.24, 0.24, 0.2, 0.22, shade(c, -0.2)),
+            (0.34, -0.2, 0.12, 0.1, shade(c, 0.6)),
+        )
+    ]
+    p.line([(0, -0.3), (0, 0.35)], 0.12, (40, 32, 36))
+
 
 MORE = dict(
-    style=dict(chalk=_chalk, dots=_dots, swirl=_swirl), frame=dict(mosaic=_mosaic, mirror=_mirror), particles=dict(butterflies=(15, .11, _butterfly)),
-    material=dict(marble=lambda l, r: _ramp(.35 + .6*l - .75*np.exp(-((texture('blotch', r) + 2*texture('cloud', r))/.35)**2), hsv(r.random(), .5, .35), (150, 148, 150), (236, 232, 226), (255, 255, 255)),
-                  rainbow=lambda l, r: np.array([hsv(h, .75, 1.) for h in np.linspace(0, 1, 49)], np.float32)[(48*_ruled(r)).astype(int)]/255*(.5 + .55*l[..., None]),
-                  leopard=lambda l, r: np.array([(224, 172, 92), (48, 30, 22), (150, 92, 44)], np.float32)[np.digitize(_cells(r, 75)[1], (2.2, 4.6))]/255*(.55 + .5*l[..., None])),
-    wear={'witch hat': lambda p, c: (p.poly([(-.15, -.2), (-.06, -.42), (.1, -.58), (.06, -.4), (.15, -.2)], (52, 42, 66)), p.oval(0, -.19, .3, .055, (52, 42, 66)), p.line([(-.13, -.235), (.13, -.235)], .045, c))})
-LOOKS = {k: {**v, **MORE[k]} for k, v in dict(style=STYLES, material=MATERIALS, particles=PARTICLES, frame=FRAMES, wear=HEADWEAR).items()}
+    style=dict(chalk=_chalk, dots=_dots, swirl=_swirl),
+    frame=dict(mosaic=_mosaic, mirror=_mirror),
+    particles=dict(butterflies=(15, 0.11, _butterfly)),
+    material=dict(
+        marble=lambda l, r: _ramp(
+            0.35 + 0.6 * l - 0.75 * np.exp(-(((texture('blotch', r) + 2 * texture('cloud', r)) / 0.35) ** 2)),
+            hsv(r.random(), 0.5, 0.35),
+            (150, 148, 150),
+            (236, 232, 226),
+            (255, 255, 255),
+        ),
+        rainbow=lambda l, r: (
+            np.array([hsv(h, 0.75, 1.0) for h in np.linspace(0, 1, 49)], np.float32)[(48 * _ruled(r)).astype(int)]
+            / 255
+            * (0.5 + 0.55 * l[..., None])
+        ),
+        leopard=lambda l, r: (
+            np.array([(224, 172, 92), (48, 30, 22), (150, 92, 44)], np.float32)[
+                np.digitize(_cells(r, 75)[1], (2.2, 4.6))
+            ]
+            / 255
+            * (0.55 + 0.5 * l[..., None])
+        ),
+    ),
+    wear={
+        'witch hat': lambda p, c: (
+            p.poly([(-0.15, -0.2), (-0.06, -0.42), (0.1, -0.58), (0.06, -0.4), (0.15, -0.2)], (52, 42, 66)),
+            p.oval(0, -0.19, 0.3, 0.055, (52, 42, 66)),
+            p.line([(-0.13, -0.235), (0.13, -0.235)], 0.045, c),
+        )
+    },
+)
+LOOKS = {
+    k: {**v, **MORE[k]}
+    for k, v in dict(style=STYLES, material=MATERIALS, particles=PARTICLES, frame=FRAMES, wear=HEADWEAR).items()
+}
+
 
 def _spots(im, n, r):
     "The picture in the light of `n` coloured spotlights."
-    yy, xx = np.mgrid[0:N, 0:N]/N
-    glow = sum(np.exp(-((xx - x)**2 + (yy - y)**2)/(.2 + .1*s)**2)[..., None]*np.array(hsv(h, .75, 1.))/255 for x, y, s, h in r.random((n, 4)))
-    return im*(.5 + .75*np.minimum(glow, 1)) + .12*glow
+    yy, xx = np.mgrid[0:N, 0:N] / N
+    glow = sum(
+        np.exp(-((xx - x) ** 2 + (yy - y) ** 2) / (0.2 + 0.1 * s) ** 2)[..., None] * np.array(hsv(h, 0.75, 1.0)) / 255
+        for x, y, s, h in r.random((n, 4))
+    )
+    return im * (0.5 + 0.75 * np.minimum(glow, 1)) + 0.12 * glow

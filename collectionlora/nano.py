@@ -6,4 +6,6 @@
 __all__ = []
 
 # %% ../nbs/bases/names.ipynb #294b0748
+from diffusers import ModelMixin  # noqa: F401  diffusers looks for it in the module of a class that it loads
+
 from .bases.nano import PatchPCA  # noqa: F401

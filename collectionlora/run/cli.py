@@ -317,15 +317,15 @@ def demo(
     base: BaseOption = 'nano',
     out: Annotated[Optional[Path], typer.Option('--out', '-o', help='Default: results/demo.')] = None,
     keep: Annotated[
-        bool, typer.Option(help='Copy records, rows and pictures to results/main_job, which git keeps.')
+        bool, typer.Option(help='Keep records, judged rows and one sheet of pictures in results/main_job, which is in git.')
     ] = False,
 ):
     "The main job on the embedded nano base: effects, teachers, targets, collection, baselines, evaluation, report."
-    from collectionlora.run import chain as job
+    from collectionlora.run import chain, kept
 
-    page = job.demo(budget, seed, base, out)
+    page = chain.demo(budget, seed, base, out)
     if keep:
-        print(job.keep(page.parent))
+        print(kept.keep(page.parent))
     print(page)
 
 

@@ -14,6 +14,9 @@ from PIL import Image
 
 from collectionlora import aop, world
 from collectionlora.aop import check_triggers, make_triggers, student_prompt, trigger_cosines, words_of
+from collectionlora.bases.pipeline import load_base
+from collectionlora.bases.tiny import tiny_base
+from collectionlora.core import read_yaml, UserError, write_yaml
 from collectionlora.engine.words import (
     clean,
     LocalQwenVL,
@@ -25,9 +28,6 @@ from collectionlora.engine.words import (
     WorldDescriber,
     write_prompts,
 )
-from collectionlora.bases.pipeline import load_base
-from collectionlora.bases.tiny import tiny_base
-from collectionlora.core import read_yaml, UserError, write_yaml
 from collectionlora.files.effects import write_effect
 
 PAIR = Image.new('RGB', (16, 16), (10, 20, 30)), Image.new('RGB', (16, 16), (200, 100, 0))

@@ -62,6 +62,7 @@ def test_every_command_has_help_with_an_example():
 
 def test_a_file_is_converted_there_and_back_and_shown_as_a_page(tmp_path):
     import torch
+
     from collectionlora.files.dialects import Lora, lora_hash
     from collectionlora.files.lora import read_lora, write_lora
 
@@ -86,6 +87,7 @@ def test_a_file_is_converted_there_and_back_and_shown_as_a_page(tmp_path):
 
 def test_a_file_cannot_harm_or_deceive_who_looks_at_it(tmp_path):
     import torch
+
     from collectionlora.files.dialects import Lora
     from collectionlora.files.lora import write_lora
 
@@ -113,6 +115,7 @@ def test_a_file_cannot_harm_or_deceive_who_looks_at_it(tmp_path):
 
 def test_a_smaller_collection_is_written_with_its_card(tmp_path):
     import torch
+
     from collectionlora.files.dialects import Lora
     from collectionlora.files.header import catalogue, read_header
     from collectionlora.files.lora import read_lora, write_lora
@@ -150,7 +153,9 @@ def test_a_smaller_collection_is_written_with_its_card(tmp_path):
 
 
 def test_alpha_may_be_told_where_the_file_is_silent(tmp_path):
-    import safetensors.torch, torch
+    import safetensors.torch
+    import torch
+
     from collectionlora.files.lora import read_lora
 
     name = 'transformer_blocks.0.attn.to_q'
@@ -186,13 +191,13 @@ def test_files_given_to_a_run_are_known_by_content(tmp_path, monkeypatch):
 
 
 def test_given_name_seed_and_single_settings_win_over_a_run_file(tmp_path, monkeypatch):
-    from collectionlora.run import sweep
+    from collectionlora.run import execute as runner
 
     asked, folder = {}, tmp_path / 'rates'
     folder.mkdir()
     (folder / 'mine.yaml').write_text('seed: 2\nsteps: 3\nsettings: {fake_warmup: 1, fake_per_generator: 2}\n')
     monkeypatch.setattr(
-        run,
+        runner,
         'execute',
         lambda experiment, out, name, values, inputs, seed, processes: (
             asked.update(name=name, seed=seed, values=values) or {'metrics': {}}
@@ -230,13 +235,13 @@ def test_a_sweep_knows_its_files_by_content(tmp_path, monkeypatch):
     asked = []
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'a.txt').write_text('a')
-    monkeypatch.setattr(run, 'execute', lambda experiment, out, name, point, inputs, *more: asked.append(inputs))
+    monkeypatch.setattr(sweep, 'execute', lambda experiment, out, name, point, inputs, *more: asked.append(inputs))
     sweep.sweep('evaluate', {'collection': ['a.txt'], 'images': [1, 2]}, tmp_path / 'out')
     assert asked == [{'collection': 'a.txt'}] * 2
 
 
 def test_help_and_mistakes_do_not_load_torch():
-    code = "import sys\nfrom collectionlora.cli import app\ntry: app(sys.argv[1:])\nexcept SystemExit as e: print('torch' in sys.modules, e.code)"
+    code = "import sys\nfrom collectionlora.run.cli import app\ntry: app(sys.argv[1:])\nexcept SystemExit as e: print('torch' in sys.modules, e.code)"
     for args, last in ((['--help'], 'False 0'), (['run', 'nano_bse'], 'False 2')):
         done = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == last, done.stdout + done.stderr
@@ -304,11 +309,12 @@ def test_a_wheel_carries_notebooks_and_data_and_no_development_tools(wheel_site,
         wheel_site,
         tmp_path,
         """
-from collectionlora import core, run
+from collectionlora import core
+from collectionlora.run import execute
 assert not core.in_checkout() and core.results_dir().parent == __import__('pathlib').Path.cwd()
 print(sorted(p.stem for p in core.notebooks_dir().glob('*.ipynb')))
 print(sorted(p.relative_to(core.data_dir()).as_posix() for p in core.data_dir().rglob('*') if p.is_file()))
-assert run.declared('nano_base')['steps'].type == 'int'
+assert execute.declared('nano_base')['steps'].type == 'int'
 assert not {'nbdev', 'fastcore'} & {n.split('.')[0] for n in sys.modules}
 """,
     )
@@ -323,7 +329,7 @@ assert not {'nbdev', 'fastcore'} & {n.split('.')[0] for n in sys.modules}
 
 def test_a_wheels_command_works_far_from_the_checkout(wheel_site, tmp_path):
     done = in_wheel(
-        wheel_site, tmp_path, "from collectionlora.cli import app\nsys.argv = ['collectionlora', '--help']\napp()"
+        wheel_site, tmp_path, "from collectionlora.run.cli import app\nsys.argv = ['collectionlora', '--help']\napp()"
     )
     assert done.returncode == 0 and 'distill' in done.stdout, done.stderr
     metadata = (next(wheel_site.glob('collectionlora-*.dist-info')) / 'METADATA').read_text()
@@ -337,7 +343,7 @@ def test_a_wheel_runs_its_notebooks_in_a_folder_of_the_users(wheel_site, tmp_pat
     "The kernel, too, must find the wheel's package: PYTHONPATH reaches it, and goes before the editable checkout."
     args = ['run', 'effects', '-o', 'mine', '-p', 'effects=1', '-p', 'pairs=2', '-p', 'general=2']
     go = lambda: subprocess.run(
-        [sys.executable, '-c', 'from collectionlora.cli import main; main()', *args],
+        [sys.executable, '-c', 'from collectionlora.run.cli import main; main()', *args],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -354,9 +360,10 @@ def test_a_wheel_runs_its_notebooks_in_a_folder_of_the_users(wheel_site, tmp_pat
 
 def test_a_lora_is_compared_with_a_bases_layers(tmp_path):
     import torch
-    from collectionlora.roles import layer_sizes
+
     from collectionlora.files.dialects import Lora
     from collectionlora.files.lora import read_lora, write_lora
+    from collectionlora.roles import layer_sizes
 
     sizes = layer_sizes(core.nano_dir())
     some = {n: (torch.ones(2, i), torch.ones(o, 2)) for n, (i, o) in sizes.items() if not n.endswith('_mod.1')}

@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 
 from collectionlora import world
-from collectionlora.files.conditions import Conditions
-from collectionlora.files.drawn import pick_effects, write_world_effect
-from collectionlora.files.effects import general_pictures
 from collectionlora.bases.pipeline import load_base
 from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import UserError, write_yaml
-from collectionlora.files.conditions import ConditionCache
+from collectionlora.files import conditions
+from collectionlora.files.conditions import ConditionCache, Conditions
+from collectionlora.files.drawn import pick_effects, write_world_effect
 from collectionlora.files.effects import (
+    general_pictures,
     load_effect,
     load_effects,
     load_general,
@@ -351,7 +351,7 @@ def test_one_grid_per_call_and_memory_is_bounded(base, effect, tmp_path):
 def test_a_full_disk_is_one_sentence_and_what_is_encoded_stays(base, effect, tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
-    pairs, calls, original = [(p, 'do it') for p in effect.sources], [], data.save_file
+    pairs, calls, original = [(p, 'do it') for p in effect.sources], [], conditions.save_file
 
     def full(*args, **kw):
         calls.append(1)
@@ -359,7 +359,7 @@ def test_a_full_disk_is_one_sentence_and_what_is_encoded_stays(base, effect, tmp
             raise SafetensorError('I/O error: No space left on device')
         original(*args, **kw)
 
-    monkeypatch.setattr(data, 'save_file', full)
+    monkeypatch.setattr(conditions, 'save_file', full)
     with pytest.raises(UserError, match='No space left.*make room'):
         ConditionCache(base, tmp_path / 'c', batch=1).warm(pairs)
     monkeypatch.undo()

@@ -7,11 +7,11 @@ import torch
 from typer.testing import CliRunner
 
 from collectionlora import core
-from collectionlora.run import chain, cli
 from collectionlora.core import UserError
-from collectionlora.files.effects import load_effect
 from collectionlora.files.dialects import Lora
+from collectionlora.files.effects import load_effect
 from collectionlora.files.lora import read_lora, write_lora
+from collectionlora.run import chain, cli
 
 
 def call(*args):
@@ -66,7 +66,7 @@ def collection(world, folder, tmp_path):
 
 
 def test_a_plan_is_printed_and_nothing_made(world, folder, tmp_path, collection, monkeypatch):
-    monkeypatch.setattr(demo, 'results_dir', lambda: tmp_path)
+    monkeypatch.setattr(chain, 'results_dir', lambda: tmp_path)
     said = distil(
         folder,
         tmp_path / 'out',
@@ -133,7 +133,7 @@ def test_wrong_settings_are_refused_before_words_and_targets_are_made(world, fol
 def test_a_job_puts_every_stage_on_its_device_and_keeps_the_budgets_other_settings(folder, tmp_path, monkeypatch):
     asked, found = {}, {e: {'by': 'effect.yaml'} for e in ('one', 'two')}
     monkeypatch.setattr(
-        demo,
+        chain,
         'execute',
         lambda experiment, out, run, values, inputs, seed: (
             asked.update({experiment: values}) or {'metrics': {'prompts': found}}
@@ -148,10 +148,10 @@ def test_a_job_puts_every_stage_on_its_device_and_keeps_the_budgets_other_settin
 
 
 def test_teachers_paint_as_many_general_pictures_as_the_budget_borrows(world, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, 'results_dir', lambda: tmp_path)
+    monkeypatch.setattr(chain, 'results_dir', lambda: tmp_path)
     budget = chain.differences
     monkeypatch.setattr(
-        demo,
+        chain,
         'differences',
         lambda experiment, name: (
             {'steps': 2, 'guidance': 1.0, 'borrow': 2} if experiment == 'targets' else budget(experiment, name)
@@ -169,7 +169,7 @@ def test_teachers_paint_as_many_general_pictures_as_the_budget_borrows(world, fo
     }
     asked = {}
     monkeypatch.setattr(
-        demo, 'execute', lambda experiment, out, run, values, inputs, seed: asked.update(values=values, inputs=inputs)
+        chain, 'execute', lambda experiment, out, run, values, inputs, seed: asked.update(values=values, inputs=inputs)
     )
     chain.paint(job, effects, teachers)
     assert asked['values']['borrow'] == 0 and 'general' not in asked['inputs']
@@ -188,7 +188,7 @@ def test_the_budget_follows_the_base(folder, tmp_path):
 def test_ones_own_loras_without_targets_or_general_pictures_become_a_collection(folder, tmp_path, monkeypatch):
     from collectionlora.files.header import catalogue
 
-    monkeypatch.setattr(demo, 'results_dir', lambda: tmp_path)
+    monkeypatch.setattr(chain, 'results_dir', lambda: tmp_path)
     for id, name in (('one', 'my_one'), ('two', 'blueprint')):  # the second shares its name with an effect of the world
         shutil.copytree(folder / 'effects' / id / 'source', tmp_path / 'effects' / name / 'source')
         (tmp_path / 'effects' / name / 'effect.yaml').write_text(f'id: {name}\ncategory: animal\nprompt: do {id}\n')

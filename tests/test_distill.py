@@ -16,27 +16,23 @@ import torch
 from PIL import Image
 
 from collectionlora import aop, c2fdo
-from collectionlora.dmd import fake_loss
-from collectionlora.engine.looks import show_history
-from collectionlora.engine.loop import Training
-from collectionlora.engine.plan import measured_plan, passes
-from collectionlora.engine.pools import mixed_pool, mixed_rows, Pool
-from collectionlora.engine.settings import PRESETS
-from collectionlora.engine.state import load_checkpoint, start_from, State
-from collectionlora.engine.terms import fake_update, rate_at
 from collectionlora.bases.pipeline import load_base
 from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import seed_of, UserError
+from collectionlora.dmd import fake_loss
+from collectionlora.engine import terms
+from collectionlora.engine.looks import show_history
+from collectionlora.engine.loop import distill, Training
+from collectionlora.engine.plan import measured_plan, passes
+from collectionlora.engine.pools import load_pools, mixed_pool, mixed_rows, Pool, samples_of
+from collectionlora.engine.settings import PRESETS, resolved, schedule_of, Settings
+from collectionlora.engine.state import Guard, load_checkpoint, start_from, State
+from collectionlora.engine.terms import Engine, fake_update, rate_at
 from collectionlora.files.conditions import ConditionCache
 from collectionlora.files.effects import load_effects, load_general, write_effect, write_general
-from collectionlora.engine.loop import distill
-from collectionlora.engine.pools import load_pools, samples_of
-from collectionlora.engine.settings import resolved, schedule_of, Settings
-from collectionlora.engine.state import Guard
-from collectionlora.engine.terms import Engine
-from collectionlora.flow import few_step_times
 from collectionlora.files.header import catalogue, read_header
 from collectionlora.files.lora import read_lora, write_lora
+from collectionlora.flow import few_step_times
 from collectionlora.teachers import TeacherBank
 
 SMALL = Settings.preset(
@@ -499,10 +495,10 @@ def test_resume_within_a_cycle(world, tmp_path, variant, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)  # warm-up 3, cycle of 2, then the first of the next cycle
         return true(*args)
 
-    monkeypatch.setattr(loop, 'fake_loss', interrupted)
+    monkeypatch.setattr(terms, 'fake_loss', interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(world, s, tmp_path / 'cut')
-    monkeypatch.setattr(loop, 'fake_loss', true)
+    monkeypatch.setattr(terms, 'fake_loss', true)
     assert [p.name for p in (tmp_path / 'cut' / 'checkpoints').glob('*.pt')] == ['0000001-00000006.pt']
     assert same_history(run(world, s, tmp_path / 'cut'), whole)
     assert (tmp_path / 'cut' / 'collection.safetensors').read_bytes() == (
@@ -517,7 +513,7 @@ def test_a_second_interrupt_does_not_save_half_an_update(world, tmp_path, monkey
         time.sleep(0.2)
         return None
 
-    monkeypatch.setattr(loop, 'fake_loss', twice)
+    monkeypatch.setattr(terms, 'fake_loss', twice)
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # a shell starts background jobs with Ctrl-C ignored
@@ -660,7 +656,7 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_distill import SMALL, open_world
 from dataclasses import replace
-from collectionlora.distill import distill
+from collectionlora.engine.loop import distill
 for info in distill(*open_world(Path({folder!r})), replace(SMALL, steps=12), {out!r}, save_every=1): print(info['step'], flush=True)
 """
 

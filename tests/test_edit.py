@@ -8,18 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from collectionlora.judge.methods import Method, run_method
-from collectionlora.use import edit
-from collectionlora.use.plain import fixed_noise, plain_pipeline
 from collectionlora.bases.pipeline import load_base
 from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import UserError
-from collectionlora.flow import few_step_times
 from collectionlora.files.dialects import Lora, lora_hash
-from collectionlora.files.header import catalogue
+from collectionlora.files.header import catalogue, file_sha256
 from collectionlora.files.lora import read_lora, write_lora
-from collectionlora.files.header import file_sha256
+from collectionlora.flow import few_step_times
 from collectionlora.judge.gate import Item
+from collectionlora.judge.methods import Method, run_method
+from collectionlora.use import edit
+from collectionlora.use.plain import fixed_noise, plain_pipeline
 
 SAMPLING = dict(steps=8, shift=3.0, times=few_step_times(8, 3.0), stochastic=True, cfg=1.0)
 EFFECTS = [

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from collectionlora.judge import effectbench as bench
 from collectionlora import world
 from collectionlora.core import UserError
+from collectionlora.judge import effectbench as bench
 
 
 @pytest.mark.parametrize('size', ['toy', 'small'])

@@ -5,7 +5,8 @@ import torch
 
 from collectionlora.dmd import fake_loss
 from collectionlora.flow import add_noise
-from test_distill import SMALL, ThreeCopies, engine_of, gradients
+
+from test_distill import engine_of, gradients, SMALL, ThreeCopies
 
 
 def every_gradient(engine):

@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from collectionlora import world
-from collectionlora.judge import evaluate as V, tables
-from collectionlora.judge.gate import gate, judge
 from collectionlora.bases.pipeline import load_base
 from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import UserError
-from collectionlora.files.effects import write_effect
-from collectionlora.use.edit import Collection, Recipe
 from collectionlora.files.dialects import Lora
+from collectionlora.files.effects import write_effect
 from collectionlora.files.lora import write_lora
+from collectionlora.judge import evaluate as V, tables
+from collectionlora.judge.gate import gate, judge
+from collectionlora.use.edit import Collection, Recipe
 
 EFFECTS = {'oil_painting': 'animal', 'confetti_party': 'animal', 'stone_statue': 'portrait'}
 

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from collectionlora import core, world
-from collectionlora.judge.gate import read_rows
-from collectionlora.judge.tables import by_method, REFERENCES
-from collectionlora.run import execute
 from collectionlora.bases.pipeline import load_base
 from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import UserError
-from collectionlora.files.effects import write_effect
-from collectionlora.judge.evaluate import held_out
 from collectionlora.files.dialects import Lora
+from collectionlora.files.effects import write_effect
 from collectionlora.files.header import catalogue, read_header
 from collectionlora.files.lora import read_lora, write_lora
+from collectionlora.judge.evaluate import held_out
+from collectionlora.judge.gate import read_rows
+from collectionlora.judge.tables import by_method, REFERENCES
+from collectionlora.run import execute
 
 EFFECTS = {'oil_painting': 'animal', 'confetti_party': 'portrait'}
 

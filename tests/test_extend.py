@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from collectionlora.use import extend as ext
 from collectionlora.core import sha256_file, UserError
 from collectionlora.engine.settings import resolved, schedule_of, Settings
-from collectionlora.flow import few_step_times
 from collectionlora.files.header import catalogue, read_header
 from collectionlora.files.lora import read_lora, write_lora
-from test_distill import SMALL, make_world, open_world, run
+from collectionlora.flow import few_step_times
+from collectionlora.use import extend as ext
+
+from test_distill import make_world, open_world, run, SMALL
 
 SHORT = dict(batch=2, fake_per_generator=1, fake_warmup=0, rank_fake=2, ema=0.5, lr_warmup=0, lr_student=0.01, steps=2)
 

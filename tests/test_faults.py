@@ -13,20 +13,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from collectionlora.engine import monitors
+from collectionlora.bases.pipeline import load_base
+from collectionlora.core import seed_of, UserError
+from collectionlora.engine import looks, loop, monitors
+from collectionlora.engine.finetune import finish
+from collectionlora.engine.loop import distill
 from collectionlora.engine.plan import measured_plan
 from collectionlora.engine.pools import load_pools, samples_of
 from collectionlora.engine.settings import resolved
-from collectionlora.engine.terms import generator_update, rate_at
-from collectionlora.bases.pipeline import load_base
-from collectionlora.core import seed_of, UserError
-from collectionlora.engine.loop import distill
 from collectionlora.engine.state import Diverged
+from collectionlora.engine.terms import generator_update, rate_at
 from collectionlora.files.dialects import Lora, lora_hash
 from collectionlora.files.lora import read_lora, write_lora
-from collectionlora.engine.finetune import finish
 from collectionlora.teachers import TeacherBank
-from test_distill import SMALL, fails, open_world, run, same_history
+
+from test_distill import fails, open_world, run, same_history, SMALL
 
 S = replace(SMALL, steps=6, fake_warmup=2, p_switch=0.8)
 
@@ -254,12 +255,12 @@ def test_other_errors_are_not_taken_for_it(world, tmp_path, monkeypatch):
         run(world, S, tmp_path)
 
 
-@pytest.mark.parametrize('what', ['write_lora', 'contact_sheet'])
-def test_a_disk_that_fills_up_at_the_end(world, straight, tmp_path, monkeypatch, what):
+@pytest.mark.parametrize('where, what', [(loop, 'write_lora'), (looks, 'contact_sheet')])
+def test_a_disk_that_fills_up_at_the_end(world, straight, tmp_path, monkeypatch, where, what):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, 'No space left on device')
 
-    monkeypatch.setattr(loop, what, full)
+    monkeypatch.setattr(where, what, full)
     assert (
         'No space left on device' in (said := fails(world, S, tmp_path, val_every=6, val_per_effect=1))
         and 'make room' in said
@@ -323,7 +324,7 @@ def test_the_plan_counts_memory_and_disk(world):
 RUNNER = """
 import sys
 from pathlib import Path
-from collectionlora.run import execute
+from collectionlora.run.execute import execute
 world = Path({folder!r})
 small = dict(fake_per_generator=2, fake_warmup=3, few_steps=4, rank_fake=2)
 execute('distill', {out!r}, 'all', dict(steps=150, batch=2, rank=2, settings=small, save_every=1, val_every=0),

@@ -1,6 +1,11 @@
 """LoRA files against the programs that write and read them: real PEFT and diffusers files, outputs compared, and every refusal by name."""
 
-import json, logging, shutil, struct, subprocess, sys
+import json
+import logging
+import shutil
+import struct
+import subprocess
+import sys
 
 import diffusers as installed
 import pytest
@@ -8,14 +13,14 @@ import safetensors.torch
 import torch
 from diffusers import QwenImageTransformer2DModel
 from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model, LoraConfig
 
 from collectionlora.core import data_dir, read_json, UserError
 from collectionlora.files.clients import comfyui_view, diffsynth_view
 from collectionlora.files.dialects import Lora, lora_hash
+from collectionlora.files.header import catalogue, file_sha256, read_header, read_table
 from collectionlora.files.lora import annotate, convert, DIALECTS, find_weights, read_lora, report, write_lora
 from collectionlora.files.shrink import resize, shrink
-from collectionlora.files.header import catalogue, file_sha256, read_header, read_table
 
 logging.getLogger('diffusers').setLevel(logging.CRITICAL)
 RANK, DIFFUSERS = 4, tuple(map(int, installed.__version__.split('.')[:2]))
@@ -541,7 +546,7 @@ def test_listing_needs_no_torch(tmp_path):
     effects = [dict(id=f'effect-{i}', trigger=f'<{i}>', category='animal', prompt='p' * 200) for i in range(180)]
     write_lora(tmp_path / 'x.safetensors', LORA, {'collectionlora.effects': effects})
     code = (
-        'import sys, time; from collectionlora.lora_header import catalogue\n'
+        'import sys, time; from collectionlora.files.header import catalogue\n'
         f"t = time.perf_counter(); n = len(catalogue({str(tmp_path / 'x.safetensors')!r})); print(n, 'torch' in sys.modules, time.perf_counter() - t)"
     )
     n, torch_loaded, _ = subprocess.run(
@@ -569,6 +574,7 @@ def test_resize_is_the_best_approximation():
 
 def test_our_validator_agrees_with_jsonschema():
     import jsonschema
+
     from collectionlora.files.header import HEADER_SCHEMA, violation
 
     jsonschema.Draft202012Validator.check_schema(HEADER_SCHEMA)
@@ -670,7 +676,7 @@ def test_a_config_beside_a_converted_file_is_not_applied_to_it(tmp_path):
 
 
 def test_an_adapter_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    from collectionlora.files import clients as lora_files
+    from collectionlora.files import lora as lora_files
 
     write_lora(tmp_path / 'c.safetensors', LORA)
     convert(tmp_path / 'c.safetensors', tmp_path / 'pf', 'peft')

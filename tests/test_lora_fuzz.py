@@ -2,7 +2,13 @@
 
 The quick suite takes a few hundred, `make test-all` ten thousand; with COLLECTIONLORA_FUZZ_RECORD=file.json the long one writes its record there."""
 
-import json, math, os, struct, subprocess, sys, time
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -12,8 +18,8 @@ import torch
 
 from collectionlora.core import rng, run_info, save_run, UserError
 from collectionlora.files.dialects import LEAVES, Lora
-from collectionlora.files.lora import read_lora, write_lora
 from collectionlora.files.header import read_header
+from collectionlora.files.lora import read_lora, write_lora
 
 FEW, MANY = 200, 10_000
 MODULES = {f'transformer_blocks.0.{leaf}': (4 + i % 3, 5 + i % 4) for i, leaf in enumerate(LEAVES)}
@@ -524,7 +530,7 @@ def test_header_bombs_stay_within_memory(tmp_path):
     code = f"""
 import os, struct
 from collectionlora.core import UserError
-from collectionlora.lora_header import MAX_HEADER, read_header
+from collectionlora.files.header import MAX_HEADER, read_header
 {BOMBS}
 peak = lambda: next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')) * 1024
 for size in (100_000, MAX_HEADER - 100, 30_000_000):
@@ -562,7 +568,7 @@ def test_reading_stays_within_four_times_the_file(dtype, tmp_path):
     )
     code = f"""
 import os, torch
-from collectionlora.lora_files import read_lora
+from collectionlora.files.lora import read_lora
 before = int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGESIZE')
 lora = read_lora({str(path)!r})
 peak = next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM'))     # ru_maxrss would start at the parent's size

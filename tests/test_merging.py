@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model, LoraConfig
 
 from collectionlora.core import UserError
 from collectionlora.files.dialects import Lora

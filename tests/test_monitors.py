@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from collectionlora.engine import monitors
 from collectionlora.core import UserError
+from collectionlora.engine import monitors
 from collectionlora.engine.monitors import apart, better_by, Boards, diagnose, due, is_best, late, scalars, val_distance
 
 RECORDED = {

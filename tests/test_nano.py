@@ -62,7 +62,7 @@ def test_focus_ends_where_it_is_told_to(monkeypatch):
     def net(hidden_states, **_):
         return (torch.zeros_like(hidden_states),)
 
-    monkeypatch.setattr(nano, 'token_weights', lambda *a: seen.append(a[2]) or torch.ones(8, 64))
+    monkeypatch.setattr(training, 'token_weights', lambda *a: seen.append(a[2]) or torch.ones(8, 64))
     loss = training.drawing_loss(net, X, E, n, batch=8, focus=(7.0, 2))
     got = [loss(np.random.default_rng(0), torch.Generator().manual_seed(0), step).item() for step in range(4)]
     assert seen == [7.0, 7.0] and got[0] == got[3] > 0
@@ -101,14 +101,14 @@ def test_a_run_without_steps_ends_at_once():
 
 def test_pairs_are_drawn_once_and_anew_where_the_world_differs(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(nano, '_render_shard', lambda job: (drawn.append(job[1]), real(job))[1])
-    monkeypatch.setattr(nano.mp, 'get_context', lambda how: Here)
+    monkeypatch.setattr(training, '_render_shard', lambda job: (drawn.append(job[1]), real(job))[1])
+    monkeypatch.setattr(training.mp, 'get_context', lambda how: Here)
     pair, C, families = training.render_pairs(tmp_path, 6, seed=3, shard=4)
     assert drawn == [0, 1] and (pair(5)[0] == training.edit_example(5, 3)[0]).all() and len(C) == len(families) == 6
     training.render_pairs(tmp_path, 5, seed=3, shard=4)
     assert drawn == [0, 1]
-    old = nano.world.render
-    monkeypatch.setattr(nano.world, 'render', lambda s: 255 - old(s))
+    old = training.world.render
+    monkeypatch.setattr(training.world, 'render', lambda s: 255 - old(s))
     assert (training.render_pairs(tmp_path, 6, seed=3, shard=4)[0](5)[0] == 255 - pair(5)[0]).all() and drawn == [
         0,
         1,

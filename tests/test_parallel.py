@@ -15,22 +15,22 @@ import pytest
 import torch
 
 from collectionlora import core
-from collectionlora.dmd import fake_loss
-from collectionlora.engine import parallel
+from collectionlora.bases.pipeline import load_base
+from collectionlora.core import UserError
+from collectionlora.engine import parallel, terms
+from collectionlora.engine.loop import distill
+from collectionlora.engine.parallel import Ranks, together
 from collectionlora.engine.pools import load_pools, samples_of
 from collectionlora.engine.settings import resolved, schedule_of
 from collectionlora.engine.state import State
 from collectionlora.engine.terms import Engine
-from collectionlora.run.execute import execute, RunFailed
-from collectionlora.run.slurm import _waiting
-from collectionlora.run.sweep import sweep, table, write_table
-from collectionlora.bases.pipeline import load_base
-from collectionlora.core import UserError
-from collectionlora.engine.loop import distill
 from collectionlora.files.header import read_header
 from collectionlora.files.lora import read_lora, write_lora
-from collectionlora.engine.parallel import Ranks, together
-from test_distill import SMALL, make_world, open_world
+from collectionlora.run import slurm as arrays
+from collectionlora.run.execute import execute, RunFailed
+from collectionlora.run.sweep import sweep, table, write_table
+
+from test_distill import make_world, open_world, SMALL
 
 TINY = replace(SMALL, steps=3, batch=5, fake_warmup=2, routes=3)
 MOVING = ('seconds', 'lr', 'step', 'effect', 'warmup')
@@ -177,7 +177,7 @@ def test_an_interrupt_of_one_process_stops_both_at_the_same_step(world, tmp_path
         except KeyboardInterrupt:
             return info['step']
 
-    true = fake_loss
+    true = terms.fake_loss
 
     def asked(*args):
         if asked.now:
@@ -187,11 +187,11 @@ def test_an_interrupt_of_one_process_stops_both_at_the_same_step(world, tmp_path
 
     asked.now = False
     before = signal.signal(signal.SIGUSR1, lambda *_: setattr(asked, 'now', True))
-    fake_loss = asked
+    terms.fake_loss = asked
     try:
         assert answers(together(go)) == [2, 2]
     finally:
-        fake_loss = true
+        terms.fake_loss = true
         signal.signal(signal.SIGUSR1, before)
     assert [p.name for p in (tmp_path / 'checkpoints').glob('*.pt')] == ['0000002-00000007.pt']
 
@@ -223,7 +223,7 @@ from pathlib import Path
 from test_parallel import TINY
 from test_distill import open_world
 from collectionlora.core import UserError
-from collectionlora.distill import distill
+from collectionlora.engine.loop import distill
 try:
     for info in distill(*open_world(Path({folder!r})), replace(TINY, steps=6), {out!r}, save_every=1):
         print(os.environ.get('RANK', 0), os.getpid(), info['step'], flush=True)
@@ -691,7 +691,7 @@ def test_slurm_jobs_that_fail_are_killed_or_waited_for_again(slurm, tmp_path):
         subprocess.run(['scancel', jobs['mode=long'].job_id], check=True)
         return true(jobs, slurm)
 
-    true, _waiting = _waiting, ends
+    true, arrays._waiting = arrays._waiting, ends
     try:
         with pytest.raises(RunFailed) as e:
             sweep(
@@ -701,7 +701,7 @@ def test_slurm_jobs_that_fail_are_killed_or_waited_for_again(slurm, tmp_path):
                 slurm={'timeout_min': 5, 'cpus_per_task': 1},
             )
     finally:
-        _waiting = true
+        arrays._waiting = true
     assert (
         '2 of 3 runs failed' in str(e.value) and 'asked to' in str(e.value) and 'ended without a word' in str(e.value)
     )
@@ -710,7 +710,7 @@ def test_slurm_jobs_that_fail_are_killed_or_waited_for_again(slurm, tmp_path):
         raise KeyboardInterrupt
         yield
 
-    _waiting = leaves
+    arrays._waiting = leaves
     again = lambda: sweep(
         path, {'mode': ['long', 'x'], 'seed': [2]}, tmp_path / 'w', slurm={'timeout_min': 5, 'cpus_per_task': 1}
     )
@@ -718,5 +718,5 @@ def test_slurm_jobs_that_fail_are_killed_or_waited_for_again(slurm, tmp_path):
         with pytest.raises(KeyboardInterrupt, match='the same call waits'):
             again()
     finally:
-        _waiting = true
+        arrays._waiting = true
     assert [r['metrics']['tens'] for r in again().values()] == [20, 20]

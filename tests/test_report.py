@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from collectionlora.core import run_info, UserError
 from collectionlora.judge import report as R, tables
 from collectionlora.judge.gate import NONE, Row
-from collectionlora.core import run_info, UserError
 
 OWN, OTHER = 'ours, 8 steps', 'other <8> steps'
 EFFECTS = {

@@ -11,6 +11,7 @@ import nbformat
 import pytest
 
 from collectionlora import core
+from collectionlora.run import execute as execution
 from collectionlora.run.execute import execute, RunFailed
 from collectionlora.run.sweep import from_file, sweep
 
@@ -199,7 +200,7 @@ def test_a_notebook_may_hold_the_lock_of_its_own_folder_but_a_second_run_may_not
     ],
 )
 def test_a_runs_file_is_strict(tmp_path, monkeypatch, text, words):
-    monkeypatch.setattr(run, 'notebooks_dir', lambda: tmp_path)
+    monkeypatch.setattr(execution, 'notebooks_dir', lambda: tmp_path)
     notebook(tmp_path / 'a.ipynb')
     (tmp_path / 'a').mkdir()
     (tmp_path / 'a' / 'short.yaml').write_text(text)

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from collectionlora import core, vanishing
-from collectionlora.engine import settings
-from collectionlora.judge import studies as studies_
-from collectionlora.run import execute
 from collectionlora.bases.pipeline import load_base
 from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import read_yaml, UserError, write_yaml
+from collectionlora.engine import settings
 from collectionlora.files.conditions import ConditionCache
-from collectionlora.judge.methods import Method
-from collectionlora.use.edit import Recipe
+from collectionlora.judge import studies as studies_
 from collectionlora.judge.evaluate import held_out
+from collectionlora.judge.methods import Method
+from collectionlora.run import execute
+from collectionlora.use.edit import Recipe
 
 NAMES = ('vanishing', 'branches', 'dynamics')
 ROOT = core.repo_root()

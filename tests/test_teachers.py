@@ -10,19 +10,10 @@ import torch
 from hypothesis import given, settings as hyp, strategies as st
 from PIL import Image
 
-from collectionlora.files import lora as lora_files
-from collectionlora.flow import sample_ode
-from collectionlora.teachers import teacher_files
 from collectionlora.bases.pipeline import load_base
 from collectionlora.bases.tiny import tiny_base
-from collectionlora.roles import TARGETS
 from collectionlora.core import rng, UserError
-from collectionlora.files.conditions import ConditionCache
-from collectionlora.files.effects import write_effect
-from collectionlora.flow import ode_times
-from collectionlora.files.dialects import Lora, lora_hash
-from collectionlora.files.header import read_header
-from collectionlora.files.lora import write_lora
+from collectionlora.engine import targets as painting
 from collectionlora.engine.finetune import (
     balanced_rows,
     draw_batch,
@@ -35,7 +26,15 @@ from collectionlora.engine.finetune import (
     train_teacher,
 )
 from collectionlora.engine.targets import make_targets, sample_targets, target_latents
-from collectionlora.teachers import draw_times, TeacherBank
+from collectionlora.files import lora as lora_files
+from collectionlora.files.conditions import ConditionCache
+from collectionlora.files.dialects import Lora, lora_hash
+from collectionlora.files.effects import write_effect
+from collectionlora.files.header import read_header
+from collectionlora.files.lora import write_lora
+from collectionlora.flow import ode_times, sample_ode
+from collectionlora.roles import TARGETS
+from collectionlora.teachers import draw_times, teacher_files, TeacherBank
 
 SMALL = FlowSettings(steps=12, batch=2, lr=5e-3, rank=2, save_every=4)
 
@@ -584,7 +583,7 @@ def test_targets_are_painted_once_and_survive_interruption(base, bank, world, tm
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(teachers, 'sample_ode', sampler)
+    monkeypatch.setattr(painting, 'sample_ode', sampler)
     with pytest.raises(KeyboardInterrupt):
         make_targets(base, bank, wide, cache, tmp_path / 'u', **how)
     assert not (tmp_path / 'u' / 'wide').exists()

@@ -249,9 +249,9 @@ def test_a_broken_index_is_named(base_folder, tmp_path):
 
 
 def test_the_cards_quote_their_records():
-    for name in ('oracle', 'data_card'):
+    for name, run in (('oracle', 'effects_180'), ('data_card', 'scenes_600')):
         folder = core.results_dir() / name
-        record, card = json.loads((folder / 'base.json').read_text())['metrics'], (folder / 'base.md').read_text()
+        record, card = json.loads((folder / f'{run}.json').read_text())['metrics'], (folder / f'{run}.md').read_text()
         if name == 'oracle':
             assert all(
                 f'{v["applied"]["share"]:.3f} [{v["applied"]["low"]:.3f}, {v["applied"]["high"]:.3f}]' in card
@@ -259,19 +259,19 @@ def test_the_cards_quote_their_records():
             )
         else:
             assert all(h[:16] in card for h in record['fingerprints'].values()) and all(
-                (folder / f'base-{f}.jpg').is_file() for f in record['families']
+                (folder / f'{run}-{f}.jpg').is_file() for f in record['families']
             )
 
 
 def test_the_data_card_fits_what_ships():
-    ships = json.loads((core.results_dir() / 'data_card' / 'base.json').read_text())['metrics']['ships']
+    ships = json.loads((core.results_dir() / 'data_card' / 'scenes_600.json').read_text())['metrics']['ships']
     found = {
         p.name: core.sha256_folder(p) if p.is_dir() else core.sha256_file(p)
         for p in core.data_dir().iterdir()
         if p.name[0] != '.' and p.suffix != '.md'
     }
     assert {k: v['sha256'] for k, v in ships.items()} == found, (
-        'run `collectionlora run nbs/experiments/data_card/base.yaml` again'
+        'run `collectionlora run nbs/experiments/data_card/scenes_600.yaml` again'
     )
 
 

@@ -5,45 +5,42 @@
 # %% auto #0
 __all__ = ['pick_effects', 'write_world_effect', 'write_world_general']
 
-# %% ../../nbs/files/drawn.ipynb #336f748e
+# %% ../../nbs/files/drawn.ipynb #52d90af6
 from pathlib import Path
 
 from .. import world
 from ..core import bar, nearest, rng, UserError
 from .effects import EffectSet, write_effect, write_general
 
-# %% ../../nbs/files/drawn.ipynb #d040568a
+# %% ../../nbs/files/drawn.ipynb #925e1764
 def pick_effects(n: int, seed: int) -> list[str]:
-    "The first n effects of the world in an order drawn by seed in which the families take turns; smaller sets are parts of larger ones."
+    """The first n effects of the world in an order drawn by seed in which the families take turns.
+
+    Smaller sets are parts of larger ones. Raises `UserError` if the world has fewer than n."""
     if not 1 <= n <= len(world.EFFECTS):
         raise UserError(f'pick_effects: {n} effects asked, the miniature world has 1 to {len(world.EFFECTS)}')
     families = {}
     for id, e in world.EFFECTS.items():
         families.setdefault(e.family, []).append(id)
-    turns = [
-        list(rng('effects of', seed, f).permutation(families[f]))
-        for f in rng('families', seed).permutation(sorted(families))
-    ]
+    order = rng('families', seed).permutation(sorted(families))
+    turns = [list(rng('effects of', seed, f).permutation(families[f])) for f in order]
     rounds = [[str(ids[k]) for ids in turns if k < len(ids)] for k in range(max(map(len, turns)))]
     return [id for r in rounds for id in r][:n]
 
-
+# %% ../../nbs/files/drawn.ipynb #48a57342
 def write_world_effect(folder, effect_id: str, pairs: int, seed: int, stratum: str = 'train') -> EffectSet:
-    "Draws `pairs` pairs of a world effect by seed and writes them as the effect folder `folder`, with ground truth in spec/."
+    "Draws `pairs` pairs of a world effect by seed as the effect folder `folder`, with ground truth in spec/."
     if effect_id not in world.EFFECTS:
         raise UserError(f'{effect_id!r} is no effect of the miniature world; {nearest(effect_id, world.EFFECTS)}')
-    e, scenes = world.EFFECTS[effect_id], []
+    e, images, scenes = world.EFFECTS[effect_id], [], []
     for i in range(pairs):
-        scenes.append(
-            world.draw_scene(rng('pair', effect_id, seed, stratum, i), e.categories[i % len(e.categories)], stratum)
-        )
-    images = [
-        (world.render(s), world.apply_effect(s, effect_id, rng('target', effect_id, seed, stratum, i)))
-        for i, s in enumerate(scenes)
-    ]
-    return write_effect(
-        folder, id=effect_id, category=' or '.join(e.categories), prompt=e.prompt, pairs=images, specs=scenes
-    )
+        category = e.categories[i % len(e.categories)]
+        scene = world.draw_scene(rng('pair', effect_id, seed, stratum, i), category, stratum)
+        target = world.apply_effect(scene, effect_id, rng('target', effect_id, seed, stratum, i))
+        scenes.append(scene)
+        images.append((world.render(scene), target))
+    category = ' or '.join(e.categories)
+    return write_effect(folder, id=effect_id, category=category, prompt=e.prompt, pairs=images, specs=scenes)
 
 
 def write_world_general(folder, n: int, seed: int) -> list[tuple[Path, str]]:

@@ -20,9 +20,11 @@ from ..core import data_dir, read_json, replacing, results_dir, sha256_file, Use
 from ..judge.evaluate import held_out, read_pictures
 from ..judge.gate import read_rows
 
-# %% ../../nbs/run/kept.ipynb #eeb7921b
+# %% ../../nbs/run/kept.ipynb #885715ea
 def thinned(record: dict, folder) -> dict:
-    "A record whose `outputs` name only files that are in `folder` as the run left them; `outputs_left_out` counts the others, and `key` goes with them."
+    """A record whose `outputs` name only files that are in `folder` as the run left them.
+
+    Where some are not, `outputs_left_out` counts them and `key` goes with them."""
     there = {
         name: digest
         for name, digest in record.get('outputs', {}).items()
@@ -34,7 +36,7 @@ def thinned(record: dict, folder) -> dict:
     kept = {k: v for k, v in record.items() if k != 'key'}
     return kept | {'outputs': there, 'outputs_left_out': missing}
 
-
+# %% ../../nbs/run/kept.ipynb #097b676f
 def paragraph(values: list, indent: int, width: int) -> str:
     "A list of numbers or words over as many lines as it needs."
     pad = ' ' * (indent + 1)
@@ -64,7 +66,7 @@ def as_text(value, indent: int = 0, width: int = 118) -> str:
     pad = ' ' * (indent + 1)
     return f'{ends[0]}\n' + ',\n'.join(pad + part for part in parts) + f'\n{" " * indent}{ends[1]}'
 
-# %% ../../nbs/run/kept.ipynb #894a72ed
+# %% ../../nbs/run/kept.ipynb #c076764a
 CELL, LEFT, TOP, GAP = 96, 104, 62, 4  # pixels: a picture's side, the margins for labels, the space between pictures
 
 
@@ -82,7 +84,7 @@ def canvas(columns: list[str], rows: int) -> tuple[Image.Image, ImageDraw.ImageD
         draw.multiline_text((LEFT + c * (CELL + GAP), TOP - 4), text, 'black', font, anchor='ld', spacing=1)
     return sheet, draw
 
-
+# %% ../../nbs/run/kept.ipynb #04719f7c
 def sheet_rows(pictures, subjects: int) -> list[tuple[str, str]]:
     "The first `subjects` (effect, image) of each effect, in the order of the pictures."
     found = list(dict.fromkeys((effect, image) for effect, image, _ in pictures))
@@ -90,7 +92,7 @@ def sheet_rows(pictures, subjects: int) -> list[tuple[str, str]]:
 
 
 def contact_sheet(index, path, subjects: int = 2, quality: int = 85) -> None:
-    "Draws the pictures of an evaluation's `index.json` on one JPEG: a row for each of the first `subjects` of an effect, a column for each contestant."
+    "Draws the first `subjects` of each effect of an evaluation's `index.json` on a JPEG, a column a contestant."
     columns, pictures = read_pictures(index)
     rows = sheet_rows(pictures, subjects)
     sheet, draw = canvas(columns, len(rows))
@@ -106,7 +108,7 @@ def contact_sheet(index, path, subjects: int = 2, quality: int = 85) -> None:
     with replacing(path) as part:
         sheet.save(part, 'JPEG', quality=quality, optimize=True)
 
-# %% ../../nbs/run/kept.ipynb #4cb8fda6
+# %% ../../nbs/run/kept.ipynb #60d01029
 def kept_items(folder: Path) -> dict:
     "(effect, image) -> the item that an evaluation in `folder` judged with its first noise, drawn again from its seed."
     record = read_json(folder / 'evaluation.json')
@@ -116,9 +118,11 @@ def kept_items(folder: Path) -> dict:
         (i.effect, i.image): i for i in held_out(effects, record['run']['parameters']['images'], record['run']['seed'])
     }
 
-
+# %% ../../nbs/run/kept.ipynb #cf51cb97
 def opinions(folder, pictures: str = 'evaluation-pictures') -> dict:
-    "The second judge's view of every contestant's picture below `folder`. Raises `UserError` if the world draws another target than the one that was judged."
+    """The second judge's view of every contestant's picture below `folder`: clip and perceptual in [-1, 1] and [0, 2].
+
+    Raises `UserError` if the world draws another target than the one that was judged."""
     from collectionlora.judge import second
 
     folder, judge = Path(folder), second.Opinion()
@@ -128,9 +132,7 @@ def opinions(folder, pictures: str = 'evaluation-pictures') -> dict:
     for (effect, image, column), picture in found.items():
         item = items[effect, image]
         if column == 'target' and not np.array_equal(item.truth, np.asarray(picture)):
-            raise UserError(
-                f'{folder}: the target of {effect}, {image} is not the one that the world draws; evaluate again'
-            )
+            raise UserError(f'{folder}: the world draws another target of {effect}, {image} than this; evaluate again')
         if column in ('source', 'target'):
             continue
         pixels, target = np.asarray(picture), np.asarray(found[effect, image, 'target'])
@@ -143,13 +145,16 @@ def opinions(folder, pictures: str = 'evaluation-pictures') -> dict:
     encoders = sha256_file(data_dir() / 'second' / 'encoders.safetensors')
     return {'encoders': encoders, 'pictures': made}
 
-# %% ../../nbs/run/kept.ipynb #402e185f
+# %% ../../nbs/run/kept.ipynb #678ff093
 RECORDS = ('evaluation.json', 'collection.json', 'all_in_one.json', 'targets.json', 'prompts.json')
 ROWS = 'evaluation.rows.jsonl'
 
 
 def keep(folder, to=None) -> Path:
-    "Writes records, judged rows, a sheet of pictures (`pictures.jpg`) and the second judge's view (`opinion.json`) of a finished demonstration to results/main_job/<its name>; a folder that is there is replaced. Raises `UserError` if a part is missing."
+    """Keeps a finished demonstration in results/main_job/<its name>; a folder that is there is replaced.
+
+    Written are the records, the judged rows, a sheet of pictures (`pictures.jpg`) and the second judge's view
+    (`opinion.json`). Raises `UserError` if a part is missing."""
     folder = Path(folder)
     to = Path(to or results_dir() / 'main_job' / folder.name)
     for name in (*RECORDS, ROWS, 'evaluation-pictures', 'teachers'):

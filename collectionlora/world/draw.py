@@ -12,7 +12,7 @@ import numpy as np
 
 from ..core import UserError
 from .pen import _A, hsv, layer, LENS, N, over, Pen, shade, texture
-from .styles import _blur, _lum, _particles, _spots, LOOKS
+from .styles import blur, _lum, _particles, _spots, LOOKS
 from .things import _body_wear, BODYWEAR, HEADWEAR, PROPS
 
 # %% ../../nbs/world/draw.ipynb #633284aa
@@ -735,7 +735,7 @@ def parts(spec):
         im = np.clip(
             LOOKS['frame'][spec['frame']['kind']](im, alpha, np.random.default_rng(spec['frame']['seed'])), 0, 1
         )
-    return _blur(im, LENS), alpha
+    return blur(im, LENS), alpha
 
 
 def render(spec):

@@ -16,7 +16,7 @@ from .draw import _subject, CLOTHES, draw_scene, parts, render
 from .edits import _amount, _unnamed_colour, SHAPES
 from .effects import apply_effect, effect_scene, EFFECTS, get_effect
 from .pen import N
-from .styles import _blur, _edges, _lum, _pool
+from .styles import blur, _edges, _lum, _pool
 
 # %% ../../nbs/world/oracle.ipynb #c1522c6e
 _FLOOR = dict(colour=0.05, sharp=0.4, edge=0.4, hist=0.06)
@@ -88,7 +88,7 @@ def _byte(x):
 
 
 FLAWS = dict(
-    blur=lambda y, r: _byte(255 * _blur(y / 255, 1.2)),
+    blur=lambda y, r: _byte(255 * blur(y / 255, 1.2)),
     noise=lambda y, r: _byte(y + r.normal(0, 20, y.shape)),
     warm=lambda y, r: _byte(y * np.array([1.25, 1, 0.75])),
     bright=lambda y, r: _byte(y * 1.25),

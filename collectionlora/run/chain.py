@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'base_folder', 'budgets', 'differences', 'Job', 'checked_effects', 'teach', 'describe', 'paint',
-           'distill_settings', 'distill', 'plan', 'extend', 'evaluate', 'ladder', 'rivals', 'write_report',
-           'shipped_acceleration', 'default_folder', 'demo', 'compare', 'rebase']
+           'distill_settings', 'distill', 'extend', 'plan', 'evaluate', 'ladder', 'rivals', 'write_report',
+           'shipped_acceleration', 'default_folder', 'compare', 'demo', 'ship', 'rebase']
 
-# %% ../../nbs/run/chain.ipynb #ac96116f
+# %% ../../nbs/run/chain.ipynb #18847e5f
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from collectionlora.core import (
+    collection_dir,
     data_dir,
     in_checkout,
     nano_dir,
@@ -23,17 +24,18 @@ from collectionlora.core import (
     results_dir,
     UserError,
 )
-from .execute import complete, declared, execute, short_path
+from .execute import execute
+from .keys import short_path
+from .signature import complete, declared
 from .sweep import from_file, merged
 
-# %% ../../nbs/run/chain.ipynb #0c31853e
+# %% ../../nbs/run/chain.ipynb #37c43a0d
 def base_folder(name='nano') -> Path:
-    "The folder of a base: the embedded one for 'nano', else a pipeline folder. Raises `UserError` if there is no pipeline in it."
+    "The folder of a base: the embedded one for 'nano', else a pipeline folder. `UserError` if no pipeline is there."
     folder = nano_dir() if str(name) == 'nano' else Path(name)
     if not (folder / 'model_index.json').is_file():
-        raise UserError(
-            f"{name}: no base here ({folder}/model_index.json is absent); give 'nano' or the folder of a Qwen-Image-Edit pipeline"
-        )
+        absent = f'no base here ({folder}/model_index.json is absent)'
+        raise UserError(f"{name}: {absent}; give 'nano' or the folder of a Qwen-Image-Edit pipeline")
     return folder
 
 
@@ -56,7 +58,7 @@ NEEDS = dict(
 
 
 def differences(experiment: str, budget: str) -> dict:
-    "What a budget changes in an experiment's defaults; nothing where it has no file for it."
+    "What a budget changes in an experiment's defaults; nothing where no budget has a file for it."
     if budget not in budgets():
         raise UserError(f'budget {budget!r} is unknown; {nearest(budget, budgets())}')
     path = notebooks_dir() / experiment / f'{budget}.yaml'
@@ -64,12 +66,11 @@ def differences(experiment: str, budget: str) -> dict:
         return from_file(path)[2]
     laid = sorted(p.stem for p in path.parent.glob('*.yaml') if p.stem in budgets())
     if laid:
-        raise UserError(
-            f'{experiment}: has no budget {budget!r}, its defaults are those of a smoke test; take {" or ".join(laid)}, or write {short_path(path)}'
-        )
+        smoke = f'has no budget {budget!r}, its defaults are those of a smoke test'
+        raise UserError(f'{experiment}: {smoke}; take {" or ".join(laid)}, or write {short_path(path)}')
     return {}
 
-# %% ../../nbs/run/chain.ipynb #995dc5aa
+# %% ../../nbs/run/chain.ipynb #f7762e60
 @dataclass(frozen=True)
 class Job:
     "Experiments that write below `out`, on the base in folder `base`, at a budget, with a seed, on a device."
@@ -79,24 +80,23 @@ class Job:
     budget: str
     seed: int = 0
     device: str = 'cpu'
+    replace: bool = False
 
     def do(self, experiment: str, run: str, inputs: dict, given: dict | None = None, folder: str = '') -> dict:
         "Runs one experiment into `out/folder` and returns its record; empty inputs are left out."
         known = declared(experiment)
-        shared = {'cache': short_path(results_dir() / '.cache')} if 'cache' in known else {}
-        if 'device' in known:
-            shared['device'] = self.device
-        base = {'base': self.base} if 'base' in known else {}
+        shared = {'cache': short_path(results_dir() / '.cache'), 'device': self.device}
+        shared = {n: v for n, v in shared.items() if n in known}
         values = merged({**differences(experiment, self.budget), **shared}, given or {})
-        return execute(
-            experiment, self.out / folder, run, values, {**base, **{n: v for n, v in inputs.items() if v}}, self.seed
-        )
+        used = {**({'base': self.base} if 'base' in known else {}), **{n: v for n, v in inputs.items() if v}}
+        more = {'replace': True} if self.replace else {}
+        return execute(experiment, self.out / folder, run, values, used, self.seed, **more)
 
     def record(self, run: str, folder: str = '') -> Path:
         "Where the record of a run is."
         return self.out / folder / f'{run}.json'
 
-# %% ../../nbs/run/chain.ipynb #766e5190
+# %% ../../nbs/run/chain.ipynb #f2eeb8f0
 def checked_effects(paths) -> dict[str, Path]:
     "Effect id -> folder, every effect among `paths` read and checked, ids and triggers unique."
     from collectionlora.files.effects import load_effects
@@ -114,19 +114,18 @@ def teach(job: Job, effects: dict[str, Path], given: dict | None = None) -> dict
 def describe(
     job: Job, effects: dict[str, Path], words: Path | None = None, collection: Path | None = None
 ) -> dict[str, Path]:
-    "Every effect with student description and trigger (Eq. 5), as in the prompts.yaml `words` where one is given, apart from those of `collection`: effect id -> effect folder."
-    found = job.do('prompts', 'prompts', {'effects': list(effects.values()), 'collection': collection, 'words': words})[
-        'metrics'
-    ]['prompts']
-    plain = [id for id in effects if found[id].get('by') == 'teacher prompt']
+    """Every effect with student description and trigger (Eq. 5): effect id -> effect folder.
+
+    `words`: a prompts.yaml to take them from. `collection`: its triggers are taken and not given again."""
+    inputs = {'effects': list(effects.values()), 'collection': collection, 'words': words}
+    found = job.do('prompts', 'prompts', inputs)['metrics']['prompts']
+    plain = ', '.join(id for id in effects if found[id].get('by') == 'teacher prompt')
     if plain:
-        print(
-            f"{', '.join(plain)}: described by the teacher's prompt alone; better words go into `description:` of effect.yaml",
-            file=sys.stderr,
-        )
+        better = 'better words go into `description:` of effect.yaml'
+        print(f"{plain}: described by the teacher's prompt alone; {better}", file=sys.stderr)
     return {id: job.out / 'described' / id for id in effects}
 
-
+# %% ../../nbs/run/chain.ipynb #82da3755
 def _borrowed(job: Job, general: Path | None) -> int:
     "How many pictures of the general stream every teacher paints at the job's budget."
     return differences('targets', job.budget).get('borrow', 0) if general else 0
@@ -139,17 +138,13 @@ def paint(
     general: Path | None = None,
     given: dict | None = None,
 ) -> dict[str, Path]:
-    "Targets painted by the teachers, of the effects' own sources and of as many pictures of `general` as the budget borrows: effect id -> effect folder."
+    "Targets painted by the teachers, of the effects' own sources and of borrowed ones: effect id -> effect folder."
     n = _borrowed(job, general)
-    job.do(
-        'targets',
-        'targets',
-        {'effects': list(effects.values()), 'teachers': list(teachers.values()), 'general': general if n else None},
-        {'borrow': n, **(given or {})},
-    )
+    inputs = {'effects': list(effects.values()), 'teachers': list(teachers.values()), 'general': general if n else None}
+    job.do('targets', 'targets', inputs, {'borrow': n, **(given or {})})
     return {id: job.out / 'targets' / id for id in effects}
 
-
+# %% ../../nbs/run/chain.ipynb #34de6f7e
 def _noise_levels(collection: Path, given: dict) -> dict:
     "The few-step schedule of a collection, as settings, which those `given` must not change."
     from collectionlora.use.extend import recipe_of, shift_of
@@ -157,14 +152,13 @@ def _noise_levels(collection: Path, given: dict) -> dict:
     recipe = recipe_of(collection)
     own = dict(few_steps=recipe.steps, few_shift=shift_of(recipe.times) if recipe.times else recipe.shift)
     for name, v in own.items():
-        if not isinstance(given.get(name, 0), (int, float)):
-            raise UserError(
-                f'settings: {name} must be a number, got {given[name]!r}; leave it out, {collection} says it'
-            )
-        if v is not None and abs(given.get(name, v) - v) > 1e-3:
-            raise UserError(
-                f'{collection}: is sampled with {name} {v:g}, the settings ask for {given[name]}; leave it out'
-            )
+        asked = given.get(name, 0 if v is None else v)
+        if not isinstance(asked, (int, float)):
+            leave = f'leave it out, {collection} says it'
+            raise UserError(f'settings: {name} must be a number, got {asked!r}; {leave}')
+        if v is not None and abs(asked - v) > 1e-3:
+            said = f'is sampled with {name} {v:g}, the settings ask for {asked}'
+            raise UserError(f'{collection}: {said}; leave it out')
     return own
 
 
@@ -175,38 +169,35 @@ def _stream(general: Path | None, s) -> list:
     if general:
         return load_general(general)
     if s.p_switch < 1:
-        raise UserError(
-            f'--general: {1 - s.p_switch:.0%} of the steps (p_switch {s.p_switch:g}) are on general pictures; give a folder of them with a manifest.jsonl, one line {{"image": "0.png", "prompt": "make it night"}} each, or do without: -p \'settings={{p_switch: 1}}\''
-        )
+        share = f'{1 - s.p_switch:.0%} of the steps (p_switch {s.p_switch:g}) are on general pictures'
+        line = 'with a manifest.jsonl, one line {"image": "0.png", "prompt": "make it night"} each'
+        without = "-p 'settings={p_switch: 1}'"
+        raise UserError(f'--general: {share}; give a folder of them {line}, or do without: {without}')
     return []
 
 
 def distill_settings(job: Job, init: Path | None = None, given: dict | None = None, experiment: str = 'distill'):
-    "(parameters, settings) of a distillation at the job's budget, or of an extension of `init`; mistakes in `given` are found here, before minutes go into words and targets."
+    """(parameters, settings) of a distillation at the job's budget, or of an extension of `init`.
+
+    Mistakes in `given` are found here, before minutes go into words and targets. Raises `UserError`."""
     from collectionlora.bases.pipeline import read_info
-    from collectionlora.files.card import inspect
     from collectionlora.engine.settings import resolved, Settings
+    from collectionlora.files.card import inspect
 
     values = complete(experiment, merged({**differences(experiment, job.budget), 'device': job.device}, given or {}))
     held = max(inspect(init)['ranks'], default=0) if init else 0
     rank = values['rank'] or held
-    asked = {
-        **{k: values[k] for k in ('preset', 'steps', 'batch')},
-        'seed': job.seed,
-        'rank_student': rank,
-        'rank_fake': rank,
-        'init': str(init or 'zero'),
-    }
+    asked = {k: values[k] for k in ('preset', 'steps', 'batch')}
+    asked |= {'seed': job.seed, 'rank_student': rank, 'rank_fake': rank, 'init': str(init or 'zero')}
     if experiment == 'extend':
         asked |= _noise_levels(init, values['settings'])
     s = Settings.from_dict({**asked, **values['settings']})
     if s.rank_student < held:
-        raise UserError(
-            f'{init}: has rank {held}, more than the {s.rank_student} of the run that starts from it; give -p rank={held} or more'
-        )
+        more = f'more than the {s.rank_student} of the run that starts from it'
+        raise UserError(f'{init}: has rank {held}, {more}; give -p rank={held} or more')
     return values, resolved(s, float(read_info(job.base)['shift']))
 
-
+# %% ../../nbs/run/chain.ipynb #06d39aa8
 def distill(
     job: Job,
     effects: dict[str, Path],
@@ -219,46 +210,9 @@ def distill(
     "The collection (Eq. 9), one LoRA file: words for every effect, targets by its teacher, then the loop."
     _stream(general, distill_settings(job, init, given)[1])
     painted = paint(job, describe(job, effects, words), teachers, general)
-    job.do(
-        'distill',
-        'collection',
-        {'effects': list(painted.values()), 'teachers': list(teachers.values()), 'general': general, 'init': init},
-        given,
-    )
+    inputs = {'effects': list(painted.values()), 'teachers': list(teachers.values()), 'general': general, 'init': init}
+    job.do('distill', 'collection', inputs, given)
     return job.out / 'collection.safetensors'
-
-
-def plan(
-    job: Job,
-    effects: dict[str, Path],
-    general: Path | None = None,
-    init: Path | None = None,
-    given: dict | None = None,
-    experiment: str = 'distill',
-) -> dict:
-    "What `distill`, or `extend` of the collection `init`, would do and take on this machine: steps, passes, seconds, memory, disk. Trains nothing, and checks the settings before anything loads."
-    from dataclasses import replace
-    from collectionlora.engine import plan as loop
-    from collectionlora.files import effects as effects_
-    from collectionlora.files.conditions import ConditionCache
-    from collectionlora.bases.pipeline import load_base
-
-    values, s = distill_settings(job, init, given, experiment)
-    stream = _stream(general, s)
-    lent = [p for p, _ in stream[: _borrowed(job, general)]]
-    painted = lambda e: dict(
-        sources=(*e.sources, *lent), targets=(*e.sources, *lent)
-    )  # a target is painted at its source's size
-    sets = [
-        replace(e, trigger=e.trigger or e.id, description=e.description or e.prompt, **painted(e))
-        for e in effects_.load_effects(*effects.values())
-    ]
-    base = load_base(job.base, device=values['device'], frozen=values.get('frozen', ''))
-    base.backbone.checkpointing(values.get('checkpointing', False))
-    base.backbone.offload(values.get('offload', False))
-    return loop.measured_plan(
-        base, sets, stream if s.p_switch < 1 else [], ConditionCache(base, results_dir() / '.cache'), s
-    )
 
 
 def extend(
@@ -271,20 +225,52 @@ def extend(
     given: dict | None = None,
     words: Path | None = None,
 ) -> Path:
-    "A collection with `effects` added in a few steps, one LoRA file; `old`: folders of effects that it has, to measure on or to rehearse."
+    """A collection with `effects` added in a few steps, one LoRA file.
+
+    `old`: folders of effects that the collection has, to measure on or to rehearse."""
     _stream(general, distill_settings(job, collection, given, 'extend')[1])
     painted = paint(job, describe(job, effects, words, collection), {id: teachers[id] for id in effects}, general)
-    inputs = {
-        'collection': collection,
-        'effects': list(painted.values()),
-        'teachers': list(teachers.values()),
-        'general': general,
-        'old': list(old),
-    }
-    job.do('extend', 'collection', inputs, given)
+    files = {'effects': list(painted.values()), 'teachers': list(teachers.values()), 'old': list(old)}
+    job.do('extend', 'collection', {'collection': collection, 'general': general, **files}, given)
     return job.out / 'collection.safetensors'
 
+# %% ../../nbs/run/chain.ipynb #0e58aa29
+def _as_painted(effect, lent: list):
+    "An effect as it will be after `describe` and `paint`: a target is painted at its source's size."
+    from dataclasses import replace
 
+    pictures = (*effect.sources, *lent)
+    words = dict(trigger=effect.trigger or effect.id, description=effect.description or effect.prompt)
+    return replace(effect, sources=pictures, targets=pictures, **words)
+
+
+def plan(
+    job: Job,
+    effects: dict[str, Path],
+    general: Path | None = None,
+    init: Path | None = None,
+    given: dict | None = None,
+    experiment: str = 'distill',
+) -> dict:
+    """What `distill`, or `extend` of the collection `init`, would do and take on this machine.
+
+    Steps, passes, seconds, memory, disk. Trains nothing, and checks the settings before anything loads."""
+    from collectionlora.bases.pipeline import load_base
+    from collectionlora.engine.plan import measured_plan
+    from collectionlora.files.conditions import ConditionCache
+    from collectionlora.files.effects import load_effects
+
+    values, s = distill_settings(job, init, given, experiment)
+    stream = _stream(general, s)
+    lent = [p for p, _ in stream[: _borrowed(job, general)]]
+    sets = [_as_painted(e, lent) for e in load_effects(*effects.values())]
+    base = load_base(job.base, device=values['device'], frozen=values.get('frozen', ''))
+    base.backbone.checkpointing(values.get('checkpointing', False))
+    base.backbone.offload(values.get('offload', False))
+    cache = ConditionCache(base, results_dir() / '.cache')
+    return measured_plan(base, sets, stream if s.p_switch < 1 else [], cache, s)
+
+# %% ../../nbs/run/chain.ipynb #9528a14e
 def evaluate(
     job: Job,
     collection: Path,
@@ -295,18 +281,8 @@ def evaluate(
     given: dict | None = None,
 ) -> Path:
     "A collection against what the given files allow, on unseen pictures: the evaluation's record."
-    job.do(
-        'evaluate',
-        'evaluation',
-        {
-            'collection': collection,
-            'effects': list(effects.values()),
-            'teachers': list(teachers.values()),
-            'acceleration': acceleration,
-            'fm': fm,
-        },
-        given,
-    )
+    files = {'effects': list(effects.values()), 'teachers': list(teachers.values())}
+    job.do('evaluate', 'evaluation', {'collection': collection, **files, 'acceleration': acceleration, 'fm': fm}, given)
     return job.record('evaluation')
 
 
@@ -325,29 +301,19 @@ def rivals(
     given: dict | None = None,
 ) -> Path:
     "A collection against everything that combines its teachers without training: the record."
-    job.do(
-        'rivals',
-        'rivals',
-        {
-            'collection': collection,
-            'effects': list(effects.values()),
-            'teachers': list(teachers.values()),
-            'acceleration': acceleration,
-        },
-        given,
-    )
+    files = {'effects': list(effects.values()), 'teachers': list(teachers.values())}
+    job.do('rivals', 'rivals', {'collection': collection, **files, 'acceleration': acceleration}, given)
     return job.record('rivals')
 
 
 def write_report(job: Job, records: list[Path], given: dict | None = None) -> Path:
     "The page that shows it all."
     full = {'full_steps': differences('distill', 'full')['steps']}
-    job.do(
-        'report', 'report', {'evaluations': [job.record('evaluation')], 'records': records}, {**full, **(given or {})}
-    )
+    inputs = {'evaluations': [job.record('evaluation')], 'records': records}
+    job.do('report', 'report', inputs, {**full, **(given or {})})
     return job.out / 'report.html'
 
-# %% ../../nbs/run/chain.ipynb #c00c77f8
+# %% ../../nbs/run/chain.ipynb #af703f8c
 def shipped_acceleration(base: Path) -> Path | None:
     "The acceleration LoRA that ships with the nano base; `None` for another base, or where none ships."
     found = sorted((data_dir() / 'acceleration').glob('*.safetensors'))
@@ -359,44 +325,84 @@ def default_folder(budget: str, seed: int) -> Path:
     return results_dir() / ''.join(['demo', '' if budget == 'demo' else f'-{budget}', f'-seed{seed}' if seed else ''])
 
 
-def demo(budget: str = 'demo', seed: int = 0, base='nano', out=None) -> Path:
-    "The main job on effects of the miniature world; returns the report's path. Started again, it repeats only what has changed."
+def compare(job: Job) -> Path:
+    """The second half of a demonstration: its collection against the baselines, which are trained here.
+
+    `job.out` must hold effects, teachers and the collection. Returns the report's path."""
+    from collectionlora.teachers import teacher_files
+
+    effects = checked_effects([job.out / 'effects'])
+    teachers = teacher_files([job.out / 'teachers'], effects)
+    job.do('baseline_fm', 'all_in_one', {'effects': [job.out / 'described' / id for id in effects]})
+    collection, fm = (job.out / f'{name}.safetensors' for name in ('collection', 'all_in_one'))
+    acceleration = shipped_acceleration(job.base)
+    evaluate(job, collection, effects, teachers, acceleration, fm, {'training': f'seed {job.seed}'})
+    own = [job.record(name) for name in ('effects', 'prompts', 'targets', 'collection', 'all_in_one')]
+    return write_report(job, [*(job.record(id, 'teachers') for id in effects), *own])
+
+
+def demo(budget: str = 'demo', seed: int = 0, base='nano', out=None, replace: bool = False) -> Path:
+    """The main job on effects of the miniature world; returns the report's path.
+
+    Started again, it repeats only what has changed; what was made with other parameters stays unless `replace`."""
     differences('distill', budget)  # a misspelt budget is found before anything runs
     folder = base_folder(base)
-    job = Job(Path(out or default_folder(budget, seed)), folder, budget, seed)
+    job = Job(Path(out or default_folder(budget, seed)), folder, budget, seed, replace=replace)
     job.do('effects', 'effects', {})
     effects = checked_effects([job.out / 'effects'])
     distill(job, effects, teach(job, effects), job.out / 'general')
     return compare(job)
 
+# %% ../../nbs/run/chain.ipynb #e893cfa0
+def _replaced(part: Path, to: Path) -> Path:
+    "Puts a finished folder in the place of another one."
+    shutil.rmtree(to, ignore_errors=True)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    return part.rename(to)
 
-def compare(job: Job) -> Path:
-    "The second half of a demonstration: what its folder holds (effects, teachers, collection) against the baselines, which are trained here; returns the report's path."
+
+def _fresh(to: Path) -> Path:
+    "An empty hidden folder beside `to`, to be put in its place when it is complete."
+    part = to.with_name(f'.{to.name}.part')
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    return part
+
+
+def _check_there(folder: Path, names) -> None:
+    "Raises `UserError` if a part of a finished demonstration is missing."
+    for name in names:
+        if not (folder / name).exists():
+            no = f'{folder}/{name}: not there, so this is no finished demonstration'
+            raise UserError(f'{no}; run `collectionlora demo` first')
+
+
+def ship(made) -> Path:
+    """Puts the collection of a finished demonstration and its teachers into data/collection; returns that folder.
+
+    `made`: the demonstration's folder, or its `Job`. The teachers are those of the effects in the collection's
+    catalogue. Raises `UserError` outside a checkout, or if a part is missing."""
+    from collectionlora.files.header import catalogue
     from collectionlora.teachers import teacher_files
 
-    effects = checked_effects([job.out / 'effects'])
-    teachers, described = teacher_files([job.out / 'teachers'], effects), [job.out / 'described' / id for id in effects]
-    job.do('baseline_fm', 'all_in_one', {'effects': described})
-    evaluate(
-        job,
-        job.out / 'collection.safetensors',
-        effects,
-        teachers,
-        shipped_acceleration(job.base),
-        job.out / 'all_in_one.safetensors',
-        {'training': f'seed {job.seed}'},
-    )
-    return write_report(
-        job,
-        [
-            *(job.record(id, 'teachers') for id in effects),
-            *map(job.record, ('effects', 'prompts', 'targets', 'collection', 'all_in_one')),
-        ],
-    )
+    if not in_checkout():
+        raise UserError('ship: changes the data that ship with the package; run it in a checkout')
+    folder, to = made.out if isinstance(made, Job) else Path(made), collection_dir()
+    _check_there(folder, ('collection.safetensors', 'teachers'))
+    ids = [e['id'] for e in catalogue(folder / 'collection.safetensors')]
+    teachers = teacher_files([folder / 'teachers'], ids)
+    part = _fresh(to)
+    (part / 'teachers').mkdir()
+    shutil.copyfile(folder / 'collection.safetensors', part / 'collection.safetensors')
+    for id in ids:
+        shutil.copyfile(teachers[id], part / 'teachers' / f'{id}.safetensors')
+    return _replaced(part, to)
 
-# %% ../../nbs/run/chain.ipynb #1b21a217
+# %% ../../nbs/run/chain.ipynb #c6fdcbf7
 def rebase(seed: int = 0, budget: str = 'full') -> Path:
-    "Trains the acceleration LoRA of the nano base, puts it into data/acceleration, and runs the demonstration. Raises `UserError` outside a checkout."
+    """Makes again what hangs on the nano base; returns the demonstration's report.
+
+    data/acceleration, results/demo, data/collection. Raises `UserError` outside a checkout."""
     if not in_checkout():
         raise UserError('rebase: changes the data that ship with the package; run it in a checkout')
     differences('acceleration', budget)  # before anything is drawn
@@ -405,4 +411,6 @@ def rebase(seed: int = 0, budget: str = 'full') -> Path:
     job.do('acceleration', 'acceleration', {'general': job.out / 'general'})
     with replacing(data_dir() / 'acceleration' / 'acceleration.safetensors') as part:
         shutil.copyfile(job.out / 'acceleration.safetensors', part)
-    return demo(seed=seed)
+    page = demo(seed=seed)
+    ship(page.parent)
+    return page

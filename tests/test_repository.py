@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from collectionlora import core
-from collectionlora.run.execute import declared, OURS
+from collectionlora.run.signature import declared, OURS
 from collectionlora.run.sweep import from_file
 
 ROOT = core.repo_root()

@@ -276,7 +276,7 @@ def test_a_killed_run_is_not_taken_for_a_finished_one_and_frees_its_folder(tmp_p
 
 
 def test_words_about_code_do_not_make_a_run_stale_and_code_does(tmp_path):
-    from collectionlora.run.execute import code_hash
+    from collectionlora.run.keys import code_hash
 
     book = lambda name, source: notebook(tmp_path / f'{name}.ipynb', body=source)
     plain = code_hash(book('a', 'def f(x): return x + 1\ny = f(1)'))

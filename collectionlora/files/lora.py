@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLOATS', 'INTS', 'CONFIG_NAMES', 'WEIGHT_NAMES', 'PEFT_PREFIXES', 'DIALECTS', 'Payload', 'finite', 'power_of_two',
            'fold', 'halves', 'find_weights', 'guess_producer', 'Opened', 'open_lora', 'read_lora', 'key_names',
-           'write_lora', 'convert', 'peft_config', 'annotate', 'delta_norm', 'report']
+           'write_lora', 'own_fields', 'convert', 'peft_config', 'annotate', 'delta_norm', 'report']
 
 # %% ../../nbs/files/lora.ipynb #16920020
 import fnmatch
@@ -402,7 +402,7 @@ def write_lora(path, lora: Lora, header: dict | None = None, dtype=torch.float32
     return file_sha256(path)
 
 # %% ../../nbs/files/lora.ipynb #dc03be85
-def _own_fields(header: dict) -> dict:
+def own_fields(header: dict) -> dict:
     "What a rewritten file keeps of a header: catalogue and descriptions in this version's schema, not the checksums and not what a newer version added."
     known = lambda k: (
         k.startswith('modelspec.') or k.removeprefix('collectionlora.') in OWN and k != 'collectionlora.schema'
@@ -450,9 +450,9 @@ def convert(
     _check_target(target, DIALECTS[dialect], dialect == 'peft')
     rank = max(a.shape[0] for a, _ in factors.values())
     if sign:
-        metadata = _metadata(rank, _own_fields(meta['header']) | (header or {}))
+        metadata = _metadata(rank, own_fields(meta['header']) | (header or {}))
     else:
-        kept = _own_fields(meta['header']) | (header or {})
+        kept = own_fields(meta['header']) | (header or {})
         sign = any(k.startswith('collectionlora.') for k in kept)  # a catalogue is signed in every dialect
         metadata = encode_metadata(
             {'format': 'pt'}

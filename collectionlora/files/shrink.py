@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['factor_svd', 'balanced', 'resize', 'rank_for', 'shrink']
 
-# %% ../../nbs/files/shrink.ipynb #28595119
+# %% ../../nbs/files/shrink.ipynb #0709e1cb
 import torch
 
 from ..core import UserError
 from .dialects import Lora
 from .header import file_sha256
-from .lora import _own_fields, delta_norm, read_lora, write_lora
+from .lora import delta_norm, own_fields, read_lora, write_lora
 
-# %% ../../nbs/files/shrink.ipynb #ffe0236f
+# %% ../../nbs/files/shrink.ipynb #72251063
 def factor_svd(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Thin SVD of B A from its factors: U [out, m], S [m], V [in, m] with m = min(r, in, out)."
     if a.shape[0] >= min(a.shape[1], b.shape[0]):  # the factors are not thin: the product is the smaller thing
@@ -31,15 +31,21 @@ def balanced(u, s, v) -> tuple[torch.Tensor, torch.Tensor]:
     root = s.sqrt()
     return (v * root).T.contiguous(), (u * root).contiguous()
 
+# %% ../../nbs/files/shrink.ipynb #8d026f96
+def _kept_rank(s: torch.Tensor, rank: int | None, energy: float | None) -> tuple[int, float]:
+    "How many of the singular values `s` are kept, and their share of the energy."
+    share = s.double().square().cumsum(0) / s.double().square().sum().clamp(min=1e-300)
+    k = rank if rank is not None else min(len(s), 1 + int((share < energy - 1e-9).sum()))
+    return k, float(share[k - 1]) if s[0] > 0 else 1.0
+
 
 def resize(lora: Lora, rank: int | None = None, energy: float | None = None) -> Lora:
-    """The best smaller LoRA by factor SVD: at most `rank` per module, or the smallest rank per module that keeps the share `energy` in (0, 1] of the
-    squared norm. Modules that are small enough stay as they are. `meta['kept']` holds the share of energy kept per module."""
-    if (
-        (rank is None) == (energy is None)
-        or (rank is not None and rank < 1)
-        or (energy is not None and not 0 < energy <= 1)
-    ):
+    """The best smaller LoRA by factor SVD: at most `rank` per module, or the smallest rank per module that keeps the
+    share `energy` in (0, 1] of the squared norm.
+
+    Modules that are small enough stay as they are. `meta['kept']` holds the share of energy kept per module."""
+    bad_rank, bad_energy = rank is not None and rank < 1, energy is not None and not 0 < energy <= 1
+    if (rank is None) == (energy is None) or bad_rank or bad_energy:
         raise UserError('resize needs either a rank of at least 1 or an energy in (0, 1].')
     factors, kept = {}, {}
     for name, (a, b) in lora.factors.items():
@@ -47,9 +53,7 @@ def resize(lora: Lora, rank: int | None = None, energy: float | None = None) -> 
         if rank is not None and a.shape[0] <= rank:
             continue
         u, s, v = factor_svd(a, b)
-        share = s.double().square().cumsum(0) / s.double().square().sum().clamp(min=1e-300)
-        k = rank if rank is not None else min(len(s), 1 + int((share < energy - 1e-9).sum()))
-        kept[name] = float(share[k - 1]) if s[0] > 0 else 1.0
+        k, kept[name] = _kept_rank(s, rank, energy)
         if k < a.shape[0]:
             factors[name] = balanced(u[:, :k], s[:k], v[:, :k])
     return Lora(factors, lora.meta | {'kept': kept})
@@ -63,12 +67,23 @@ def rank_for(lora: Lora, energy: float) -> int:
         total[: len(s)] += s
     return min(len(total), 1 + int((total.cumsum(0) < (energy - 1e-9) * total.sum()).sum()))
 
+# %% ../../nbs/files/shrink.ipynb #bc80d998
+def _smaller_header(lora: Lora, parent: dict) -> dict:
+    "The header of a smaller copy: what the original says, without its metrics, and its parent."
+    said = own_fields(lora.meta['header'])
+    if 'collectionlora.effects' in said:
+        effects = said['collectionlora.effects']
+        said |= {'collectionlora.effects': [{k: v for k, v in e.items() if k != 'metrics'} for e in effects]}
+    return said | {'collectionlora.parents': [parent]}
+
 
 def shrink(source, target, rank: int | None = None, energy: float | None = None, mixed=False, dtype=None) -> Lora:
-    """Write a smaller copy of a LoRA file; returns what was written. Either `rank`, or the smallest one that keeps the share `energy`, for all modules;
-    with `mixed` each module keeps that share with a rank of its own, which diffusers scales rightly from 0.40 on only. Catalogue and recipe go with
-    it, but not the metrics, which were the original's; the header names that, by sha256, as parent. `dtype=None` writes bfloat16 where the original
-    has it, else float32. Raises `UserError` for a `rank` above the original's."""
+    """Write a smaller copy of a LoRA file; returns what was written.
+
+    Either `rank`, or the smallest one that keeps the share `energy`, for all modules. With `mixed` each module keeps
+    that share with a rank of its own, which diffusers scales rightly from 0.40 on only. Catalogue and recipe go with it;
+    the header names the original, by sha256, as parent. `dtype=None` writes bfloat16 where the original has it, else
+    float32. Raises `UserError` for a `rank` above the original's."""
     lora = read_lora(source, allow_missing=True)
     if rank is not None and rank > lora.rank:
         raise UserError(
@@ -79,15 +94,9 @@ def shrink(source, target, rank: int | None = None, energy: float | None = None,
     asked = {'rank': rank} if energy is None else {'energy': energy, 'mixed': mixed}
     one = rank is None and energy is not None and 0 < energy <= 1 and not mixed
     small = resize(lora, *((rank_for(lora, energy), None) if one else (rank, energy)))
-    total, said = sum(delta_norm(*f) ** 2 for f in lora.factors.values()), _own_fields(lora.meta['header'])
+    total = sum(delta_norm(*f) ** 2 for f in lora.factors.values())
     kept = sum(delta_norm(*f) ** 2 for f in small.factors.values()) / max(total, 1e-300)
     parent = {'sha256': file_sha256(lora.meta['path']), 'energy_kept': round(kept, 6), **asked}
-    whole = said.get('collectionlora.effects')
-    effects = (
-        {}
-        if whole is None
-        else {'collectionlora.effects': [{k: v for k, v in e.items() if k != 'metrics'} for e in whole]}
-    )
-    header = said | effects | {'collectionlora.parents': [parent]}
-    write_lora(target, small, header, dtype or (torch.bfloat16 if lora.meta['dtype'] == 'BF16' else torch.float32))
+    dtype = dtype or (torch.bfloat16 if lora.meta['dtype'] == 'BF16' else torch.float32)
+    write_lora(target, small, _smaller_header(lora, parent), dtype)
     return small

@@ -43,8 +43,8 @@ def record_file(name) -> Path:
     known = records_in() if results_dir().is_dir() else []
     raise UserError(f'{name}: no such run; {nearest(name, known)}')
 
-# %% ../../nbs/run/records.ipynb #5d12182a
-INTERVAL = re.compile(r'-?[\d.]+(e[-+]?\d+)? \[.*\]')
+# %% ../../nbs/run/records.ipynb #c98ab487
+INTERVAL = re.compile(r'-?[\d.]+(e[-+]?\d+)? \[.*\](, n = \d+)?')
 
 
 def _said(value) -> str | None:
@@ -86,7 +86,7 @@ def key_numbers(metrics: dict, n: int = 9) -> dict[str, str]:
     outermost = sorted(all_, key=lambda k: k.count('.'))  # sorted is stable: in the record's order
     return {k: all_[k] for k in (named or outermost)[:n]}
 
-# %% ../../nbs/run/records.ipynb #0f45fb8d
+# %% ../../nbs/run/records.ipynb #b272161e
 def asked_for(record: dict, experiment: str) -> dict:
     "The parameters of a run that are not its notebook's defaults; all of them where there is no such notebook."
     values = record['run']['parameters']
@@ -99,8 +99,8 @@ def asked_for(record: dict, experiment: str) -> dict:
 
 def pictures_of(file: Path) -> list[Path]:
     "The pictures beside a record that carry its name."
-    kinds = ('.png', '.jpg', '.svg', '.html')
-    return sorted(p for p in file.parent.glob(f'{file.stem}*') if p.suffix in kinds)
+    kinds, own = ('.png', '.jpg', '.svg', '.html'), re.compile(re.escape(file.stem) + r'[.-].*')
+    return sorted(p for p in file.parent.iterdir() if p.suffix in kinds and own.fullmatch(p.name))
 
 
 def summary(file: Path, every: bool = False) -> dict[str, dict]:
@@ -118,20 +118,23 @@ def summary(file: Path, every: bool = False) -> dict[str, dict]:
         'pictures': {p.name: str(p) for p in pictures_of(file)},
     }
 
-# %% ../../nbs/run/records.ipynb #1faecd8d
+# %% ../../nbs/run/records.ipynb #4c229012
+def _sides(a: dict, b: dict) -> dict[str, tuple]:
+    "Name -> (of the first, of the second) where two mappings differ; what one of them lacks is a dash."
+    alone = {k: (a.get(k, '-'), b.get(k, '-')) for k in [*a, *b] if (k in a) != (k in b)}
+    return {**differing(a, b), **alone}
+
+
 def compared(a: dict, b: dict) -> dict[str, dict]:
     "Two records in sections of name -> (of the first, of the second): what differs of what was asked, and all numbers."
-    both = {k: (a['run'].get(k, {}), b['run'].get(k, {})) for k in ('parameters', 'inputs')}
-    asked = differing(*both['parameters'])
-    alone = {k: (a_.get(k, '-'), b_.get(k, '-')) for a_, b_ in both.values() for k in set(a_) ^ set(b_)}
-    inputs = {k: (x[:8], y[:8]) for k, (x, y) in differing(*both['inputs']).items()}
-    seeds = (a['run']['seed'], b['run']['seed'])
-    world = differing(*({**r['meta'], 'command': ''} for r in (a, b)))
+    asked = [{'seed': r['run']['seed'], **r['run']['parameters']} for r in (a, b)]
+    inputs = [{k: h[:8] for k, h in r['run'].get('inputs', {}).items()} for r in (a, b)]
+    world = [{**r.get('meta', {}), 'command': ''} for r in (a, b)]
     found = [numbers(r.get('metrics', {})) for r in (a, b)]
     return {
-        'asked': {**({'seed': seeds} if seeds[0] != seeds[1] else {}), **asked, **dict(sorted(alone.items()))},
-        'inputs': inputs,
-        'meta': world,
+        'asked': _sides(*asked),
+        'inputs': _sides(*inputs),
+        'meta': _sides(*world),
         'metrics': {k: (found[0].get(k, '-'), found[1].get(k, '-')) for k in {**found[0], **found[1]}},
     }
 

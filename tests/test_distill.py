@@ -89,7 +89,8 @@ def engine_of(world, s, backbone=None):
 
 def gradients(engine, id, role='student'):
     g = torch.Generator().manual_seed(3)
-    return {name: engine.flat_gradient(loss, role) for name, loss, _ in engine.terms(engine.batch(id, 0), g)}
+    found = terms.terms(engine, terms.batch_of(engine, id, 0), g)
+    return {name: terms.flat_gradient(engine.backbone, loss, role) for name, loss, _ in found}
 
 
 def run(world, s, out, **kw):
@@ -158,12 +159,13 @@ def test_nothing_moves_when_student_fake_and_teacher_agree(world, roles):
     "All three are the teacher, asked with the same words and no guidance: matching has no gradient at all."
     base, bank, effects, general, cache = world
     engine = engine_of(world, replace(SMALL, guidance=1.0, weight_fm=0.0))
-    batch = engine.batch('one', 0)
+    batch = terms.batch_of(engine, 'one', 0)
     teacher = base.backbone.lora(bank.role)
     for role in ('student', 'fake'):
         base.backbone.load(role, teacher)
     same = replace(batch, student=batch.teacher)
-    grads = {n: engine.flat_gradient(l, 'student') for n, l, _ in engine.terms(same, torch.Generator().manual_seed(0))}
+    found = terms.terms(engine, same, torch.Generator().manual_seed(0))
+    grads = {n: terms.flat_gradient(engine.backbone, l, 'student') for n, l, _ in found}
     assert set(grads) == {'bs', 'ts'} and all(g.abs().max() == 0 for g in grads.values())
 
 
@@ -184,7 +186,7 @@ def test_passes_are_what_is_computed(world, roles):
         s = replace(s, batch=8, p_switch=1.0)
         engine = engine_of(world, s)
         for update in range(s.fake_warmup, s.fake_warmup + s.fake_per_generator):
-            x0, cond = engine.fake_samples('one', update)
+            x0, cond = terms.fake_samples(engine, 'one', update)
             assert x0.shape == (8, 64, 16) and not x0.requires_grad
         gradients(engine, 'one')
         expected = passes(s)
@@ -228,7 +230,9 @@ def test_every_stream_gets_its_due_however_its_rows_are_spread_over_shapes():
 def test_the_fake_score_sees_no_targets_where_no_term_asks_it_there(world, roles):
     assert engine_of(world, SMALL).fake_targets == SMALL.fake_targets > 0
     without = replace(SMALL, weight_ts=0.0)
-    assert engine_of(world, without).fake_targets == 0 and len(engine_of(world, without).fake_rows(None, 3)[1]) == 0
+    assert (
+        engine_of(world, without).fake_targets == 0 and len(terms.fake_rows(engine_of(world, without), None, 3)[1]) == 0
+    )
     assert passes(without)['forward'] > passes(replace(without, fake_targets=0.0))['forward'] - 1e-9
 
 
@@ -374,11 +378,10 @@ def test_quirk_fake_score_never_sees_targets_and_is_not_warmed():
 
 def test_quirk_anchor_is_shifted_twice(world, roles):
     engine = engine_of(world, replace(AUTHORS, batch=3))
-    t = engine.anchor_times(2000, torch.full((2000,), 0.75), torch.Generator().manual_seed(0))
+    t = terms.anchor_times(engine, 2000, torch.full((2000,), 0.75), torch.Generator().manual_seed(0))
     assert t.min() >= 0.9 and t.median() > 0.95
-    plain = engine_of(world, replace(Settings.preset('paper'), batch=3)).anchor_times(
-        2000, None, torch.Generator().manual_seed(0)
-    )
+    other = engine_of(world, replace(Settings.preset('paper'), batch=3))
+    plain = terms.anchor_times(other, 2000, None, torch.Generator().manual_seed(0))
     assert plain.min() < 0.1
 
 

@@ -118,7 +118,7 @@ def test_draws_of_a_sample_do_not_depend_on_who_holds_it(world):
         engine = Engine(base.backbone, bank, pools, s, schedule_of(s), Ranks(rank, n))
         engine.backbone.add_role('student', 2)
         try:
-            starts.append(engine.fake_samples(None, 4)[0])
+            starts.append(terms.fake_samples(engine, None, 4)[0])
         finally:
             engine.backbone.remove('student')
     assert [len(x) for x in starts] == [5, 3, 2]
@@ -294,7 +294,7 @@ def probe(base, world, s, ranks):
     engine = Engine(b, type('Slot', (), {'use': lambda self, id: 'teacher'})(), pools, s, schedule_of(s), ranks)
     return (
         v,
-        {k: g for k, (g, _, _) in engine.gradients(['one'], 0).items()},
+        {k: g for k, (g, _, _) in terms.gradients(engine, ['one'], 0).items()},
         b.flat('student').shape,
         parallel.bytes_here(b.transformer),
     )

@@ -29,7 +29,8 @@ from ..engine.loop import distill
 from ..engine.pools import load_pools, Pool, samples_of
 from ..engine.settings import resolved, schedule_of, Settings
 from ..engine.state import Diverged, weights_of
-from ..engine.terms import Engine
+from ..engine.rollouts import Engine, full_rollout, noise
+from ..engine.terms import few_rows, gradients
 from ..files.conditions import ConditionCache
 from ..files.drawn import pick_effects, write_world_effect, write_world_general
 from ..files.effects import EffectSet, load_effect, load_general
@@ -210,7 +211,7 @@ def simulated_targets(engine: Engine, batch, g: torch.Generator) -> Tensor:
     found = []
     for t in engine.times:
         level = torch.full((len(batch.y),), t, device=batch.y.device)
-        x = add_noise(batch.y, engine.noise(batch.student, g), level)
+        x = add_noise(batch.y, noise(engine, batch.student, g), level)
         found.append(to_x0(x, engine.backbone.velocity('student', x, level, batch.student), level))
     return torch.stack(found)
 
@@ -222,11 +223,11 @@ def signal_grid(
     "kind ('bs', 'ts') -> quantity -> [t_gen][t_critic], means over `rows` samples of each effect; the same rows and noises at every call."
     cells = {kind: {q: torch.zeros(len(engine.times), len(critics)) for q in QUANTITIES} for kind in ('bs', 'ts')}
     for id in ids:
-        b, g = engine.few(id, 0, rows), torch.Generator().manual_seed(seed_of(seed, 'signal', id))
+        b, g = few_rows(engine, id, 0, rows), torch.Generator().manual_seed(seed_of(seed, 'signal', id))
         with engine.still('student'):
-            made = {'bs': engine.full_rollout(b.student, g), 'ts': simulated_targets(engine, b, g)}
+            made = {'bs': full_rollout(engine, b.student, g), 'ts': simulated_targets(engine, b, g)}
         for k, t in enumerate(critics):
-            eps = engine.noise(b.student, g)
+            eps = noise(engine, b.student, g)
             for kind, x in made.items():
                 x_t = add_noise(x, eps, t)
                 with engine.still('fake'):
@@ -264,7 +265,7 @@ def probe_settings(settings: Settings, ids: Sequence[str], rows: int) -> Setting
 
 def term_gradients(engine: Engine, ids: Sequence[str]) -> dict[str, Tensor]:
     "Term -> gradient of the student's weights, over all effects; the same rows and noises at every call. `engine` as of `probe_settings`."
-    return {k: grad for k, (grad, *_) in engine.gradients(list(ids), 0).items()}
+    return {k: grad for k, (grad, *_) in gradients(engine, list(ids), 0).items()}
 
 
 def moved(
@@ -275,7 +276,7 @@ def moved(
     to = flat if grad is None else flat - size * flat.norm() * grad / grad.norm().clamp_min(1e-20)
     with weights_of(engine.backbone, 'student', to.detach().clone()):
         for id in ids:
-            b = engine.few(id, 0, rows)
+            b = few_rows(engine, id, 0, rows)
             seeds = [seed_of(seed, 'moved', id, k) for k in range(len(b.y))]
             with engine.still('student'):
                 x = few_step_sample(engine.backbone, 'student', b.student, engine.times, seeds)

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 
 from collectionlora import core
-from collectionlora.run import execute as execution
+from collectionlora.run import signature
 from collectionlora.run.execute import execute, RunFailed
 from collectionlora.run.sweep import from_file, sweep
 
@@ -103,7 +103,9 @@ def test_reuse_is_decided_by_content_only(tmp_path):
     assert not go()['reused'] and go()['reused']
     notebook(path, BODY + '\nn')  # another notebook
     assert not go()['reused']
-    assert not go(seed=1)['reused']
+    with pytest.raises(core.UserError, match='is a finished run with seed 0, now 1;.*--replace'):
+        go(seed=1)
+    assert not go(seed=1, replace=True)['reused']
 
 
 KEEPER = (
@@ -119,10 +121,14 @@ assert n < 10"""
 
 def test_checkpoints_of_a_finished_run_go_and_those_of_an_unfinished_one_stay(tmp_path):
     path = notebook(tmp_path / 'a.ipynb', KEEPER)
-    go = lambda n: execute(path, tmp_path / 'results', parameters={'n': n})
-    assert not go(1)['reused'] and not go(2)['reused'] and go(2)['reused']
+    go = lambda n, **kw: execute(path, tmp_path / 'results', parameters={'n': n}, **kw)
+    assert not go(1)['reused']
+    with pytest.raises(core.UserError, match='is a finished run with n 1, now 2'):
+        go(2)
+    assert (tmp_path / 'results' / '.run' / 'made_with').read_text() == '1'
+    assert not go(2, replace=True)['reused'] and go(2)['reused']
     with pytest.raises(RunFailed, match='AssertionError'):
-        go(10)
+        go(10, replace=True)
     with pytest.raises(RunFailed, match='checkpoint of another run'):
         go(3)
     assert (tmp_path / 'results' / '.run' / 'made_with').read_text() == '10'
@@ -200,7 +206,7 @@ def test_a_notebook_may_hold_the_lock_of_its_own_folder_but_a_second_run_may_not
     ],
 )
 def test_a_runs_file_is_strict(tmp_path, monkeypatch, text, words):
-    monkeypatch.setattr(execution, 'notebooks_dir', lambda: tmp_path)
+    monkeypatch.setattr(signature, 'notebooks_dir', lambda: tmp_path)
     notebook(tmp_path / 'a.ipynb')
     (tmp_path / 'a').mkdir()
     (tmp_path / 'a' / 'short.yaml').write_text(text)
@@ -235,7 +241,7 @@ try:
 except KeyboardInterrupt:
     Path(out, 'checkpoint').write_text('saved')
     raise"""
-START = 'import sys; from collectionlora import run; run.execute(sys.argv[1], sys.argv[2])'
+START = 'import sys; from collectionlora.run.execute import execute; execute(sys.argv[1], sys.argv[2])'
 
 
 def started(tmp_path):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'BENCH_SIZES', 'bench_effects', 'bench_scene', 'build', 'shipped', 'load', 'verify', 'items', 'write_all']
 
-# %% ../../nbs/judge/effectbench.ipynb #d3c9064d
+# %% ../../nbs/judge/effectbench.ipynb #5f2d1103
 import hashlib
 import json
 from collections.abc import Sequence
@@ -18,11 +18,7 @@ from ..core import data_dir, nearest, read_json, rng, sha256_json, UserError, wr
 from .evaluate import DRAWS
 from .gate import Item, laplacian_energy
 
-# %% ../../nbs/judge/effectbench.ipynb #198e2c18
-def _sha(picture):
-    return hashlib.sha256(picture.tobytes()).hexdigest()
-
-
+# %% ../../nbs/judge/effectbench.ipynb #5f2d1106
 VERSION = 3
 BENCH_SIZES = dict(toy=(8, 5), small=(20, 20), paper=(50, 100))  # effects, pictures per category
 
@@ -40,6 +36,10 @@ def bench_scene(category, i, seed=0):
     "Subject number i of a category: every fifth is out of distribution, the others are held-out."
     return world.draw_scene(rng('effectbench subject', seed, category, i), category, 'ood' if i % 5 == 4 else 'heldout')
 
+# %% ../../nbs/judge/effectbench.ipynb #5f2d1109
+def _sha(picture):
+    return hashlib.sha256(picture.tobytes()).hexdigest()
+
 
 def _drawn(category, i, seed):
     return _sha(world.render(bench_scene(category, i, seed)))
@@ -48,43 +48,37 @@ def _drawn(category, i, seed):
 def _target(id, category, seed):
     return _sha(world.apply_effect(bench_scene(category, 0, seed), id, rng('effectbench target', seed, id)))
 
-# %% ../../nbs/judge/effectbench.ipynb #af627265
+
+def _listed(k: int, id: str, seed: int) -> dict:
+    "Effect number k as the manifest lists it."
+    e, category = world.EFFECTS[id], world.CATEGORIES[k % 2]
+    words = dict(family=e.family, prompt=e.prompt, description=e.description)
+    operations = json.loads(json.dumps(e.ops))
+    return dict(id=id, category=category, **words, operations=operations, sha256=_target(id, category, seed))
+
+# %% ../../nbs/judge/effectbench.ipynb #5f2d1111
 def build(size='toy', seed=0):
     "The manifest of a size: JSON-able dict. Raises UserError on an unknown size."
     if size not in BENCH_SIZES:
         raise UserError(f'effectbench: unknown size {size!r}; {nearest(size, BENCH_SIZES)}')
     n, pictures = BENCH_SIZES[size]
-    effects = [
-        dict(
-            id=e,
-            category=world.CATEGORIES[k % 2],
-            family=world.EFFECTS[e].family,
-            prompt=world.EFFECTS[e].prompt,
-            description=world.EFFECTS[e].description,
-            operations=json.loads(json.dumps(world.EFFECTS[e].ops)),
-            sha256=_target(e, world.CATEGORIES[k % 2], seed),
-        )
-        for k, e in enumerate(bench_effects(n, seed))
-    ]
-    images = {
-        c: [
-            dict(id=f'{c}-{i:03d}', stratum=bench_scene(c, i, seed)['stratum'], sha256=_drawn(c, i, seed))
-            for i in range(pictures)
-        ]
-        for c in world.CATEGORIES
-    }
+
+    def subject(c, i):
+        stratum = bench_scene(c, i, seed)['stratum']
+        return dict(id=f'{c}-{i:03d}', stratum=stratum, sha256=_drawn(c, i, seed))
+
     content = dict(
         name='EffectBench-nano',
         version=VERSION,
         size=size,
         seed=seed,
         instructions=n * pictures,
-        effects=effects,
-        images=images,
+        effects=[_listed(k, e, seed) for k, e in enumerate(bench_effects(n, seed))],
+        images={c: [subject(c, i) for i in range(pictures)] for c in world.CATEGORIES},
     )
     return content | dict(sha256=sha256_json(content))
 
-
+# %% ../../nbs/judge/effectbench.ipynb #5f2d1113
 def shipped(size):
     "The manifest file of a size that comes with the package."
     if size not in BENCH_SIZES:
@@ -96,10 +90,9 @@ def load(path):
     "The manifest in a file, or of a shipped size by its name. Raises UserError where it is not what its hash says."
     path = shipped(path) if str(path) in BENCH_SIZES else Path(path)
     if not path.is_file():
-        raise UserError(
-            f'{path}: no such manifest; give a file or one of {", ".join(BENCH_SIZES)}'
-            + (f' ({hint})' if (hint := nearest(path.name, BENCH_SIZES)).startswith('did') else '')
-        )
+        hint = nearest(path.name, BENCH_SIZES)
+        meant = f' ({hint})' if hint.startswith('did') else ''
+        raise UserError(f'{path}: no such manifest; give a file or one of {", ".join(BENCH_SIZES)}{meant}')
     m = read_json(path)
     if not isinstance(m, dict):
         raise UserError(f'{path}: holds a {type(m).__name__} and no manifest; write it again with effectbench.build')
@@ -112,21 +105,24 @@ def load(path):
         world.get_effect(e['id'])
     return m
 
-
+# %% ../../nbs/judge/effectbench.ipynb #5f2d1115
 def verify(manifest):
-    "Draws every picture and one target per effect again; UserError names the first that differs. Returns how many were compared."
-    seed = manifest['seed']
-    found = [
-        (m, 'picture', _drawn(c, i, seed)) for c, images in manifest['images'].items() for i, m in enumerate(images)
-    ] + [(e, 'target of', _target(e['id'], e['category'], seed)) for e in manifest['effects']]
+    """Draws every picture and one target per effect again; returns how many were compared.
+
+    Raises UserError that names the first that differs."""
+    seed, found = manifest['seed'], []
+    for c, images in manifest['images'].items():
+        found += [(m, 'picture', _drawn(c, i, seed)) for i, m in enumerate(images)]
+    found += [(e, 'target of', _target(e['id'], e['category'], seed)) for e in manifest['effects']]
     for m, what, sha in found:
         if sha != m['sha256']:
             raise UserError(
-                f'effectbench: {what} {m["id"]} is drawn differently now than the manifest says; results on it are not comparable'
+                f'effectbench: {what} {m["id"]} is drawn differently now than the manifest says; '
+                'results on it are not comparable'
             )
     return len(found)
 
-# %% ../../nbs/judge/effectbench.ipynb #431c5355
+# %% ../../nbs/judge/effectbench.ipynb #5f2d1118
 def items(manifest, effects: Sequence[str] | None = None, images: int | None = None):
     "The benchmark's items in a fixed order; `effects` (ids) and `images` (per category) take a part of it."
     out, seed = [], manifest['seed']
@@ -138,21 +134,11 @@ def items(manifest, effects: Sequence[str] | None = None, images: int | None = N
         for i, m in enumerate(manifest['images'][c][:images]):
             s = bench_scene(c, i, seed)
             targets = [world.apply_effect(s, id, rng('effectbench target', seed, id, m['id'], k)) for k in range(DRAWS)]
-            out.append(
-                Item(
-                    id,
-                    c,
-                    m['id'],
-                    seed,
-                    world.render(s),
-                    s,
-                    targets[0],
-                    float(np.mean([laplacian_energy(t) for t in targets])),
-                )
-            )
+            energy = float(np.mean([laplacian_energy(t) for t in targets]))
+            out.append(Item(id, c, m['id'], seed, world.render(s), s, targets[0], energy))
     return out
 
-# %% ../../nbs/judge/effectbench.ipynb #335d2716
+# %% ../../nbs/judge/effectbench.ipynb #5f2d1123
 def write_all(folder):
     "Writes the manifests of all sizes to a folder."
     for size in BENCH_SIZES:

@@ -6,9 +6,9 @@
 __all__ = ['MANY', 'wilson', 't_interval', 'by_effect', 'crossed', 'two_way_bootstrap', 'Estimate', 'estimate', 'Contrast',
            'show_p', 'mde', 'holm', 'newcombe', 'differences', 'paired']
 
-# %% ../../nbs/judge/statistics.ipynb #cdd886ab
+# %% ../../nbs/judge/statistics.ipynb #5f2d0b03
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 from scipy.special import ndtri, stdtr, stdtrit
@@ -16,7 +16,7 @@ from scipy.special import ndtri, stdtr, stdtrit
 from ..core import rng, UserError
 from .gate import defined, numbers, Row, VALUES
 
-# %% ../../nbs/judge/statistics.ipynb #befbc36f
+# %% ../../nbs/judge/statistics.ipynb #5f2d0b08
 def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
     "Wilson interval of a proportion with k hits in n trials; UserError unless 0 <= k <= n and n > 0."
     if not 0 <= k <= n or n == 0:
@@ -25,7 +25,7 @@ def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
     mid, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, float((mid - half) / (1 + z * z / n))), min(1.0, float((mid + half) / (1 + z * z / n)))
 
-# %% ../../nbs/judge/statistics.ipynb #5acc28b4
+# %% ../../nbs/judge/statistics.ipynb #5f2d0b12
 def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
     "(mean, low, high) of independent values, [n]; bounds are NaN when n < 2."
     x = np.asarray(values, dtype=float)
@@ -43,7 +43,7 @@ def by_effect(rows: Sequence[Row], value: str) -> dict[str, float]:
     means = {e: numbers(rs, value) for e, rs in groups.items()}
     return {e: float(v.mean()) for e, v in means.items() if len(v)}
 
-# %% ../../nbs/judge/statistics.ipynb #fdbc55f4
+# %% ../../nbs/judge/statistics.ipynb #5f2d0b17
 def crossed(pairs: Sequence[tuple[Row, float]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     "category -> (sums [E, I], counts [E, I]) of (row, number) pairs, effects by images."
     out = {}
@@ -59,7 +59,7 @@ def crossed(pairs: Sequence[tuple[Row, float]]) -> dict[str, tuple[np.ndarray, n
         out[c] = total, count
     return out
 
-
+# %% ../../nbs/judge/statistics.ipynb #5f2d0b19
 def two_way_bootstrap(table: dict[str, tuple[np.ndarray, np.ndarray]], seed: int, resamples: int = 4000) -> np.ndarray:
     "Resampled means [resamples], drawing effects and images with replacement within each category; NaN-free."
     g, top, bottom = rng('two-way bootstrap', seed), np.zeros(resamples), np.zeros(resamples)
@@ -73,7 +73,7 @@ def two_way_bootstrap(table: dict[str, tuple[np.ndarray, np.ndarray]], seed: int
     keep = bottom > 0
     return top[keep] / bottom[keep]
 
-# %% ../../nbs/judge/statistics.ipynb #394a3daf
+# %% ../../nbs/judge/statistics.ipynb #5f2d0b22
 MANY = 10  # from this many effects on, the t interval over effects is used
 
 
@@ -91,9 +91,9 @@ class Estimate:
     def __str__(self):
         return f'{self.value:.3f} [{self.low:.3f}, {self.high:.3f}], n = {self.n}'
 
-
+# %% ../../nbs/judge/statistics.ipynb #5f2d0b24
 def estimate(rows: Sequence[Row], value: str, seed: int = 0, level: float = 0.95) -> Estimate:
-    "Mean of one quantity of one method with a design-respecting interval; NaN with n = 0 when nothing is defined."
+    "Mean of one quantity of one method with its interval; NaN with n = 0 when nothing is defined."
     x, means = numbers(rows, value), list(by_effect(rows, value).values())
     if not len(x):
         return Estimate(float('nan'), float('nan'), float('nan'), 0, 0, 'undefined')
@@ -101,19 +101,21 @@ def estimate(rows: Sequence[Row], value: str, seed: int = 0, level: float = 0.95
         _, low, high = t_interval(means, level)
         low, high, how = x.mean() + low - np.mean(means), x.mean() + high - np.mean(means), 't over effects'
     else:
-        low, high = np.quantile(
-            two_way_bootstrap(crossed(defined(rows, value)), seed), [0.5 - level / 2, 0.5 + level / 2]
-        )
+        draws = two_way_bootstrap(crossed(defined(rows, value)), seed)
+        low, high = np.quantile(draws, [0.5 - level / 2, 0.5 + level / 2])
         how = 'two-way bootstrap'
     if value == 'bcr':
         w = wilson(int(x.sum()), len(x), level)
         low, high, how = max(0.0, min(low, w[0])), min(1.0, max(high, w[1])), how + ', at least Wilson'
     return Estimate(float(x.mean()), float(low), float(high), len(x), len(means), how)
 
-# %% ../../nbs/judge/statistics.ipynb #ce6bdceb
+# %% ../../nbs/judge/statistics.ipynb #5f2d0b27
 @dataclass(frozen=True)
 class Contrast:
-    "a - b of one quantity: t interval over effects, p (two-sided), pairs, effects, the two-way interval if effects are few, and the MDE."
+    """a - b of one quantity: mean difference with its t interval over effects, and p (two-sided).
+
+    `two_way` is the bootstrap interval where effects are few, else None; `mde` the smallest difference found with 80 %
+    power."""
 
     value: str
     a: str
@@ -128,21 +130,22 @@ class Contrast:
     mde: float
 
     def __str__(self):
-        return f'{self.a} - {self.b}: {self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}], {show_p(self.p)}, {self.pairs} pairs in {self.effects} effects'
+        size = f'{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}]'
+        return f'{self.a} - {self.b}: {size}, {show_p(self.p)}, {self.pairs} pairs in {self.effects} effects'
 
 
 def show_p(p: float) -> str:
     "'p = 0.031', and 'p < 0.001' below that."
     return f'p = {p:.3f}' if not p < 0.001 else 'p < 0.001'
 
-
+# %% ../../nbs/judge/statistics.ipynb #5f2d0b29
 def mde(sd: float, n: int, power: float = 0.8, level: float = 0.95) -> float:
-    "Smallest true mean difference found with the given power, for a standard deviation `sd` between n effects; NaN where sd is 0 or n < 2."
-    return (
-        float((stdtrit(n - 1, 0.5 + level / 2) + ndtri(power)) * sd / np.sqrt(n))
-        if n > 1 and sd > 1e-12
-        else float('nan')
-    )
+    """Smallest true mean difference found with the given power; sd: standard deviation between the n effects.
+
+    NaN where sd is 0 or n < 2."""
+    if n < 2 or not sd > 1e-12:
+        return float('nan')
+    return float((stdtrit(n - 1, 0.5 + level / 2) + ndtri(power)) * sd / np.sqrt(n))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -155,7 +158,7 @@ def holm(p: Sequence[float]) -> list[float]:
         out[i] = running
     return out.tolist()
 
-# %% ../../nbs/judge/statistics.ipynb #47364da0
+# %% ../../nbs/judge/statistics.ipynb #5f2d0b32
 def _t_test(mean: float, sd: float, n: int) -> float:
     "Two-sided p of a mean of n values; where they are all the same (sd 0), that of the exact sign-flip test, 2^(1-n)."
     if abs(mean) < 1e-12:
@@ -165,26 +168,27 @@ def _t_test(mean: float, sd: float, n: int) -> float:
 
 def newcombe(a: Sequence[Row], b: Sequence[Row], level: float = 0.95) -> tuple[float, float]:
     "Newcombe's interval for the difference of two bad-case rates, from the two Wilson intervals."
-    (pa, la, ua), (pb, lb, ub) = (
-        (k / n, *wilson(k, n, level)) for k, n in ((sum(not r.applied for r in x), len(x)) for x in (a, b))
-    )
+    counts = ((sum(not r.applied for r in x), len(x)) for x in (a, b))
+    (pa, la, ua), (pb, lb, ub) = ((k / n, *wilson(k, n, level)) for k, n in counts)
     return float(pa - pb - np.hypot(pa - la, ub - pb)), float(pa - pb + np.hypot(ua - pa, pb - lb))
 
 
 def differences(a: Sequence[Row], b: Sequence[Row], value: str) -> list[tuple[Row, float]]:
-    "[(row of a, value(a) - value(b))] over the pairs in which both are defined; UserError when the two were made on other pictures."
+    """[(row of a, value(a) - value(b))] over the pairs in which both are defined.
+
+    Raises UserError when the two were made on other pictures."""
     left, right = ({r.pair: r for r in rows} for rows in (a, b))
     if left.keys() != right.keys() or len(left) != len(a) or len(right) != len(b):
         odd = sorted(left.keys() ^ right.keys())[:1]
         raise UserError(
-            f'{a[0].method!r} and {b[0].method!r} were not evaluated on the same (run, effect, image, seed), for example {odd}; evaluate both with the same settings'
+            f'{a[0].method!r} and {b[0].method!r} were not evaluated on the same (run, effect, image, seed), '
+            f'for example {odd}; evaluate both with the same settings'
         )
-    both = [
-        (left[k], VALUES[value](left[k]), VALUES[value](right[k])) for k in left if left[k].valid and right[k].valid
-    ]
+    of = VALUES[value]
+    both = [(left[k], of(left[k]), of(right[k])) for k in left if left[k].valid and right[k].valid]
     return [(r, x - y) for r, x, y in both if x is not None and y is not None]
 
-
+# %% ../../nbs/judge/statistics.ipynb #5f2d0b34
 def paired(a: Sequence[Row], b: Sequence[Row], value: str = 'bcr', seed: int = 0, level: float = 0.95) -> Contrast:
     "Effect-level paired contrast of two methods."
     diffs = differences(a, b, value)
@@ -192,21 +196,18 @@ def paired(a: Sequence[Row], b: Sequence[Row], value: str = 'bcr', seed: int = 0
     for r, d in diffs:
         groups.setdefault(r.effect, []).append(d)
     means = np.array([np.mean(g) for g in groups.values()])
-    if not len(means):
-        raise UserError(
-            f'{a[0].method!r} and {b[0].method!r}: no pair has the quantity {value!r} defined on both sides'
-        )
+    n, names = len(means), (a[0].method, b[0].method)
+    if not n:
+        raise UserError(f'{names[0]!r} and {names[1]!r}: no pair has the quantity {value!r} defined on both sides')
     mid, low, high = t_interval(means, level)
-    sd = means.std(ddof=1) if len(means) > 1 else float('nan')
-    p = float('nan') if len(means) < 2 else _t_test(mid, sd, len(means))
+    sd = means.std(ddof=1) if n > 1 else float('nan')
+    p = float('nan') if n < 2 else _t_test(mid, sd, n)
     if value == 'bcr':
         low, high = max(low, -1.0), min(high, 1.0)  # a share differs by no more
     if sd < 1e-12 and value == 'bcr':
         low, high = newcombe([r for r in a if r.valid], [r for r in b if r.valid], level)
     two_way = None
-    if len(means) < MANY:
+    if n < MANY:
         boot = two_way_bootstrap(crossed(diffs), seed)
         two_way = tuple(float(q) for q in np.quantile(boot, [0.5 - level / 2, 0.5 + level / 2]))
-    return Contrast(
-        value, a[0].method, b[0].method, mid, low, high, p, len(diffs), len(means), two_way, mde(sd, len(means))
-    )
+    return Contrast(value, *names, mid, low, high, p, len(diffs), n, two_way, mde(sd, n))

@@ -93,7 +93,7 @@ def test_a_crowd_has_the_number_it_is_asked_for(n):
 
 
 def test_six_of_a_crowd_stand_as_they_always_did():
-    assert world._grid(6) == [(x, y, 0.42) for y in (0.42, 0.78) for x in (0.2, 0.5, 0.8)]
+    assert world.grid_spots(6) == [(x, y, 0.42) for y in (0.42, 0.78) for x in (0.2, 0.5, 0.8)]
 
 
 @pytest.mark.parametrize('id', list(world.EFFECTS))

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['NONE', 'VALUES', 'Row', 'write_rows', 'read_rows', 'made_up_rows', 'defined', 'numbers', 'gate', 'confusion', 'bleed',
-           'plot_confusion', 'laplacian_energy', 'Item', 'judge', 'bounds', 'descriptor', 'set_distance',
-           'leave_one_out']
+           'plot_confusion', 'Item', 'judge', 'bounds', 'descriptor', 'set_distance', 'leave_one_out']
 
 # %% ../../nbs/judge/gate.ipynb #5f2d0a03
 import json
@@ -18,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..core import check_keys, nearest, replacing, seed_of, UserError
+from ..world.pen import laplacian_energy
 
 # %% ../../nbs/judge/gate.ipynb #5f2d0a08
 NONE = 'none'
@@ -173,13 +173,6 @@ def plot_confusion(matrices: dict[str, np.ndarray], effects: Sequence[str]) -> F
         ax.set_yticks(range(len(effects)), effects, fontsize=8)
         ax.set_title(textwrap.fill(name, 8 + 5 * len(effects)), fontsize=10)
     return fig
-
-# %% ../../nbs/judge/gate.ipynb #5f2d0a29
-def laplacian_energy(image: np.ndarray) -> float:
-    "Mean squared 4-neighbour Laplacian over the interior of a uint8 image [H, W, 3], on a scale of 0 to 1 per pixel."
-    x = np.asarray(image, dtype=np.float64) / 255
-    inner = 4 * x[1:-1, 1:-1] - x[:-2, 1:-1] - x[2:, 1:-1] - x[1:-1, :-2] - x[1:-1, 2:]
-    return float((inner**2).mean())
 
 # %% ../../nbs/judge/gate.ipynb #5f2d0a32
 @dataclass(frozen=True)

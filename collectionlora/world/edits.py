@@ -4,33 +4,36 @@
 
 # %% auto #0
 __all__ = ['AMOUNTS', 'STYLE_WORDS', 'MATERIAL_WORDS', 'FRAME_WORDS', 'SHAPES', 'UNTAUGHT', 'FAMILIES', 'WEIGHTS', 'LOCAL',
-           'SLOTS', 'chances', 'random_edit', 'read_scene']
+           'SLOTS', 'open_amount', 'unnamed_colour', 'chances', 'random_edit', 'read_scene']
 
-# %% ../../nbs/world/edits.ipynb #53936641
+# %% ../../nbs/world/edits.ipynb #49fdb3f0
 import copy
 import functools
 
 import numpy as np
 
 from ..core import nearest, UserError
-from collectionlora.world.draw import (
-    _pick,
-    CLOTHES,
-    COATS,
-    EXPRESSIONS,
-    HAIRS,
-    PLACE_WORDS,
-    PLACES,
-    POSES,
-    SPECIES,
-    STYLES_HAIR,
-    TIMES,
-)
+from .draw import pick
+from .figures import CLOTHES, COATS, EXPRESSIONS, HAIRS, POSES, SPECIES, STYLES_HAIR
 from .pen import hsv
+from .places import PLACE_WORDS, PLACES, TIMES
 from .styles import FRAMES, MATERIALS, PARTICLES, STYLES
 from .things import BODYWEAR, HEADWEAR, PROPS
 
-# %% ../../nbs/world/edits.ipynb #8d75d54b
+# %% ../../nbs/world/edits.ipynb #45b204d6
+AMOUNTS = dict(move=(0.16, 0.24), larger=(1.25, 1.4), smaller=(0.55, 0.7), low=(0.74, 0.82), size=(0.24, 0.34))
+
+
+def open_amount(r, k):
+    "A number from the range of `AMOUNTS` called `k`, drawn with `r`."
+    return float(r.uniform(*AMOUNTS[k]))
+
+
+def unnamed_colour(r):
+    "A colour that no word names, drawn with `r`."
+    return hsv(r.random(), 0.75, 0.9)
+
+
 def _who(s):
     a = s['subjects'][0]
     return a['species'] if 'species' in a else 'person'
@@ -41,22 +44,14 @@ def _say(r, *forms):
 
 
 def _new(r, options, old):
-    return _pick(r, [o for o in options if o != old])
+    return pick(r, [o for o in options if o != old])
 
 
-AMOUNTS = dict(
-    move=(0.16, 0.24), larger=(1.25, 1.4), smaller=(0.55, 0.7), low=(0.74, 0.82), size=(0.24, 0.34)
-)  # what instructions leave open
+def _chance(r, kind):
+    "A filled slot: the kind of look, and the seed that decides the rest."
+    return dict(kind=kind, seed=int(r.integers(2**31)))
 
-
-def _amount(r, k):
-    return float(r.uniform(*AMOUNTS[k]))
-
-
-def _unnamed_colour(r):
-    return hsv(r.random(), 0.75, 0.9)
-
-
+# %% ../../nbs/world/edits.ipynb #9e91da54
 def _recolor(s, r):
     a = s['subjects'][0]
     if 'species' in a:
@@ -80,8 +75,8 @@ def _replace(s, r):
 
 def _wear(s, r):
     a = s['subjects'][0]
-    w = _pick(r, HEADWEAR if r.random() < 0.8 else BODYWEAR)
-    c = _pick(r, CLOTHES)
+    w = pick(r, HEADWEAR if r.random() < 0.8 else BODYWEAR)
+    c = pick(r, CLOTHES)
     a['wears'], a['wearcolor'] = [w], CLOTHES[c]
     return _say(r, f'put a {c} {w} on the {_who(s)}', f'add a {c} {w}', f'the {_who(s)} wears a {c} {w}')
 
@@ -94,77 +89,7 @@ def _unwear(s, r):
     a['wears'] = []
     return _say(r, f'remove the {w}', f'take off the {w}')
 
-
-def _add(s, r):
-    k, c, left = _pick(r, PROPS), _pick(r, CLOTHES), r.random() < 0.5
-    s['props'].append(
-        dict(kind=k, x=0.13 if left else 0.87, y=_amount(r, 'low'), s=_amount(r, 'size'), color=CLOTHES[c])
-    )
-    return _say(
-        r,
-        f'add a {c} {k} on the {"left" if left else "right"}',
-        f'place a {c} {k} to the {"left" if left else "right"}',
-    )
-
-
-def _remove(s, r):
-    if not s['props']:
-        return None
-    k = s['props'].pop(int(r.integers(len(s['props']))))
-    s['props'] = [p for p in s['props'] if p['kind'] != k['kind']]
-    return _say(r, f'remove the {k["kind"]}', f'delete the {k["kind"]}')
-
-
-def _move(s, r):
-    a = s['subjects'][0]
-    d = _pick(r, ('left', 'right'))
-    a['x'] += (-1 if d == 'left' else 1) * _amount(r, 'move')
-    return _say(r, f'move the {_who(s)} to the {d}', f'shift the subject {d}')
-
-
-def _resize(s, r):
-    a = s['subjects'][0]
-    d = _pick(r, ('larger', 'smaller'))
-    a['scale'] *= _amount(r, d)
-    return _say(r, f'make the {_who(s)} {d}', f'{d} subject')
-
-
-def _flip(s, r):
-    if s['category'] != 'animal':
-        return None
-    s['subjects'][0]['flip'] ^= True
-    return _say(r, f'flip the {_who(s)}', 'mirror the animal')
-
-
-def _place(s, r):
-    s['place'] = p = _new(r, PLACES, s['place'])
-    s['placeseed'] = int(r.integers(2**31))
-    return _say(
-        r,
-        f'change the background to {PLACE_WORDS[p]}',
-        f'put the {_who(s)} in {PLACE_WORDS[p]}',
-        f'in {PLACE_WORDS[p]}',
-    )
-
-
-def _setweather(s, r):
-    s['weather'] = w = _new(r, ('clear', 'rain', 'snow', 'fog'), s['weather'])
-    return _say(
-        r,
-        *{
-            'clear': ('make the weather clear', 'clear weather'),
-            'rain': ('make it rain', 'add rain'),
-            'snow': ('make it snow', 'add falling snow'),
-            'fog': ('add fog', 'make it foggy'),
-        }[w],
-    )
-
-
-def _settime(s, r):
-    s['time'] = t = _new(r, TIMES, s['time'])
-    return _say(r, f'make it {t}', f'change the time to {t}')
-
-
+# %% ../../nbs/world/edits.ipynb #3e1e8b59
 def _express(s, r):
     a = s['subjects'][0]
     a['expression'] = e = _new(r, EXPRESSIONS, a['expression'])
@@ -183,6 +108,27 @@ def _pattern(s, r):
     return _say(r, f'{p} pattern', f'make it {p}' if p == 'plain' else f'add {p}')
 
 
+def _flip(s, r):
+    if s['category'] != 'animal':
+        return None
+    s['subjects'][0]['flip'] ^= True
+    return _say(r, f'flip the {_who(s)}', 'mirror the animal')
+
+# %% ../../nbs/world/edits.ipynb #90350930
+def _move(s, r):
+    a = s['subjects'][0]
+    d = pick(r, ('left', 'right'))
+    a['x'] += (-1 if d == 'left' else 1) * open_amount(r, 'move')
+    return _say(r, f'move the {_who(s)} to the {d}', f'shift the subject {d}')
+
+
+def _resize(s, r):
+    a = s['subjects'][0]
+    d = pick(r, ('larger', 'smaller'))
+    a['scale'] *= open_amount(r, d)
+    return _say(r, f'make the {_who(s)} {d}', f'{d} subject')
+
+
 def _count(s, r):
     a = s['subjects'][0]
     b = copy.deepcopy(a)
@@ -193,102 +139,126 @@ def _count(s, r):
     return _say(r, f'two copies of the {_who(s)}', f'show the {_who(s)} twice')
 
 
+def _add(s, r):
+    k, c, left = pick(r, PROPS), pick(r, CLOTHES), r.random() < 0.5
+    x, side = (0.13, 'left') if left else (0.87, 'right')
+    s['props'].append(dict(kind=k, x=x, y=open_amount(r, 'low'), s=open_amount(r, 'size'), color=CLOTHES[c]))
+    return _say(r, f'add a {c} {k} on the {side}', f'place a {c} {k} to the {side}')
+
+
+def _remove(s, r):
+    if not s['props']:
+        return None
+    k = s['props'].pop(int(r.integers(len(s['props']))))
+    s['props'] = [p for p in s['props'] if p['kind'] != k['kind']]
+    return _say(r, f'remove the {k["kind"]}', f'delete the {k["kind"]}')
+
+# %% ../../nbs/world/edits.ipynb #3daa30cb
+_WEATHER = {
+    'clear': ('make the weather clear', 'clear weather'),
+    'rain': ('make it rain', 'add rain'),
+    'snow': ('make it snow', 'add falling snow'),
+    'fog': ('add fog', 'make it foggy'),
+}
+
+
+def _place(s, r):
+    s['place'] = p = _new(r, PLACES, s['place'])
+    s['placeseed'] = int(r.integers(2**31))
+    where = PLACE_WORDS[p]
+    return _say(r, f'change the background to {where}', f'put the {_who(s)} in {where}', f'in {where}')
+
+
+def _setweather(s, r):
+    s['weather'] = w = _new(r, ('clear', 'rain', 'snow', 'fog'), s['weather'])
+    return _say(r, *_WEATHER[w])
+
+
+def _settime(s, r):
+    s['time'] = t = _new(r, TIMES, s['time'])
+    return _say(r, f'make it {t}', f'change the time to {t}')
+
+
 def _sprinkle(s, r):
-    k = _pick(r, PARTICLES)
-    s['particles'] = dict(kind=k, seed=int(r.integers(2**31)))
+    k = pick(r, PARTICLES)
+    s['particles'] = _chance(r, k)
     return _say(r, f'add {k} in the air', f'throw {k}', f'falling {k}')
 
 
 def _keep(s, r):
     return _say(r, 'keep the picture as it is', 'change nothing', 'same image')
 
-
+# %% ../../nbs/world/edits.ipynb #32117058
+# fmt: off
 STYLE_WORDS = dict(
-    oil='an oil painting',
-    halftone='a halftone print',
-    sketch='a pencil drawing',
-    watercolor='a soft watercolor',
-    neon='neon outlines',
-    stained='a stained glass window',
-    pixel='pixel art',
-    comic='a comic book panel',
-    glitch='a glitched video',
-    thermal='a thermal camera picture',
-    blueprint='a blueprint',
-    duotone='a duotone poster',
+    oil='an oil painting', halftone='a halftone print', sketch='a pencil drawing', watercolor='a soft watercolor',
+    neon='neon outlines', stained='a stained glass window', pixel='pixel art', comic='a comic book panel',
+    glitch='a glitched video', thermal='a thermal camera picture', blueprint='a blueprint', duotone='a duotone poster',
 )
 MATERIAL_WORDS = dict(
-    gold='gold',
-    ice='ice',
-    wood='carved wood',
-    stone='grey stone',
-    galaxy='a purple galaxy',
-    knit='knitted wool',
-    lava='black lava',
-    checker='a checkerboard',
-    zebra='zebra stripes',
-    chrome='chrome metal',
-    flowers='flower petals',
+    gold='gold', ice='ice', wood='carved wood', stone='grey stone', galaxy='a purple galaxy', knit='knitted wool',
+    lava='black lava', checker='a checkerboard', zebra='zebra stripes', chrome='chrome metal', flowers='flower petals',
     jelly='translucent jelly',
 )
 FRAME_WORDS = dict(
-    polaroid='an instant photo',
-    film='a film strip',
-    sticker='a cut out sticker',
-    stamp='a postage stamp',
-    magazine='a magazine cover',
-    tv='an old television',
+    polaroid='an instant photo', film='a film strip', sticker='a cut out sticker', stamp='a postage stamp',
+    magazine='a magazine cover', tv='an old television',
 )
-SHAPES = dict(
-    bighead=('a very big head', 1.4, 1.7),
-    fat=('a round fat body', 1.45, 1.8),
-    tall=('a tall thin body', 1.3, 1.5),
+SHAPES = dict(  # words, and the range of the number
+    bighead=('a very big head', 1.4, 1.7), fat=('a round fat body', 1.45, 1.8), tall=('a tall thin body', 1.3, 1.5),
     turn=('turned upside down', 2.85, 3.45),
 )
 UNTAUGHT = dict(
     style=('halftone', 'stained', 'thermal'), material=('lava', 'checker', 'flowers'), frame=('stamp', 'tv')
-)  # only effects show these: a base should have something left to learn
+)
+# fmt: on
+
+# %% ../../nbs/world/edits.ipynb #1ef4c4af
+_FILLED = dict(style=(STYLE_WORDS, '{}'), material=(MATERIAL_WORDS, 'made of {}'), frame=(FRAME_WORDS, '{}'))
 
 
-def _skill(r, kind, table):
-    return _pick(r, [k for k in table if k not in UNTAUGHT.get(kind, ())])
+def _dress_picture(s, r, kind):
+    "Fills the slot style, material or frame with a look that may be taught; returns the words for it."
+    words, form = _FILLED[kind]
+    k = pick(r, [w for w in words if w not in UNTAUGHT[kind]])
+    s[kind] = _chance(r, k)
+    return form.format(words[k])
+
+
+def _dress_subject(s, r, kind):
+    "Changes the body, the face or what is worn; returns the words for it."
+    a = s['subjects'][0]
+    if kind == 'body':
+        k = pick(r, SHAPES)
+        w, lo, hi = SHAPES[k]
+        a[k] = float(r.uniform(lo, hi))
+        return w
+    if kind == 'face':
+        a['expression'] = e = pick(r, EXPRESSIONS)
+        return f'with a {e} face'
+    w = pick(r, HEADWEAR if r.random() < 0.8 else BODYWEAR)
+    a['wears'], a['wearcolor'] = [w], unnamed_colour(r)
+    return f'wearing a {w}'
 
 
 def _dress_up(s, r, kind):
     "Apply a random look of a kind to the scene; returns the words for it."
-    chance = lambda k: dict(kind=k, seed=int(r.integers(2**31)))
-    if kind == 'style':
-        s['style'] = chance(k := _skill(r, kind, STYLE_WORDS))
-        return STYLE_WORDS[k]
-    if kind == 'material':
-        s['material'] = chance(k := _skill(r, kind, MATERIAL_WORDS))
-        return f'made of {MATERIAL_WORDS[k]}'
-    if kind == 'frame':
-        s['frame'] = chance(k := _skill(r, kind, FRAME_WORDS))
-        return FRAME_WORDS[k]
+    if kind in _FILLED:
+        return _dress_picture(s, r, kind)
     if kind == 'place':
-        s['place'], s['placeseed'], s['props'] = (k := _pick(r, PLACES)), int(r.integers(2**31)), []
+        k = pick(r, PLACES)
+        s['place'], s['placeseed'], s['props'] = k, int(r.integers(2**31)), []
         return f'in {PLACE_WORDS[k]}'
     if kind == 'particles':
-        s['particles'] = chance(k := _pick(r, PARTICLES))
+        k = pick(r, PARTICLES)
+        s['particles'] = _chance(r, k)
         return f'with {k}'
-    if kind == 'body':
-        k = _pick(r, SHAPES)
-        w, lo, hi = SHAPES[k]
-        s['subjects'][0][k] = float(r.uniform(lo, hi))
-        return w
-    if kind == 'face':
-        s['subjects'][0]['expression'] = e = _pick(r, EXPRESSIONS)
-        return f'with a {e} face'
     if kind == 'time':
-        s['time'] = t = _pick(r, ('dusk', 'night', 'dawn'))
+        s['time'] = t = pick(r, ('dusk', 'night', 'dawn'))
         return f'at {t}'
-    a = s['subjects'][0]
-    w = _pick(r, HEADWEAR if r.random() < 0.8 else BODYWEAR)
-    a['wears'], a['wearcolor'] = [w], _unnamed_colour(r)
-    return f'wearing a {w}'
+    return _dress_subject(s, r, kind)
 
-
+# %% ../../nbs/world/edits.ipynb #418647ba
 def _style(s, r):
     w = _dress_up(s, r, 'style')
     return _say(r, f'turn it into {w}', f'{w} of the {_who(s)}', f'make it {w}')
@@ -306,77 +276,35 @@ def _frame(s, r):
 
 def _body(s, r):
     w = _dress_up(s, r, 'body')
-    return (
-        _say(r, f'give the {_who(s)} {w}', f'the {_who(s)} with {w}')
-        if not w.startswith('turned')
-        else f'the {_who(s)} {w}'
-    )
+    if w.startswith('turned'):
+        return f'the {_who(s)} {w}'
+    return _say(r, f'give the {_who(s)} {w}', f'the {_who(s)} with {w}')
+
+
+_KINDS = ['style', 'material', 'place', 'place', 'particles', 'particles', 'wear', 'face', 'time', 'frame']
+_ORDER = ['material', 'wear', 'face', 'place', 'time', 'particles', 'style', 'frame']
 
 
 def _compose(s, r):
-    kinds = r.permutation(
-        ['style', 'material', 'place', 'place', 'particles', 'particles', 'wear', 'face', 'time', 'frame']
-    )[: int(r.integers(2, 4))]
-    words = [
-        _dress_up(s, r, k)
-        for k in sorted(
-            set(map(str, kinds)), key=['material', 'wear', 'face', 'place', 'time', 'particles', 'style', 'frame'].index
-        )
-    ]
+    kinds = r.permutation(_KINDS)[: int(r.integers(2, 4))]
+    words = [_dress_up(s, r, k) for k in sorted(set(map(str, kinds)), key=_ORDER.index)]
     who = f'the {_who(s)}' if r.random() < 0.5 else f'a {_who(s)}'
     return f'{who} ' + ', '.join(words) if r.random() < 0.5 else f'{who} ' + ' and '.join(words)
 
-
+# %% ../../nbs/world/edits.ipynb #4de95a4d
+# fmt: off
 FAMILIES = dict(
-    recolor=_recolor,
-    replace=_replace,
-    wear=_wear,
-    unwear=_unwear,
-    add=_add,
-    remove=_remove,
-    move=_move,
-    resize=_resize,
-    flip=_flip,
-    place=_place,
-    weather=_setweather,
-    time=_settime,
-    expression=_express,
-    pose=_repose,
-    pattern=_pattern,
-    count=_count,
-    particles=_sprinkle,
-    style=_style,
-    material=_material,
-    frame=_frame,
-    body=_body,
-    compose=_compose,
-    keep=_keep,
+    recolor=_recolor, replace=_replace, wear=_wear, unwear=_unwear, add=_add, remove=_remove, move=_move,
+    resize=_resize, flip=_flip, place=_place, weather=_setweather, time=_settime, expression=_express, pose=_repose,
+    pattern=_pattern, count=_count, particles=_sprinkle, style=_style, material=_material, frame=_frame, body=_body,
+    compose=_compose, keep=_keep,
 )
 WEIGHTS = dict.fromkeys(FAMILIES, 1.0) | dict(
-    style=3.0,
-    material=3.0,
-    frame=1.5,
-    compose=6.0,
-    place=2.0,
-    particles=1.5,
-    unwear=0.5,
-    remove=0.7,
-    flip=0.5,
+    style=3.0, material=3.0, frame=1.5, compose=6.0, place=2.0, particles=1.5, unwear=0.5, remove=0.7, flip=0.5,
     keep=0.4,
 )
-
-LOCAL = (
-    'recolor',
-    'replace',
-    'wear',
-    'unwear',
-    'add',
-    'remove',
-    'flip',
-    'pose',
-    'expression',
-    'pattern',
-)  # edits of a part or of the subject's shape
+LOCAL = ('recolor', 'replace', 'wear', 'unwear', 'add', 'remove', 'flip', 'pose', 'expression', 'pattern')
+# fmt: on
 
 
 @functools.cache
@@ -387,7 +315,9 @@ def chances(local=1.0):
 
 
 def random_edit(spec, r, family=None, local=1.0):
-    "A random general edit of a scene: `(instruction, target scene, family)`. `family` fixes the kind; None is returned if it does not apply; `local` as in `chances`."
+    """A random general edit of a scene: `(instruction, target scene, family)`; `local` as in `chances`.
+
+    `family` fixes the kind, and None is returned if it does not apply. Raises `UserError` for an unknown family."""
     if family is not None and family not in FAMILIES:
         raise UserError(f'world.random_edit: unknown family {family!r}; {nearest(family, FAMILIES)}')
     p = chances(local)
@@ -397,7 +327,7 @@ def random_edit(spec, r, family=None, local=1.0):
         if said or family:
             return (said, s, f) if said else None
 
-# %% ../../nbs/world/edits.ipynb #1410a543
+# %% ../../nbs/world/edits.ipynb #eebf90df
 SLOTS = {
     'place': PLACES,
     'time': TIMES,
@@ -427,31 +357,28 @@ SLOTS = {
     'flip': ('no', 'yes'),
 }
 
+# %% ../../nbs/world/edits.ipynb #84c7bc8d
+_HELD = tuple(SLOTS)[:11]  # place to pattern: words that the scene or its first subject holds
+
 
 def _named(c):
     return min(CLOTHES, key=lambda k: np.abs(np.subtract(CLOTHES[k], c)).sum())
+
+
+def _read_props(spec):
+    "The last prop on either side, and its colour."
+    out = {}
+    for side, test in (('left', lambda o: o['x'] < 0.5), ('right', lambda o: o['x'] >= 0.5)):
+        o = next((o for o in reversed(spec['props']) if test(o)), None)
+        out |= {side: o and o['kind'], side + 'color': o and _named(o['color'])}
+    return out
 
 
 def read_scene(spec):
     "What a scene shows: `{slot: option or None}` for the slots of `SLOTS`, of its first subject."
     a = spec['subjects'][0]
     size = a['scale'] * (1.3 if 'species' in a else 1.0)
-    out = {
-        k: spec.get(k, a.get(k))
-        for k in (
-            'place',
-            'time',
-            'weather',
-            'species',
-            'coat',
-            'hair',
-            'hairstyle',
-            'clothes',
-            'pose',
-            'expression',
-            'pattern',
-        )
-    }
+    out = {k: spec.get(k, a.get(k)) for k in _HELD}
     out |= {k: spec[k] and spec[k]['kind'] for k in ('style', 'material', 'particles', 'frame')}
     out |= dict(
         wears=(a['wears'] or [None])[0],
@@ -462,7 +389,4 @@ def read_scene(spec):
         size='small' if size < 0.65 else 'large' if size > 1.08 else 'medium',
         flip='yes' if a['flip'] else 'no',
     )
-    for side, test in (('left', lambda o: o['x'] < 0.5), ('right', lambda o: o['x'] >= 0.5)):
-        o = next((o for o in reversed(spec['props']) if test(o)), None)
-        out |= {side: o and o['kind'], side + 'color': o and _named(o['color'])}
-    return out
+    return out | _read_props(spec)

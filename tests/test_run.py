@@ -299,3 +299,178 @@ def test_words_about_code_do_not_make_a_run_stale_and_code_does(tmp_path):
         )
         == 3
     )
+
+
+def test_another_input_in_the_same_place_is_refused_and_a_changed_one_is_not(tmp_path):
+    path = notebook(tmp_path / 'a.ipynb')
+    for name in ('one', 'two'):
+        (tmp_path / f'{name}.txt').write_text(name)
+    go = lambda name: execute(path, tmp_path / 'results', inputs={'source': tmp_path / f'{name}.txt'})
+    first = go('one')
+    with pytest.raises(core.UserError, match=r"is a finished run with source '.*one.txt', now '.*two.txt'"):
+        go('two')
+    assert core.read_json(tmp_path / 'results' / 'run.json')['key'] == first['key']
+    (tmp_path / 'two.txt').write_text('one')  # another place, the same content
+    assert go('two')['reused']
+    (tmp_path / 'one.txt').write_text('another')
+    assert not go('one')['reused']
+
+
+MEMBER = """from collectionlora.core import UserError
+if n == 2: raise UserError('n: two is not wanted')
+if n == 3: raise OSError('three is bad')
+core.save_run(Path(out, f'{run}.json'), core.run_info(dict(n=n), seed, {}), dict(twice=2*n, table=dict(ours=dict(bcr=0.5))), {})"""
+
+
+def test_a_sweep_loses_only_those_that_fail_and_its_table_knows_nested_numbers(tmp_path):
+    import csv
+
+    path = notebook(tmp_path / 'a.ipynb', BODY + '\n' + MEMBER)
+    with pytest.raises(RunFailed, match='2 of 4 runs failed: n=2: n: two is not wanted | n=3: .*three is bad'):
+        sweep(path, {'n': [2, 3, 1, 4]}, tmp_path / 's')
+    rows = list(csv.DictReader((tmp_path / 's' / 'table.csv').open()))
+    assert [(r['run'], r['status']) for r in rows] == [
+        ('n=2', 'failed'),
+        ('n=3', 'failed'),
+        ('n=1', 'finished'),
+        ('n=4', 'finished'),
+    ]
+    assert rows[2]['table.ours.bcr'] == '0.5' and rows[3]['twice'] == '8' and 'not wanted' in rows[0]['error']
+    again = [core.read_json(tmp_path / 's' / f'n={n}.json') for n in (1, 4)]
+    with pytest.raises(RunFailed, match='1 of 3 runs failed'):  # where finished runs have other parameters
+        sweep(path, {'n': [1, 4, 2], 'name': ['x']}, tmp_path / 's')
+    assert [core.read_json(tmp_path / 's' / f'n={n}.json') for n in (1, 4)] == again
+
+
+def test_the_table_is_written_when_a_sweep_is_interrupted(tmp_path, monkeypatch):
+    from collectionlora.run import sweep as sweeps
+
+    def stopped(experiment, out, name, *more):
+        if name == 'n=2':
+            raise KeyboardInterrupt('stopped')
+        info = {'run': {'parameters': {'n': 1}, 'seed': 0, 'inputs': {}}, 'meta': {}}
+        core.save_run(out / f'{name}.json', info, {'loss': 0.5}, {})
+
+    monkeypatch.setattr(sweeps, 'execute', stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(notebook(tmp_path / 'a.ipynb'), {'n': [1, 2, 3]}, tmp_path / 's')
+    assert (tmp_path / 's' / 'table.csv').read_text().splitlines()[1].startswith('n=1,finished,0,0.5')
+
+
+def test_run_names_fit_a_line_and_say_what_varies():
+    from collectionlora.run.sweep import grid_points
+
+    long = [{'lr': 0.1 * k, 'kept': 'the same everywhere'} for k in range(3)]
+    names = list(grid_points({'settings': long, 'seed': [0, 1], 'steps': [5]}))
+    assert names[0] == 'settings=lr=0.0,seed=0' and not any('kept' in n or 'steps' in n for n in names)
+    many = list(grid_points({f'a_parameter_with_a_long_name_{k}': [1, 2] for k in range(5)}))
+    assert len(set(many)) == 32 and max(map(len, many)) <= 60
+    assert list(grid_points({'file': ['there/one.safetensors', 'there/two.safetensors']})) == ['file=one', 'file=two']
+
+
+def test_a_run_file_says_what_it_needs(tmp_path, monkeypatch):
+    from collectionlora.run.sweep import needs_of
+
+    monkeypatch.setattr(signature, 'notebooks_dir', lambda: tmp_path)
+    notebook(tmp_path / 'a.ipynb')
+    (tmp_path / 'a').mkdir()
+    file = tmp_path / 'a' / 'short.yaml'
+    file.write_text('needs: [source]\nn: 4\n')
+    assert from_file(file) == ('a', 'short', {'n': 4}, 0) and needs_of(file) == ['source']
+    for text, words in (('needs: [sauce]\n', "'sauce', which is no parameter"), ('needs: source\n', 'must be a list')):
+        file.write_text(text)
+        with pytest.raises(core.UserError, match=words):
+            from_file(file)
+
+
+def bare(*args, cwd):
+    "papermill alone, as its own command line starts it."
+    program = [sys.executable, '-m', 'papermill', '--no-progress-bar', '--log-output', *map(str, args)]
+    return subprocess.run(program, capture_output=True, text=True, cwd=cwd)
+
+
+def test_papermill_alone_runs_an_experiment_and_the_notebook_refuses_what_it_does_not_know(tmp_path):
+    path = core.notebooks_dir() / 'effects.ipynb'
+    given = ['-p', 'out', 'mine', '-p', 'effects', 1, '-p', 'pairs', 2, '-p', 'general', 2]
+    done = bare(path, 'done.ipynb', *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'Unable to parse' not in done.stderr and 'unknown parameter' not in done.stderr
+    record = core.read_json(tmp_path / 'mine' / 'smoke.json')
+    assert record['status'] == 'finished' and record['run']['parameters']['pairs'] == 2
+    command = record['meta']['command']
+    assert command.startswith('papermill ') and command.endswith('-p effects 1 -p pairs 2 -p general 2')
+    assert str(core.repo_root()) not in command and 'nbs/experiments/effects.ipynb' in command
+    wrong = bare(path, 'wrong.ipynb', *given[:2], 'other', '-p', 'effcts', 1, cwd=tmp_path)
+    assert wrong.returncode and "unknown key 'effcts'; did you mean 'effects'?" in wrong.stderr
+    assert not (tmp_path / 'other').exists()
+
+
+def test_papermill_reads_the_parameters_of_every_experiment_as_we_do(caplog):
+    from papermill.inspection import inspect_notebook
+
+    for path in sorted(core.notebooks_dir().glob('*.ipynb')):
+        assert set(inspect_notebook(str(path))) == set(signature.declared(path.stem)), path.name
+    assert not caplog.records
+
+
+def test_every_experiment_refuses_what_papermill_would_pass_over():
+    for path in sorted(core.notebooks_dir().glob('*.ipynb')):
+        after = [s for s, tags in signature.code_cells(path) if 'parameters' not in tags]
+        assert sum(f"run_folder(out, '{path.stem}')" in s for s in after) == 1, path.name
+
+
+MODULES = {
+    '__init__.py': '',
+    'sums.py': 'def add(a, b):\n    return a + b',
+    'apart.py': 'from .sums import add',
+    'room/__init__.py': 'from .near import *',
+    'room/near.py': 'from . import beside\nfrom ..sums import add',
+    'room/beside.py': 'def lazy():\n    from ..other.far import x\n    return x',
+    'other/__init__.py': '',
+    'other/far.py': 'x = 1',
+}
+
+
+def package(folder: Path, **changed) -> Path:
+    "A package of rooms whose modules import each other by relative imports; returns its `__init__.py`."
+    for name, source in (MODULES | changed).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(source)
+    return folder / '__init__.py'
+
+
+def test_a_module_that_is_reached_through_relative_imports_decides_the_key(tmp_path, monkeypatch):
+    import collectionlora
+    from collectionlora.run.keys import code_hash, modules_of
+
+    path = notebook(tmp_path / 'a.ipynb', 'from collectionlora import room')
+
+    def code(name, **changed):
+        init = package(tmp_path / name / 'collectionlora', **changed)
+        monkeypatch.setattr(collectionlora, '__file__', str(init))
+        return code_hash(path)
+
+    plain = code('plain')
+    found = {
+        p.relative_to(tmp_path / 'plain' / 'collectionlora').as_posix()
+        for p in modules_of('import collectionlora.room')
+    }
+    assert found == {'room/__init__.py', 'room/near.py', 'room/beside.py', 'sums.py', 'other/far.py'}
+    assert (
+        code('same', **{'other/far.py': '"A number."\nx = 1  # one', 'apart.py': 'from .sums import add as plus'})
+        == plain
+    )
+    for name in ('room/__init__.py', 'room/near.py', 'room/beside.py', 'sums.py', 'other/far.py'):
+        assert code(name.replace('/', '-'), **{name: MODULES[name] + '\ny = 2'}) != plain, name
+
+
+LOADED = 'import sys, collectionlora.engine.loop; print(*(m.__file__ for n, m in sys.modules.items() if n.startswith("collectionlora.")))'
+
+
+def test_a_key_counts_every_module_that_an_import_loads():
+    from collectionlora.run.keys import modules_of
+
+    said = subprocess.run([sys.executable, '-c', LOADED], capture_output=True, text=True, check=True).stdout
+    loaded = {Path(f) for f in said.split() if Path(f).name != '_compat.py' and Path(f).read_text().strip()}
+    counted = set(modules_of('import collectionlora.engine.loop'))
+    assert len(loaded) > 20 and not loaded - counted

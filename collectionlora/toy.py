@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPREAD', 'KEPT', 'EFFECTS', 'MOVES', 'PLACES', 'TEACHER_WORDS', 'STUDENT_WORDS', 'circle', 'sources', 'kept',
-           'targets', 'mixture_x0', 'teacher_velocity', 'Network', 'judge', 'mean_of']
+           'targets', 'mixture_x0', 'teacher_velocity', 'Network', 'judge', 'mean_of', 'flow_matching', 'fit']
 
 # %% ../nbs/method/00_problem.ipynb #7e0e8303
 import math
@@ -126,3 +126,25 @@ def _nearest(task: str, x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 def mean_of(rows: Mapping[str, dict], tasks) -> dict[str, float]:
     "The mean of `judge`'s figures over tasks."
     return {k: sum(rows[task][k] for task in tasks) / len(tasks) for k in ('right', 'other', 'rarest')}
+
+# %% ../nbs/method/00_problem.ipynb #af4ee838
+def flow_matching(network, y: Tensor, s: Tensor, words: Tensor, g: torch.Generator) -> Tensor:
+    "Eq. 2: mean |v(x_t, t) - (eps - y)|² for targets y [n, 2] of the sources s, noise and t drawn with `g`."
+    t, eps = torch.rand(len(y), generator=g), torch.randn(y.shape, generator=g)
+    return F.mse_loss(network((1 - t)[:, None] * y + t[:, None] * eps, t, s, words), eps - y)
+
+
+def fit(network, tasks, words, steps: int, batch: int = 256, rate: float = 4e-3, seed: int = 0) -> Network:
+    "Plain flow matching on true targets of `tasks`, in place: how the base came about, and the all-in-one baseline."
+    g, part = torch.Generator().manual_seed(seed), batch // len(tasks)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=rate, fused=True)
+    fall = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: 1 - k / steps)
+    told = torch.cat([words[task].expand(part, -1) for task in tasks])
+    for _ in range(steps):
+        s = sources(part * len(tasks), g)
+        y = torch.cat([targets(task, one, g) for task, one in zip(tasks, s.split(part))])
+        optimiser.zero_grad()
+        flow_matching(network, y, s, told, g).backward()
+        optimiser.step()
+        fall.step()
+    return network

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'UserError', 'RunFailed', 'nearest', 'check_keys', 'refusal', 'in_checkout', 'repo_root', 'data_dir',
            'nano_dir', 'collection_dir', 'notebooks_dir', 'results_dir', 'plain', 'sha256_json', 'sha256_file',
-           'sha256_folder', 'seed_of', 'rng', 'replacing', 'folder_lock', 'parse_yaml', 'read_yaml', 'write_yaml',
-           'read_json', 'write_json', 'bar', 'versions', 'hardware', 'command', 'run_info', 'save_run']
+           'sha256_folder', 'seed_of', 'rng', 'replacing', 'folder_lock', 'save_state', 'load_state', 'parse_yaml',
+           'read_yaml', 'write_yaml', 'read_json', 'write_json', 'bar', 'versions', 'hardware', 'command', 'run_info',
+           'save_run']
 
 # %% ../nbs/run/core.ipynb #7d0f1b17
 import copy
@@ -20,6 +21,7 @@ import re
 import shlex
 import subprocess
 import sys
+import zipfile
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -191,6 +193,24 @@ def folder_lock(folder):
         yield folder
     finally:
         lock.release()
+
+# %% ../nbs/run/core.ipynb #4fc7cbbc
+def save_state(path, state: dict) -> None:
+    "Writes plain data and tensors with `torch.save`, at once."
+    import torch
+
+    with replacing(path) as part:
+        torch.save(state, part)
+
+
+def load_state(path) -> dict:
+    "What `save_state` wrote, if every byte is as it was written. Raises whatever reading a damaged file raises."
+    import torch
+
+    with zipfile.ZipFile(path) as z:
+        if bad := z.testzip():
+            raise zipfile.BadZipFile(f'{bad} does not match its checksum')
+    return torch.load(path, weights_only=True)
 
 # %% ../nbs/run/core.ipynb #95ed7c3e
 class _Loader(yaml.SafeLoader):

@@ -6,8 +6,9 @@
 __all__ = ['PALETTE', 'STYLE', 'COLOURS', 'OTHER', 'figure_style', 'colour', 'rounded', 'artist_content', 'content',
            'keep_figure', 'keep_table', 'longest', 'base_words']
 
-# %% ../nbs/run/style.ipynb #2195fcb8
+# %% ../nbs/run/style.ipynb #11fa74c9
 import hashlib
+import io
 import json
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from . import core
 
@@ -89,7 +91,7 @@ def artist_content(a) -> list:
         return ['bar', rounded(a.get_bbox().bounds)]
     return []
 
-# %% ../nbs/run/style.ipynb #23664157
+# %% ../nbs/run/style.ipynb #f7036cd4
 def content(fig: Figure) -> list:
     "What a figure shows, as plain data: of every axes the ranges, scales, tick labels, legend and artists."
     found = [rounded(fig.get_size_inches()), [t.get_text() for t in fig.texts]]
@@ -110,8 +112,11 @@ def keep_figure(fig: Figure, name: str, folder=None, dpi: int = 110) -> bool:
         with Image.open(path) as there:
             if there.info.get('Source') == digest:
                 return False
+    drawn, note = io.BytesIO(), PngInfo()
+    fig.savefig(drawn, format='png', dpi=dpi)
+    note.add_text('Source', digest)
     with core.replacing(path) as part:
-        fig.savefig(part, format='png', dpi=dpi, metadata={'Software': None, 'Source': digest})
+        Image.open(drawn).convert('RGB').quantize(256).save(part, 'PNG', pnginfo=note, optimize=True)
     return True
 
 # %% ../nbs/run/style.ipynb #9e4661c2

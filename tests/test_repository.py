@@ -108,3 +108,21 @@ def test_the_front_page_is_what_its_notebook_shows():
     assert pictures and all((ROOT / name).read_bytes() == data for name, data in pictures.items())
     links = [l.split('#')[0] for l in re.findall(r'\]\(([^)\s]+)\)', text) if not l.startswith('http')]
     assert len(links) > 10 and not [l for l in links if l and not (ROOT / l).exists()]
+
+
+def test_results_are_listed_by_what_varies():
+    import runpy
+
+    listing = runpy.run_path(str(ROOT / 'tools' / 'list_results.py'))
+    text = (ROOT / 'results' / 'README.md').read_text(encoding='utf-8')
+    assert text == listing['render'](), 'run `python tools/list_results.py`'
+    links = re.findall(r'\]\(([^)\s]+)\)', text)
+    assert len(links) > 100 and not [l for l in links if not (ROOT / 'results' / l).exists()]
+
+
+def test_results_are_records_tables_headline_rows_and_one_sheet_a_run():
+    files = [f for f in tracked() if f.startswith('results/') and (ROOT / f).is_file()]
+    assert len(files) < 300 and sum((ROOT / f).stat().st_size for f in files) < 8_000_000
+    notebooks = [f for f in files if f.endswith('.ipynb')]
+    single = [f for f in files if f.endswith('.png') and not f.startswith('results/figures/')]
+    assert not single and all(f.startswith('results/main_job/') for f in notebooks)

@@ -257,6 +257,142 @@ def test_assignments_read_values_as_yaml():
     }
 
 
+HEAVY = """import sys
+from collectionlora.run.cli import app
+try: app(sys.argv[1:])
+except SystemExit as e: print({'torch', 'papermill', 'nbformat', 'diffusers'} & set(sys.modules) or 'light', e.code)"""
+
+
+@pytest.mark.parametrize(
+    'args, code',
+    [
+        (['--version'], 0),
+        (['--help'], 0),
+        (['info'], 0),
+        (['run', 'distill', '--list'], 0),
+        (['run', 'distill', '-p', 'stpes=3'], 2),
+        (['runs', 'list'], 0),
+        (['runs', 'show', 'no_such/run'], 2),
+    ],
+)
+def test_what_needs_no_weights_loads_neither_torch_nor_papermill(args, code):
+    done = subprocess.run([sys.executable, '-c', HEAVY, *args], capture_output=True, text=True)
+    assert (done.stdout.splitlines() or [''])[-1] == f'light {code}', done.stdout[-300:] + done.stderr
+
+
+def test_the_version_is_told():
+    from collectionlora import __version__
+
+    assert call('--version').output.strip() == f'collectionlora {__version__}'
+
+
+def helps():
+    "(words that call a command, its help and that of each of its parameters)."
+    import typer
+
+    for app, before in ((cli.app, []), (cli.runs, ['runs'])):
+        for name, command in typer.main.get_command(app).commands.items():
+            if not hasattr(command, 'commands'):
+                yield [*before, name], [command.help, *(p.help for p in command.params if p.help)]
+
+
+def test_help_shows_brackets_as_they_are(monkeypatch):
+    from rich.markup import render
+
+    monkeypatch.setenv('COLUMNS', '400')
+    monkeypatch.setenv('TERM', 'dumb')
+    seen = 0
+    for words, texts in helps():
+        shown = ' '.join(call(*words, '--help').output.split())
+        for text in texts:
+            plain = ' '.join(render(text).plain.split())
+            assert plain[:70] in shown, (words, plain)
+            seen += '[' in plain
+    assert seen and '`name: [values]` lines' in ' '.join(call('sweep', '--help').output.split())
+
+
+def test_every_command_about_runs_has_an_example():
+    for command in cli.runs.registered_commands:
+        assert 'Example' in call('runs', command.name, '--help').output
+
+
+def test_a_file_is_not_written_over_itself(tmp_path):
+    import torch
+    from collectionlora.files.dialects import Lora
+    from collectionlora.files.lora import write_lora
+
+    file = tmp_path / 'a.safetensors'
+    write_lora(file, Lora({'transformer_blocks.0.attn.to_q': (torch.ones(2, 8), torch.ones(6, 2))}, {}))
+    (tmp_path / 'link.safetensors').symlink_to(file)
+    before = file.read_bytes()
+    for to in (file, tmp_path / 'link.safetensors', tmp_path / '..' / tmp_path.name / 'a.safetensors'):
+        for args in (['convert', file, to], ['resize', file, to, '--rank', 1]):
+            said = call(*args)
+            assert said.exit_code == 2 and 'is the file that is read' in said.output
+    assert file.read_bytes() == before
+
+
+def record_of(path, seed=0, **metrics):
+    "A finished run's record on disk; words other than metrics are not made up here."
+    info = {'run': {'parameters': {'steps': 10 + seed, 'effects': ['a']}, 'seed': seed, 'inputs': {'base': 'f' * 64}}}
+    core.save_run(path, {**info, 'meta': {'commit': 'c' * 40, 'command': 'run x'}}, metrics, {'wall_seconds': 75.0})
+
+
+def test_runs_are_listed_shown_and_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('COLUMNS', '200')
+    interval = {'value': 0.25, 'low': 0.125, 'high': 0.5}
+    record_of(tmp_path / 'rates' / 'low.json', 0, table={'ours': {'bcr': interval}}, loss=[1, 2], lora='ab' * 32)
+    record_of(tmp_path / 'rates' / 'high.json', 1, table={'ours': {'bcr': {**interval, 'value': 0.375}}})
+    (tmp_path / 'rates' / 'high.png').write_bytes(b'')
+    (tmp_path / 'rates' / 'high_er.png').write_bytes(b'')
+    core.write_json(tmp_path / 'rates' / 'other.json', {'no': 'record'})
+    core.write_json(tmp_path / 'rates' / '.hidden' / 'x.json', {'status': 'finished', 'run': {}})
+    listed = call('runs', 'list', tmp_path).stdout.splitlines()
+    assert [line.split()[0] for line in listed] == ['run', 'rates/high', 'rates/low']
+    assert 'finished' in listed[2] and '75 s' in listed[2] and 'table.ours.bcr 0.25 [0.125, 0.5]' in listed[2]
+    shown = call('runs', 'show', 'rates/low').stdout
+    assert 'rates/low.json' in shown and '0.25 [0.125, 0.5]' in shown and 'abab' not in shown
+    both = call('runs', 'compare', 'rates/low', 'rates/high').stdout
+    words = both.split()
+    assert 'steps' in words and '10' in words and '11' in words and 'effects' not in words and 'base' not in words
+    assert '0.375 [0.125, 0.5]' in both and 'rates/high.png' in both and 'high_er' not in both
+    assert call('runs', 'show', tmp_path / 'rates' / 'other.json').exit_code == 2
+    assert call('runs', 'list', tmp_path / 'absent').exit_code == 2
+
+
+def test_five_hundred_runs_are_listed_at_once(tmp_path):
+    import time
+
+    from collectionlora.run.records import key_numbers, records_in
+
+    found = {f'row {k}': {'bcr': {'value': 0.5, 'low': 0.25, 'high': 0.75}, 'seconds': 1.5} for k in range(40)}
+    for k in range(500):
+        record_of(tmp_path / f'experiment{k % 10}' / f'run{k}.json', k, table=found)
+    core.write_json(tmp_path / 'large.json', [0.5] * 400_000)  # no record, so its content is not read
+    began = time.process_time()
+    records = records_in(tmp_path)
+    first = [key_numbers(r['metrics'], 1) for r in records.values()]
+    assert time.process_time() - began < 0.5 and len(records) == 500 and all(first)
+
+
+def test_a_run_ends_with_its_path_and_the_numbers_that_matter(tmp_path, monkeypatch):
+    from collectionlora.run import execute as runner
+
+    monkeypatch.chdir(tmp_path)
+    metrics = {'oracle': True, 'judged': {'bcr': {'value': 0.25, 'low': 0.125, 'high': 0.5}}, 'loss': [0.5] * 300}
+    monkeypatch.setattr(runner, 'execute', lambda *args, **kw: {'metrics': metrics})
+    said = call('run', 'evaluate', '-o', 'there', '-n', 'mine').stdout.splitlines()
+    assert said == ['there/mine.json', 'judged.bcr: 0.25 [0.125, 0.5]']
+
+
+def test_a_run_file_without_its_inputs_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = call('run', core.notebooks_dir() / 'branches' / 'demo.yaml')
+    assert said.exit_code == 2 and 'needs demo' in said.output and not list(tmp_path.iterdir())
+    assert call('run', core.notebooks_dir() / 'branches' / 'demo.yaml', '--list').exit_code == 0
+
+
 @pytest.fixture(scope='module')
 def wheel_site(tmp_path_factory):
     "A folder that holds what the wheel installs, and nothing of the checkout."
@@ -363,7 +499,7 @@ def test_a_lora_is_compared_with_a_bases_layers(tmp_path):
 
     from collectionlora.files.dialects import Lora
     from collectionlora.files.lora import read_lora, write_lora
-    from collectionlora.roles import layer_sizes
+    from collectionlora.bases.slots import layer_sizes
 
     sizes = layer_sizes(core.nano_dir())
     some = {n: (torch.ones(2, i), torch.ones(o, 2)) for n, (i, o) in sizes.items() if not n.endswith('_mod.1')}

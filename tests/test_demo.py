@@ -325,3 +325,75 @@ def test_an_extension_keeps_its_parents_schedule_and_a_budget_without_a_file_is_
     assert chain.differences('extend', 'paper')['steps'] > 100 and chain.differences('prompts', 'paper') == {}
     with pytest.raises(UserError, match="acceleration: has no budget 'paper'.*take full"):
         chain.differences('acceleration', 'paper')
+
+
+@pytest.fixture
+def made(tmp_path, collection):
+    "What a demonstration leaves: a collection of one effect, its teacher, and a teacher of another effect."
+    (tmp_path / 'demo' / 'teachers').mkdir(parents=True)
+    shutil.copyfile(collection, tmp_path / 'demo' / 'collection.safetensors')
+    for id in ('three', 'four'):
+        entry = {'collectionlora.effects': [dict(id=id, category='animal', trigger='')]}
+        write_lora(tmp_path / 'demo' / 'teachers' / f'{id}.safetensors', read_lora(collection), entry)
+    return tmp_path / 'demo'
+
+
+def test_a_demonstrations_collection_ships_with_the_teachers_of_its_effects(made, tmp_path, monkeypatch):
+    to = tmp_path / 'data' / 'collection'
+    monkeypatch.setattr(chain, 'collection_dir', lambda: to)
+    (to / 'teachers').mkdir(parents=True)
+    (to / 'teachers' / 'old.safetensors').write_bytes(b'of another collection')
+    assert chain.ship(made) == to
+    held = {p.relative_to(to).as_posix(): p.read_bytes() for p in to.rglob('*') if p.is_file()}
+    names = ('collection.safetensors', 'teachers/three.safetensors')
+    assert held == {n: (made / n).read_bytes() for n in names} and [p.name for p in to.parent.iterdir()] == [
+        'collection'
+    ]
+    shutil.rmtree(to)
+    chain.ship(chain.Job(made, core.nano_dir(), 'demo'))  # the job itself is as good as its folder
+    assert sorted(p.name for p in to.iterdir()) == ['collection.safetensors', 'teachers']
+
+
+def test_only_a_whole_demonstration_ships_and_only_from_a_checkout(made, tmp_path, monkeypatch):
+    to = tmp_path / 'data' / 'collection'
+    monkeypatch.setattr(chain, 'collection_dir', lambda: to)
+    to.mkdir(parents=True)
+    (to / 'kept').write_text('')
+    (made / 'teachers' / 'three.safetensors').unlink()
+    with pytest.raises(UserError, match="effect 'three' has no teacher"):
+        chain.ship(made)
+    shutil.rmtree(made / 'teachers')
+    with pytest.raises(UserError, match='teachers: not there, so this is no finished demonstration'):
+        chain.ship(made)
+    monkeypatch.setattr(chain, 'in_checkout', lambda: False)
+    with pytest.raises(UserError, match='run it in a checkout'):
+        chain.ship(made)
+    assert [p.name for p in to.iterdir()] == ['kept']
+
+
+def test_rebase_makes_the_acceleration_lora_the_demonstration_and_what_ships(tmp_path, monkeypatch):
+    order = []
+
+    def done(experiment, out, run, *more):
+        order.append(experiment)
+        (out / f'{run}.safetensors').parent.mkdir(parents=True, exist_ok=True)
+        (out / f'{run}.safetensors').write_text(experiment)
+
+    monkeypatch.setattr(chain, 'execute', done)
+    monkeypatch.setattr(chain, 'data_dir', lambda: tmp_path / 'data')
+    monkeypatch.setattr(chain, 'results_dir', lambda: tmp_path / 'results')
+    monkeypatch.setattr(
+        chain, 'demo', lambda seed: order.append('demo') or tmp_path / 'results' / 'demo' / 'report.html'
+    )
+    monkeypatch.setattr(chain, 'ship', lambda folder: order.append(folder))
+    assert chain.rebase() == tmp_path / 'results' / 'demo' / 'report.html'
+    assert order == ['effects', 'acceleration', 'demo', tmp_path / 'results' / 'demo']
+    assert (tmp_path / 'data' / 'acceleration' / 'acceleration.safetensors').read_text() == 'acceleration'
+
+
+def test_a_job_overwrites_finished_runs_only_when_told(folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(chain, 'execute', lambda *args, **more: asked.append(more))
+    for replace in (False, True):
+        chain.Job(tmp_path, folder / 'base', 'demo', replace=replace).do('effects', 'effects', {})
+    assert asked == [{}, {'replace': True}]

@@ -417,7 +417,7 @@ def edit(
             result.save(part, 'PNG')
         print(file)
 
-# %% ../../nbs/run/cli.ipynb #8858090f
+# %% ../../nbs/run/cli.ipynb #fdbd398e
 Layers = Annotated[
     Optional[str],
     option(
@@ -441,7 +441,9 @@ def _gallery(file: Path, html: Path) -> None:
     file, _ = find_weights(file)
     if html.resolve() == file.resolve():
         raise UserError(f'--html: {html} is the LoRA itself; name another file')
-    verify(file)
+    problem = verify(file)
+    if isinstance(problem, str):  # the page would show nothing but what cannot be trusted
+        raise UserError(f'{file}: {problem}')
     page = gallery_html(facts(file))
     with core.replacing(html) as part:
         Path(part).write_text(page, encoding='utf-8')

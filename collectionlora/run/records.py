@@ -43,15 +43,16 @@ def record_file(name) -> Path:
     known = records_in() if results_dir().is_dir() else []
     raise UserError(f'{name}: no such run; {nearest(name, known)}')
 
-# %% ../../nbs/run/records.ipynb #c98ab487
+# %% ../../nbs/run/records.ipynb #927a6aec
 INTERVAL = re.compile(r'-?[\d.]+(e[-+]?\d+)? \[.*\](, n = \d+)?')
 
 
 def _said(value) -> str | None:
     "A number, an interval or a yes in words; `None` for anything that is no number."
-    if isinstance(value, dict) and {'value', 'low', 'high'} <= set(value):
-        ends = [value[k] for k in ('value', 'low', 'high')]
-        return '{:.3g} [{:.3g}, {:.3g}]'.format(*ends) if None not in ends else None
+    if isinstance(value, dict):
+        middle = 'difference' if 'difference' in value else 'value'
+        ends = [value.get(k) for k in (middle, 'low', 'high')]
+        return '{:.3g} [{:.3g}, {:.3g}]'.format(*ends) if all(type(v) in (int, float) for v in ends) else None
     if isinstance(value, bool):
         return 'yes' if value else 'no'
     if isinstance(value, (int, float)):

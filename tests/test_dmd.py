@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings as hyp, strategies as st
 
-from collectionlora import c2fdo, dmd, flow, pdsr
+from collectionlora import c2fdo, dmd, flow, pdsr, toy
 from collectionlora.core import UserError
 
 quick = hyp(max_examples=25, deadline=None)
@@ -66,7 +66,7 @@ def test_one_step_of_eq_1_lowers_the_divergence(dim):
         shift = torch.full((dim,), mu, dtype=torch.float64, requires_grad=True)
         x = shift + 0.7 * z
         x_t = flow.add_noise(x.detach(), torch.randn(n, dim, generator=g, dtype=torch.float64), t)
-        fake, real = dmd.mixture_x0(x_t, t, shift.detach()[None], 0.7), dmd.mixture_x0(x_t, t, m, s)
+        fake, real = toy.mixture_x0(x_t, t, shift.detach()[None], 0.7), toy.mixture_x0(x_t, t, m, s)
         dmd.loss(x, fake, real).backward()
         assert (shift.grad > 0).all()  # descent moves the mean from 1.5 towards 0
 

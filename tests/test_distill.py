@@ -18,7 +18,7 @@ from PIL import Image
 from collectionlora import aop, c2fdo
 from collectionlora.bases.pipeline import load_base
 from collectionlora.bases.tiny import tiny_base
-from collectionlora.core import seed_of, UserError
+from collectionlora.core import load_state, seed_of, UserError
 from collectionlora.dmd import fake_loss
 from collectionlora.engine import terms
 from collectionlora.engine.looks import show_history
@@ -26,7 +26,7 @@ from collectionlora.engine.loop import distill, Training
 from collectionlora.engine.plan import measured_plan, passes
 from collectionlora.engine.pools import load_pools, mixed_pool, mixed_rows, Pool, samples_of
 from collectionlora.engine.settings import PRESETS, resolved, schedule_of, Settings
-from collectionlora.engine.state import Guard, load_checkpoint, start_from, State
+from collectionlora.engine.state import Guard, start_from, State
 from collectionlora.engine.terms import Engine, fake_update, rate_at
 from collectionlora.files.conditions import ConditionCache
 from collectionlora.files.effects import load_effects, load_general, write_effect, write_general
@@ -136,7 +136,7 @@ class ThreeCopies:
 @pytest.mark.parametrize('id', [None, 'one'])
 def test_one_base_equals_three_copies(folder, world, roles, id, checkpointing):
     one = engine_of(world, SMALL)
-    one.batch(id, 0)  # puts the teacher into the slot before the copies are made
+    terms.batch_of(one, id, 0)  # puts the teacher into the slot before the copies are made
     three = engine_of(world, SMALL, ThreeCopies(folder, roles))
     roles.checkpointing(checkpointing)
     try:
@@ -603,12 +603,12 @@ def test_a_damaged_checkpoint_is_passed_over(world, straight, tmp_path, capsys):
 def test_one_flipped_bit_in_a_checkpoint_is_noticed_and_so_is_the_loss_of_all(world, straight, tmp_path, capsys):
     run(world, replace(SMALL, steps=3), tmp_path, save_every=1)
     for path in (tmp_path / 'checkpoints').glob('*.pt'):
-        raw, weights = bytearray(path.read_bytes()), load_checkpoint(path)['fake'].numpy().tobytes()
+        raw, weights = bytearray(path.read_bytes()), load_state(path)['fake'].numpy().tobytes()
         raw[raw.index(weights) + len(weights) // 2] ^= 1
         path.write_bytes(raw)
         torch.load(path, weights_only=True)  # torch itself does not mind
         with pytest.raises(Exception, match='checksum|CRC'):
-            load_checkpoint(path)
+            load_state(path)
     assert same_history(run(world, SMALL, tmp_path), straight[0])
     assert 'starts again from step 0' in capsys.readouterr().err
 

@@ -6,7 +6,7 @@
 __all__ = ['check_inputs', 'fingerprint_of', 'catalogue_entry', 'parents_of', 'collection_header', 'add_roles', 'remove_roles',
            'learning_roles', 'prepare', 'Training', 'fakes_by', 'writers', 'go_back', 'distill']
 
-# %% ../../nbs/engine/loop.ipynb #e535a7dc
+# %% ../../nbs/engine/loop.ipynb #616a0326
 import json
 import sys
 import time
@@ -21,7 +21,7 @@ from ..aop import student_prompt
 from ..bases.backbone import Backbone
 from ..bases.pipeline import Base
 from ..c2fdo import generator_times
-from ..core import nearest, seed_of, sha256_file, sha256_json, UserError
+from ..core import load_state, nearest, seed_of, sha256_file, sha256_json, UserError
 from .looks import Look, look_at, validate
 from .monitors import diagnose, due, is_best, Watch
 from .parallel import check_scale, join, Ranks, save_together
@@ -29,7 +29,7 @@ from .pools import load_pools, Pool, samples_of
 from .rollouts import Engine
 from .settings import resolved, schedule_of, Settings
 from .state import Diverged, Guard, Interruption, State, telling_what_helps, weights_of, writing
-from .state import latest_checkpoint, load_checkpoint, save_checkpoint, start_from
+from .state import latest_checkpoint, save_checkpoint, start_from
 from .terms import fake_update, few_rows, generator_update
 from ..files.conditions import ConditionCache
 from ..files.effects import EffectSet
@@ -56,9 +56,10 @@ def check_inputs(effects, general, bank, s: Settings) -> None:
             near = nearest(e.id, bank.files if bank else ())
             raise UserError(f'distill: effect {e.id!r} has no teacher in the bank; {near}')
 
-# %% ../../nbs/engine/loop.ipynb #3d3e6cd5
+# %% ../../nbs/engine/loop.ipynb #c417754c
 def fingerprint_of(base: Base, bank, effects, general, s: Settings) -> dict:
-    "Everything that decides the result, as hashes by name: settings, base, effects, teachers, general data, starting LoRA."
+    """Everything that decides the result, as hashes by name: settings, base, effects, teachers, general data,
+    starting LoRA."""
     settings = json.loads(json.dumps(asdict(s)))
     if s.init != 'zero':
         settings['init'] = sha256_file(s.init)
@@ -98,11 +99,12 @@ def parents_of(bank, effects, inherited: Sequence[dict], start: str | None) -> l
         parents.insert(0, {'sha256': start, 'kind': 'start', 'effects': [e['id'] for e in inherited]})
     return parents
 
-# %% ../../nbs/engine/loop.ipynb #9147578f
+# %% ../../nbs/engine/loop.ipynb #7133c6ae
 def collection_header(
     base: Base, bank, effects, s: Settings, times: Sequence[float], state: State, fingerprint: dict
 ) -> dict:
-    "The header of the result: catalogue (a parent collection's effects stay in it), sampler, base, training record, parents."
+    """The header of the result: catalogue (a parent collection's effects stay in it), sampler, base, training
+    record, parents."""
     inherited = [] if s.init == 'zero' else read_header(s.init).get('collectionlora.effects', [])
     entries = {e['id']: e for e in inherited} | {e.id: catalogue_entry(e, bank.shas[e.id]) for e in effects}
     start = None if s.init == 'zero' else fingerprint['settings']['init']
@@ -153,7 +155,7 @@ def prepare(base: Base, effects, general, cache: ConditionCache, s: Settings) ->
     add_roles(base, s)
     return pools
 
-# %% ../../nbs/engine/loop.ipynb #492958be
+# %% ../../nbs/engine/loop.ipynb #529145b0
 @dataclass
 class Training:
     "A run under way: what it works on, and what to do with it between updates."
@@ -172,7 +174,8 @@ class Training:
     look_every: int
 
     def table(self) -> list[str | None]:
-        "The effect, or None, of every route of every generator step; while there is only the anchor, an effect on each."
+        """The effect, or None, of every route of every generator step; while there is only the anchor, an effect on
+        each."""
         s, first, n = self.engine.s, [], self.engine.s.anchor_first
         if n:
             first = timetable(self.ids, n * s.routes, seed_of(s.seed, 'anchor first'), 1.0, s.route_every, s.balanced)
@@ -257,14 +260,15 @@ def _step(t: Training, stop: Interruption, table: Sequence[str | None]) -> dict:
         state.history.append(info | _findings(state.history, info))
     return state.history[-1]
 
-# %% ../../nbs/engine/loop.ipynb #82d8e323
+# %% ../../nbs/engine/loop.ipynb #184018e2
 def _regular(folder: Path, before: int, every: int) -> dict | None:
-    "The newest whole checkpoint between two cycles at a multiple of `every` generator steps, at least one step before `before`."
+    """The newest whole checkpoint between two cycles at a multiple of `every` generator steps, at least one step
+    before `before`."""
     for path in sorted(folder.glob('*.pt'), reverse=True):
         if int(path.stem[:7]) >= before or int(path.stem[:7]) % every:
             continue
         try:
-            saved = load_checkpoint(path)
+            saved = load_state(path)
         except Exception:
             continue
         if not saved['recent']:
@@ -321,7 +325,7 @@ def _train(t: Training) -> Generator[dict, None, None]:
         print(f'{t.out}: stopped at step {state.step} of {s.steps}; the same call goes on from there', file=sys.stderr)
         raise
 
-# %% ../../nbs/engine/loop.ipynb #88b1d6a9
+# %% ../../nbs/engine/loop.ipynb #75fe6270
 def distill(
     base: Base,
     bank: TeacherBank | None,
@@ -340,16 +344,17 @@ def distill(
     look_every: int = 10,
     drop_encoders: bool = False,
 ) -> Generator[dict, None, Path]:
-    """Trains the student; yields the monitors of each generator step (recorded ones first), returns the path of the LoRA file.
+    """Trains the student; yields the monitors of each generator step (recorded ones first), returns the path of the
+    LoRA file.
 
-    effects need trigger and description; general: (image, prompt) pairs; bank: may be None where p_switch is 0. out_folder
-    keeps checkpoints (exact resume), validation sheets and best.safetensors, the weights of the best look; file (default
-    out_folder/collection.safetensors) appears at the end. validation: effect sets to look at every val_every steps (default:
-    the training effects). look_every: steps between looks at the run's health (0: never), whose findings are said once and
-    stand in the infos. drop_encoders: unload them once all is cached. ranks: the processes that share the work (default:
-    those that torchrun or its like started), each of which calls this function. A run that diverges goes back and takes
-    smaller steps; an info whose step was yielded before then replaces everything from there on. Raises UserError before
-    training for anything that does not fit."""
+    effects need trigger and description; general: (image, prompt) pairs; bank: may be None where p_switch is 0.
+    out_folder keeps checkpoints (exact resume), validation sheets and best.safetensors, the weights of the best
+    look; file (default out_folder/collection.safetensors) appears at the end. validation: effect sets to look at
+    every val_every steps (default: the training effects). look_every: steps between looks at the run's health (0:
+    never), whose findings are said once and stand in the infos. drop_encoders: unload them once all is cached.
+    ranks: the processes that share the work (default: those that torchrun or its like started), each of which calls
+    this function. A run that diverges goes back and takes smaller steps; an info whose step was yielded before then
+    replaces everything from there on. Raises UserError before training for anything that does not fit."""
     ranks = ranks or join(base.backbone.device.type)
     out, s, backbone = Path(out_folder), resolved(settings, float(base.info['shift'])), base.backbone
     check_inputs(effects, general, bank, s)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['passes', 'pass_seconds', 'plan', 'kept_bytes', 'condition_bytes', 'memory', 'disk', 'measured_plan']
 
-# %% ../../nbs/engine/plan.ipynb #165b30a4
+# %% ../../nbs/engine/plan.ipynb #0bb3a40c
 import time
 from collections.abc import Mapping
 
@@ -13,37 +13,37 @@ import torch
 
 from ..bases.backbone import Backbone, Cond
 from ..bases.pipeline import Base
-from .loop import telling_what_helps
 from .pools import samples_of
 from .settings import Settings
+from .state import telling_what_helps
 from ..files.conditions import ConditionCache
 
-# %% ../../nbs/engine/plan.ipynb #4e55025f
+# %% ../../nbs/engine/plan.ipynb #05515bf0
 def passes(s: Settings) -> dict[str, float]:
     "Expected samples through the transformer per cycle (one generator update and its fake updates): forward, gradient."
-    rolled, scored, e = (s.few_steps - 1) / 2, 1 + (1 if s.guidance == 1 else 2), s.p_switch
+    rolled, scored, e, n = (s.few_steps - 1) / 2, 1 + (1 if s.guidance == 1 else 2), s.p_switch, s.fake_per_generator
     bs, ts, fm = (float(bool(w)) for w in (s.weight_bs, s.weight_ts, s.weight_fm))
     generator = dict(forward=(rolled + scored) * bs + e * ts * scored, gradient=bs + e * (ts + fm))
     targets = e * s.fake_targets * ts
-    sampled = (
-        s.few_steps * (1 - targets) / s.fake_per_generator + targets
-        if s.shared_rollout
-        else (rolled + 1) * (1 - targets) + targets
-    )
-    n = s.fake_per_generator
-    return {
-        k: s.batch * v
-        for k, v in dict(forward=generator['forward'] + n * sampled, gradient=generator['gradient'] + n).items()
-    }
+    if s.shared_rollout:
+        sampled = s.few_steps * (1 - targets) / n + targets
+    else:
+        sampled = (rolled + 1) * (1 - targets) + targets
+    each = dict(forward=generator['forward'] + n * sampled, gradient=generator['gradient'] + n)
+    return {k: s.batch * v for k, v in each.items()}
+
+# %% ../../nbs/engine/plan.ipynb #3c6440b9
+def _state(backbone: Backbone, cond: Cond):
+    "A state x [n, L, C] of zeros and times t [n] of one half, of the shapes of a batch."
+    (h, w), device = cond.grids[0], backbone.device
+    x = torch.zeros(len(cond), h * w, cond.source.shape[-1], device=device)
+    return x, torch.full((len(cond),), 0.5, device=device)
 
 
 def pass_seconds(backbone: Backbone, cond: Cond, role: str, repeats: int = 3) -> dict[str, float]:
-    "Seconds per sample of a bare forward and of a bare forward and backward of `role` at this batch, best of `repeats`."
-    h, w = cond.grids[0]
-    x, t = (
-        torch.zeros(len(cond), h * w, cond.source.shape[-1], device=backbone.device),
-        torch.full((len(cond),), 0.5, device=backbone.device),
-    )
+    """Seconds per sample of a bare forward and of a bare forward and backward of `role` at this batch, best of
+    `repeats`."""
+    x, t = _state(backbone, cond)
 
     def once(grad):
         start = time.perf_counter()
@@ -56,10 +56,12 @@ def pass_seconds(backbone: Backbone, cond: Cond, role: str, repeats: int = 3) ->
 
     return {name: min(once(grad) for _ in range(repeats)) for name, grad in (('forward', False), ('gradient', True))}
 
-
+# %% ../../nbs/engine/plan.ipynb #5e977221
 def plan(s: Settings, seconds: Mapping[str, float], effects: int, general: int) -> dict:
-    "What a run will do and take: samples per effect, transformer passes, estimated seconds (without validation)."
-    cycle = passes(s)
+    """What a run will do and take: samples per effect, transformer passes, estimated seconds (without validation).
+
+    seconds: those of one 'forward' and one 'gradient' pass of a sample; effects, general: how many there are."""
+    cycle, matched = passes(s), s.steps - s.anchor_first
     per_step = sum(cycle[k] * seconds[k] for k in cycle)
     warm = (
         s.fake_warmup * s.batch * ((s.few_steps + 1) / 2 * seconds['forward'] + seconds['gradient'])
@@ -67,25 +69,19 @@ def plan(s: Settings, seconds: Mapping[str, float], effects: int, general: int) 
     )
     return {
         'generator steps': s.steps,
-        'fake-score updates': s.fake_warmup + (s.steps - s.anchor_first) * s.fake_per_generator,
+        'fake-score updates': s.fake_warmup + matched * s.fake_per_generator,
         'effects': effects,
         'general images': general,
-        'generator samples per effect': round(
-            (s.anchor_first + (s.steps - s.anchor_first) * s.p_switch) * s.batch / max(1, effects)
-        ),
+        'generator samples per effect': round((s.anchor_first + matched * s.p_switch) * s.batch / max(1, effects)),
         'passes per step': {k: round(v, 1) for k, v in cycle.items()},
         'seconds per step': per_step,
-        'seconds': per_step * (s.steps - s.anchor_first) + warm,
+        'seconds': per_step * matched + warm,
     }
 
-
+# %% ../../nbs/engine/plan.ipynb #a7a406c0
 def kept_bytes(backbone: Backbone, cond: Cond, role: str) -> int:
     "Bytes that a gradient pass of this batch keeps for its backward, the model's own weights left out."
-    (h, w), weights, found = cond.grids[0], backbone.storages(), {}
-    x, t = (
-        torch.zeros(len(cond), h * w, cond.source.shape[-1], device=backbone.device),
-        torch.full((len(cond),), 0.5, device=backbone.device),
-    )
+    weights, found, (x, t) = backbone.storages(), {}, _state(backbone, cond)
 
     def note(tensor):
         storage = tensor.untyped_storage()
@@ -101,13 +97,15 @@ def kept_bytes(backbone: Backbone, cond: Cond, role: str) -> int:
 
 
 def condition_bytes(cond: Cond, of_effects: int, general: int) -> tuple[int, int]:
-    "Bytes of (all entries in the condition cache, all targets), judged by one batch: an effect's row has three prompts and a target, the general stream's two prompts."
+    """Bytes of (all entries in the condition cache, all targets), judged by one batch: an effect's row has three
+    prompts and a target, the general stream's two prompts."""
     source, emb = cond.source.nbytes // len(cond), cond.emb.nbytes // len(cond)
     return of_effects * (2 * source + 3 * emb) + general * (source + 2 * emb), of_effects * source
 
-
+# %% ../../nbs/engine/plan.ipynb #bb630e0b
 def memory(base: Base, s: Settings, cond: Cond, conditions: int, role: str) -> dict[str, int]:
-    "Bytes by what they are for: `role` is an adapter of rank s.rank_student, `cond` one batch, `conditions` the bytes of conditions and targets that are held."
+    """Bytes by what they are for. role: an adapter of rank s.rank_student; cond: one batch;
+    conditions: the bytes of conditions and targets that are held."""
     frozen = sum(p.nbytes for p in base.backbone.transformer.parameters() if not p.requires_grad)
     weights = base.backbone.flat(role).nbytes
     fake = weights * s.rank_fake // s.rank_student
@@ -123,7 +121,8 @@ def memory(base: Base, s: Settings, cond: Cond, conditions: int, role: str) -> d
 
 
 def disk(s: Settings, adapter: int, conditions: int, keep: int = 3) -> dict[str, int]:
-    "Bytes of what a run leaves on disk, for an adapter of rank s.rank_student that holds `adapter` bytes and a condition cache of `conditions` bytes."
+    """Bytes of what a run leaves on disk, for an adapter of rank s.rank_student that holds `adapter` bytes
+    and a condition cache of `conditions` bytes."""
     state = adapter * 4 + 3 * adapter * s.rank_fake // s.rank_student
     return {
         'collection': adapter,
@@ -132,10 +131,10 @@ def disk(s: Settings, adapter: int, conditions: int, keep: int = 3) -> dict[str,
         'condition cache, shared between runs': conditions,
     }
 
-
+# %% ../../nbs/engine/plan.ipynb #ef4692ca
 def measured_plan(base: Base, effects, general, cache: ConditionCache, s: Settings, processes: int = 1) -> dict:
-    """`plan` with pass times, memory and disk measured here, on one process's share of a batch of one of the run's own samples (the teacher slot is
-    not counted). Raises UserError naming the knobs where memory does not suffice."""
+    """`plan` with pass times, memory and disk measured here, on one process's share of a batch of one of the run's own
+    samples (the teacher slot is not counted). Raises UserError naming the knobs where memory does not suffice."""
     samples = samples_of(effects, general)
     first, b = samples[0], base.backbone
     cond = cache.cond([(first.source, first.student)]).repeat(-(-s.batch // processes)).to(b.device)
@@ -144,9 +143,8 @@ def measured_plan(base: Base, effects, general, cache: ConditionCache, s: Settin
     b.add_role('measured', s.rank_student)
     try:
         with telling_what_helps(s):
-            found = plan(s, pass_seconds(b, cond, 'measured'), len(effects), len(general)) | {
-                'memory': memory(base, s, cond, held, 'measured')
-            }
+            found = plan(s, pass_seconds(b, cond, 'measured'), len(effects), len(general))
+            found |= {'memory': memory(base, s, cond, held, 'measured')}
         return found | {'disk': disk(s, b.flat('measured').nbytes, entries)}
     finally:
         b.remove('measured')

@@ -138,14 +138,14 @@ def mixed_pool(pools: Sequence[Pool], p_switch: float, r) -> tuple[Pool, float, 
     k = int(r.choice(len(pools), p=[w / sum(whole) for w in whole]))
     return pools[k], effect[k] / whole[k], {id: v for id, v in spread[k].items() if id is not None}
 
-# %% ../../nbs/engine/pools.ipynb #9ab0a14f
+# %% ../../nbs/engine/pools.ipynb #c13fc92d
 def mixed_rows(
     pool: Pool, n: int, p_effect: float, weights: Mapping[str, float], targets: float, r
 ) -> tuple[list[int], int]:
     """n rows over all streams, in random order, each an effect's with probability p_effect.
 
-    Effects take turns where their `weights` are equal and are drawn by weight otherwise. Returns (rows, k): the last k are
-    for target simulation, about a share `targets` of the effect rows."""
+    Effects take turns where their `weights` are equal and are drawn by weight otherwise. Returns (rows, k): the last
+    k are for target simulation, about a share `targets` of the effect rows."""
     ids, w = list(weights), np.array(list(weights.values()))
     m = int(r.binomial(n, p_effect))
     turns = [] if not m else deal(range(len(ids)), m, r) if np.ptp(w) < 1e-9 else r.choice(len(ids), m, p=w / w.sum())

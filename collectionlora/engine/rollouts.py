@@ -21,13 +21,14 @@ from .settings import Settings
 from ..flow import add_noise, to_x0
 from ..teachers import TeacherBank
 
-# %% ../../nbs/engine/rollouts.ipynb #9d977cff
+# %% ../../nbs/engine/rollouts.ipynb #aa87dcec
 @dataclass
 class Engine:
     """What a run computes with. The roles 'student' and 'fake' must exist on the backbone.
 
-    s: settings without a None shift (`resolved`); times: the student's noise levels (`schedule_of`); passes: samples that
-    went through the transformer, forward only and with a gradient; shared: the rollout that `shared_rollout` keeps."""
+    s: settings without a None shift (`resolved`); times: the student's noise levels (`schedule_of`); passes: samples
+    that went through the transformer, forward only and with a gradient; shared: the rollout that `shared_rollout`
+    keeps."""
 
     backbone: Backbone
     bank: TeacherBank | None
@@ -56,12 +57,14 @@ class Engine:
         return self.backbone.guided(b.role, x, t, b.teacher, b.uncond, self.s.guidance, self.s.rescale)
 
     def still(self, role):
-        "Context for forwards of `role` without gradient: its adapter folded into the weights where that rounds nothing away."
+        """Context for forwards of `role` without gradient: its adapter folded into the weights where that rounds
+        nothing away."""
         folds = self.s.fold_adapters and self.backbone.dtype == torch.float32 and not self.sharded
         return self.backbone.merged(role) if folds else nullcontext()
 
     def in_step(self):
-        "Context for an update: on a base spread over processes every forward waits for the others; it says so if one is gone."
+        """Context for an update: on a base spread over processes every forward waits for the others; it says so if
+        one is gone."""
         return self.ranks.exchange() if self.sharded else nullcontext()
 
     def exits(self, n: int, g) -> list[int]:
@@ -82,9 +85,10 @@ def noise_levels(engine: Engine, n, g, shift, lo, hi) -> Tensor:
     "n noise levels in [lo, hi] by the law of `dmd.draw_times`."
     return drawn(g, n, lambda n, g: draw_times(n, g, shift, lo, hi)).to(engine.backbone.device)
 
-# %% ../../nbs/engine/rollouts.ipynb #b46d3c6c
+# %% ../../nbs/engine/rollouts.ipynb #141ec4e5
 def simulate(engine: Engine, cond: Cond, g) -> tuple[Tensor, Tensor]:
-    "Backward simulation: (x_t [n, L, C], t [n]) at a random exit step of every sample; inside `engine.still('student')`."
+    """Backward simulation: (x_t [n, L, C], t [n]) at a random exit step of every sample; inside
+    `engine.still('student')`."""
     g = fork(g)  # for it draws as often as its longest exit says
     exits = engine.exits(len(cond), g)
     part = lambda rows: cond if rows.stop == len(cond) else cond.index(rows)
@@ -99,9 +103,10 @@ def diffuse(engine: Engine, y: Tensor, g) -> tuple[Tensor, Tensor]:
     eps = drawn(g, len(y), lambda n, g: torch.randn(n, *y.shape[1:], generator=g)).to(y.device)
     return add_noise(y, eps, t), t
 
-# %% ../../nbs/engine/rollouts.ipynb #65d9a764
+# %% ../../nbs/engine/rollouts.ipynb #f11c53ed
 def full_rollout(engine: Engine, cond: Cond, g) -> Tensor:
-    "The student's clean estimates at every step of one rollout, [few_steps, n, L, C]; inside `engine.still('student')`."
+    """The student's clean estimates at every step of one rollout, [few_steps, n, L, C]; inside
+    `engine.still('student')`."""
     x, found = noise(engine, cond, g), []
     with torch.no_grad():
         for k, t in enumerate(engine.times):

@@ -31,10 +31,11 @@ from .settings import Settings
 from .state import Guard, State
 from ..flow import add_noise, to_x0, velocity
 
-# %% ../../nbs/engine/terms.ipynb #4cd839a4
+# %% ../../nbs/engine/terms.ipynb #d1abae5b
 @dataclass(frozen=True)
 class Batch:
-    "What one generator update reads: conditions of student and teacher, the empty prompt, the teacher's role, targets or None."
+    """What one generator update reads: conditions of student and teacher, the empty prompt, the teacher's role,
+    targets or None."""
 
     student: Cond
     teacher: Cond
@@ -71,9 +72,10 @@ def few_rows(engine: Engine, id: str | None, step: int, n: int = 4) -> Batch:
     pool = choose_pool(engine.pools, r, id)
     return _rows(engine, pool, deal(pool.rows[id], min(n, engine.s.batch), r), id)
 
-# %% ../../nbs/engine/terms.ipynb #a425e4aa
+# %% ../../nbs/engine/terms.ipynb #9319021a
 def match(engine: Engine, x_in: Tensor, t_in: Tensor, b: Batch, g, lo: float) -> tuple[Tensor, dict]:
-    "Eq. 1 on what the student makes of x_in at t_in: loss, and what was seen: sample, noise levels and both scores' errors."
+    """Eq. 1 on what the student makes of x_in at t_in: loss, and what was seen: sample, noise levels and both
+    scores' errors."""
     s, x0 = engine.s, to_x0(x_in, engine.velocity('student', x_in, t_in, b.student), t_in)
     x, eps = x0.detach(), noise(engine, b.student, g)
     t = noise_levels(engine, len(x), g, s.critic_shift, lo, s.critic_max)
@@ -115,13 +117,13 @@ def anchor_times(engine: Engine, n: int, t_critic: Tensor | None, g) -> Tensor:
     u = drawn(g, n, lambda n, g: torch.rand(n, generator=g)).to(t_critic.device)
     return doubly_shifted(t_critic, u, s.anchor_shift)
 
-# %% ../../nbs/engine/terms.ipynb #3f1462fd
+# %% ../../nbs/engine/terms.ipynb #d8f23938
 @dataclass(frozen=True)
 class Term:
     """A loss term of the student.
 
-    weight: its weight under settings; loss: the function of (engine, batch, generator, earlier); general: it also runs on
-    the general stream; coarse: it also runs during `anchor_first`."""
+    weight: its weight under settings; loss: the function of (engine, batch, generator, earlier); general: it also
+    runs on the general stream; coarse: it also runs during `anchor_first`."""
 
     weight: Callable[[Settings], float]
     loss: Callable[..., tuple[Tensor, dict]]
@@ -142,7 +144,8 @@ def active(s: Settings, coarse: bool = False) -> dict[str, Term]:
 
 
 def terms(engine: Engine, b: Batch, g, coarse: bool = False) -> Generator[tuple[str, Tensor, dict], None, None]:
-    "(name, weighted loss, seen) of Eq. 9's terms for this batch, each with its own graph; inactive ones are not computed."
+    """(name, weighted loss, seen) of Eq. 9's terms for this batch, each with its own graph; inactive ones are not
+    computed."""
     earlier = {}
     for name, term in active(engine.s, coarse).items():
         if b.y is not None or term.general:
@@ -167,7 +170,7 @@ def summed(engine: Engine, loss: Tensor, role: str, n: int) -> tuple[Tensor, flo
     loss = loss * (n / engine.s.batch)
     return engine.ranks.sum_(flat_gradient(engine.backbone, loss, role)), engine.ranks.total(loss.item())
 
-# %% ../../nbs/engine/terms.ipynb #618c8e00
+# %% ../../nbs/engine/terms.ipynb #7006a7ce
 @dataclass(frozen=True)
 class Part:
     """What one process saw of a term on one route: over n samples the loss, both scores' errors,
@@ -184,7 +187,8 @@ class Part:
 
     @classmethod
     def of(cls, term: str, route: int, b: Batch, loss: Tensor, seen: dict, away: bool) -> 'Part':
-        "A part from a term's loss on a batch and what the term saw; `away`: keep the pictures [n, L, C] off the device."
+        """A part from a term's loss on a batch and what the term saw; `away`: keep the pictures [n, L, C] off the
+        device."""
         x, y = (seen['x'], b.y) if 'x' in seen and b.y is not None else (None, None)
         if away and x is not None:
             x, y = x.cpu(), y.cpu()
@@ -193,7 +197,8 @@ class Part:
 
 
 def monitors(parts: Sequence[Part]) -> tuple[float, dict]:
-    "Loss and monitors of a term from all its parts: means over samples, and the drift of each route's samples from their targets."
+    """Loss and monitors of a term from all its parts: means over samples, and the drift of each route's samples from
+    their targets."""
     mean = lambda pairs: sum(n * v for n, v in pairs) / sum(n for n, _ in pairs)
     seen, drifts = {k: mean([(p.n, p.errors[k]) for p in parts]) for k in parts[0].errors}, []
     for route in sorted({p.route for p in parts if p.x is not None}):
@@ -221,10 +226,10 @@ def gradients(engine: Engine, ids: Sequence[str | None], step: int) -> dict[str,
     asked = [k for k, term in active(s, coarse).items() if term.general or any(ids)]
     return {k: (ranks.sum_(mine(k)), *monitors([p for p in parts if p.term == k])) for k in asked}
 
-# %% ../../nbs/engine/terms.ipynb #50e43f45
+# %% ../../nbs/engine/terms.ipynb #e169f95f
 def fake_rows(engine: Engine, id: str | None, update: int) -> tuple[Cond, Tensor, int]:
-    """(conditions, targets, n) of a fake update: this process's conditions, the targets of its last rows, which are to be
-    target-simulated (maybe none), and how many samples of the whole batch are not."""
+    """(conditions, targets, n) of a fake update: this process's conditions, the targets of its last rows, which are
+    to be target-simulated (maybe none), and how many samples of the whole batch are not."""
     s, r = engine.s, rng(engine.s.seed, 'fake rows', update)
     if s.fake_batch == 'mixed':
         pool, p_effect, weights = mixed_pool(engine.pools, s.p_switch, r)
@@ -298,7 +303,7 @@ def fake_score_loss(engine: Engine, id: str | None, update: int) -> tuple[Tensor
     t = noise_levels(engine, len(cond), g, s.fake_shift, s.fake_min, s.fake_max)
     return fake_loss(engine.velocity('fake', add_noise(x0, eps, t), t, cond), x0, eps), len(cond)
 
-# %% ../../nbs/engine/terms.ipynb #9452d69a
+# %% ../../nbs/engine/terms.ipynb #45769805
 def rate_at(s: Settings, step: int, updates: int) -> float:
     """Factor on a learning rate: linear growth over the network's own first `lr_warmup` updates;
     a cosine down to 0.1 over generator steps."""
@@ -312,7 +317,8 @@ def in_stage(s: Settings, step: int) -> int:
 
 
 def student_rate(s: Settings, step: int) -> float:
-    "The student's learning rate; it grows anew in each stage, and falls from `lr_anchor` to `lr_student` while only anchored."
+    """The student's learning rate; it grows anew in each stage, and falls from `lr_anchor` to `lr_student` while
+    only anchored."""
     anchored = bool(s.lr_anchor) and step < s.anchor_first
     half = 0.5 + 0.5 * math.cos(math.pi * step / s.anchor_first) if anchored else 0.0
     extra = (s.lr_anchor - s.lr_student) * half if anchored else 0.0

@@ -428,7 +428,7 @@ Layers = Annotated[
 
 def _layers(base: str | None) -> dict | None:
     "The layers of the base that an option names, None without one."
-    from collectionlora.roles import layer_sizes
+    from collectionlora.bases.slots import layer_sizes
 
     return None if base is None else layer_sizes(core.nano_dir() if base == 'nano' else base)
 

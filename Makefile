@@ -33,6 +33,7 @@ export-check: install
 
 lint: install
 	$(BIN)/ruff check --isolated --target-version py310 --select $(LINT) collectionlora tools tests setup.py
+	$(BIN)/python tools/style.py
 
 notebooks: install
 	$(QUIET) OMP_NUM_THREADS=1 timeout 1800 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from .slots import Slots
 from ..core import nearest, UserError
 
-# %% ../../nbs/bases/frugal.ipynb #fcaaf63f
+# %% ../../nbs/bases/frugal.ipynb #dd5c3b01
 EIGHT_BITS = {'int8': (torch.int8, 127), 'fp8': (torch.float8_e4m3fn, 448)}
 
 
@@ -34,7 +34,7 @@ def widened(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     "The weight [out, in] in `dtype` from its eight-bit form and its scale [out, 1]."
     return q.to(dtype) * scale.to(dtype)
 
-
+# %% ../../nbs/bases/frugal.ipynb #bd6fd965
 class _FrozenProduct(torch.autograd.Function):
     "x W^T for a frozen eight-bit W, which backward widens anew."
 
@@ -64,7 +64,7 @@ def to_eight_bits(layer: nn.Linear, kind: str) -> None:
     layer.__class__, layer.weight = EightBitLinear, nn.Parameter(q, requires_grad=False)
     layer.register_buffer('scale', scale)
 
-# %% ../../nbs/bases/frugal.ipynb #f83f72a1
+# %% ../../nbs/bases/frugal.ipynb #cc943054
 class Frugal(Slots):
     "Options of a frozen base that trade memory, time and precision; set before roles are added."
 
@@ -75,11 +75,8 @@ class Frugal(Slots):
     @property
     def numerics(self) -> dict:
         "What besides weights decides the last bits of a forward."
-        return {
-            'dtype': str(self.dtype).removeprefix('torch.'),
-            'frozen': self.frozen or 'as it is',
-            'compiled': self.compiled,
-        }
+        dtype = str(self.dtype).removeprefix('torch.')
+        return {'dtype': dtype, 'frozen': self.frozen or 'as it is', 'compiled': self.compiled}
 
     def checkpointing(self, on: bool) -> None:
         "Recompute the blocks' activations in backward instead of keeping them; each recomputation re-enters its role."
@@ -89,34 +86,23 @@ class Frugal(Slots):
             self.transformer.disable_gradient_checkpointing()
 
     def _checkpoint(self, block, *args):
-        role = tuple(self._active), dict(self._scaling)
-        return checkpoint(
-            block,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), self._entered(*role)),
-        )
+        role = self.active()
+        again = lambda: (nullcontext(), self.entered(*role))
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=again)
 
     def offload(self, on: bool) -> None:
         "Keep what backward needs on the host instead of the device."
         self.offloading = on
 
     def storages(self) -> set[int]:
-        "Addresses of the memory that holds the model's own weights, adapters included; of a base spread over processes, the part that is here."
-        here = lambda t: t.to_local() if hasattr(t, 'to_local') else t
-        return {
-            here(t).untyped_storage().data_ptr() for t in (*self.transformer.parameters(), *self.transformer.buffers())
-        }
+        "Addresses of the memory that holds the model's own weights, adapters included."
+        return _storages(self.transformer)
 
-    def _saving(self):
+    def saving(self):
         "Context of a forward: where its activations are kept until backward."
         if not (self.offloading and torch.is_grad_enabled()):
             return nullcontext()
-        return torch.autograd.graph.saved_tensors_hooks(
-            _to_host(self.storages()),
-            lambda kept: kept if isinstance(kept, Tensor) else kept[1].to(kept[0], non_blocking=True),
-        )
+        return torch.autograd.graph.saved_tensors_hooks(_to_host(self.storages()), _from_host)
 
     def quantise(self, kind: str) -> None:
         "Holds the frozen weights under every possible adapter in eight bits, 'int8' or 'fp8'."
@@ -138,9 +124,19 @@ class Frugal(Slots):
                 block._compiled_call_impl = None
         self.compiled = on
 
+# %% ../../nbs/bases/frugal.ipynb #1618f326
+def _storages(module: nn.Module) -> set[int]:
+    "Addresses of a model's own weights; of a base that is spread over processes, those of the part that is here."
+    here = lambda t: t.to_local() if hasattr(t, 'to_local') else t
+    return {here(t).untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+
+
+def _from_host(kept):
+    return kept if isinstance(kept, Tensor) else kept[1].to(kept[0], non_blocking=True)
+
 
 def _to_host(ours: set[int], remember: int = 4) -> Callable:
-    "Packs a saved tensor as (device, host copy); the model's own weights stay, and a tensor saved several times in a row is copied once."
+    "The packing function; `ours`: addresses of storages that stay, `remember`: how many copies it may find again."
     last: deque = deque(maxlen=remember)  # keeps these tensors alive, so that no other takes their address
     where = lambda x: (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), x._version)
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import collectionlora
 
-# %% ../nbs/run/core.ipynb #0ea69547
+# %% ../nbs/run/core.ipynb #5c5e5f60
 class UserError(ValueError):
     "A mistake in what the user gave: one sentence that names the file, the field and the fix."
 
@@ -41,7 +41,7 @@ class UserError(ValueError):
 class RunFailed(RuntimeError):
     "An experiment's notebook stopped with an error; the message names the executed notebook."
 
-
+# %% ../nbs/run/core.ipynb #2d57688b
 def nearest(name: str, options) -> str:
     "`did you mean 'x'?` for the option closest to `name`, else the list of options (at most twelve)."
     options = sorted(map(str, options))
@@ -162,7 +162,7 @@ def rng(*parts) -> np.random.Generator:
     "A numpy generator seeded by `seed_of(*parts)`."
     return np.random.default_rng(seed_of(*parts))
 
-# %% ../nbs/run/core.ipynb #9d78c5d3
+# %% ../nbs/run/core.ipynb #25e1e2ab
 @contextmanager
 def replacing(path):
     "Yields a temporary path in `path`'s folder that takes `path`'s place on success and is removed on failure."
@@ -175,7 +175,7 @@ def replacing(path):
     finally:
         part.unlink(missing_ok=True)
 
-
+# %% ../nbs/run/core.ipynb #65cb3cc2
 @contextmanager
 def folder_lock(folder):
     "Holds `folder` for one run; `UserError` if another run holds it. A run that the holder starts shares its lock."

@@ -29,7 +29,7 @@ from .keys import short_path
 from .signature import complete, declared
 from .sweep import from_file, merged
 
-# %% ../../nbs/run/chain.ipynb #37c43a0d
+# %% ../../nbs/run/chain.ipynb #ea13d235
 def base_folder(name='nano') -> Path:
     "The folder of a base: the embedded one for 'nano', else a pipeline folder. `UserError` if no pipeline is there."
     folder = nano_dir() if str(name) == 'nano' else Path(name)
@@ -38,7 +38,7 @@ def base_folder(name='nano') -> Path:
         raise UserError(f"{name}: {absent}; give 'nano' or the folder of a Qwen-Image-Edit pipeline")
     return folder
 
-
+# %% ../../nbs/run/chain.ipynb #350fdfea
 def budgets() -> list[str]:
     "Names of the budgets: those at which a distillation is laid out on file."
     return sorted(p.stem for p in (notebooks_dir() / 'distill').glob('*.yaml'))
@@ -96,7 +96,7 @@ class Job:
         "Where the record of a run is."
         return self.out / folder / f'{run}.json'
 
-# %% ../../nbs/run/chain.ipynb #f2eeb8f0
+# %% ../../nbs/run/chain.ipynb #0151fb93
 def checked_effects(paths) -> dict[str, Path]:
     "Effect id -> folder, every effect among `paths` read and checked, ids and triggers unique."
     from collectionlora.files.effects import load_effects
@@ -110,7 +110,7 @@ def teach(job: Job, effects: dict[str, Path], given: dict | None = None) -> dict
         job.do('teacher', id, {'effect': folder}, given, 'teachers')
     return {id: job.out / 'teachers' / f'{id}.safetensors' for id in effects}
 
-
+# %% ../../nbs/run/chain.ipynb #c3bad44c
 def describe(
     job: Job, effects: dict[str, Path], words: Path | None = None, collection: Path | None = None
 ) -> dict[str, Path]:
@@ -144,7 +144,7 @@ def paint(
     job.do('targets', 'targets', inputs, {'borrow': n, **(given or {})})
     return {id: job.out / 'targets' / id for id in effects}
 
-# %% ../../nbs/run/chain.ipynb #34de6f7e
+# %% ../../nbs/run/chain.ipynb #4691eaa7
 def _noise_levels(collection: Path, given: dict) -> dict:
     "The few-step schedule of a collection, as settings, which those `given` must not change."
     from collectionlora.use.extend import recipe_of, shift_of
@@ -175,7 +175,7 @@ def _stream(general: Path | None, s) -> list:
         raise UserError(f'--general: {share}; give a folder of them {line}, or do without: {without}')
     return []
 
-
+# %% ../../nbs/run/chain.ipynb #3c4001be
 def distill_settings(job: Job, init: Path | None = None, given: dict | None = None, experiment: str = 'distill'):
     """(parameters, settings) of a distillation at the job's budget, or of an extension of `init`.
 
@@ -197,7 +197,7 @@ def distill_settings(job: Job, init: Path | None = None, given: dict | None = No
         raise UserError(f'{init}: has rank {held}, {more}; give -p rank={held} or more')
     return values, resolved(s, float(read_info(job.base)['shift']))
 
-# %% ../../nbs/run/chain.ipynb #06d39aa8
+# %% ../../nbs/run/chain.ipynb #a079076c
 def distill(
     job: Job,
     effects: dict[str, Path],
@@ -214,7 +214,7 @@ def distill(
     job.do('distill', 'collection', inputs, given)
     return job.out / 'collection.safetensors'
 
-
+# %% ../../nbs/run/chain.ipynb #70621343
 def extend(
     job: Job,
     collection: Path,
@@ -270,7 +270,7 @@ def plan(
     cache = ConditionCache(base, results_dir() / '.cache')
     return measured_plan(base, sets, stream if s.p_switch < 1 else [], cache, s)
 
-# %% ../../nbs/run/chain.ipynb #9528a14e
+# %% ../../nbs/run/chain.ipynb #3810c8b3
 def evaluate(
     job: Job,
     collection: Path,
@@ -285,7 +285,7 @@ def evaluate(
     job.do('evaluate', 'evaluation', {'collection': collection, **files, 'acceleration': acceleration, 'fm': fm}, given)
     return job.record('evaluation')
 
-
+# %% ../../nbs/run/chain.ipynb #e73e0322
 def ladder(job: Job, collection: Path, effects: dict[str, Path] | None = None, given: dict | None = None) -> Path:
     "A collection at smaller ranks, each judged on unseen pictures: the record, with the files beside it."
     job.do('ladder', 'ladder', {'collection': collection, 'effects': list((effects or {}).values())}, given)

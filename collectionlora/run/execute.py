@@ -26,7 +26,7 @@ from collectionlora.core import (
 from .keys import as_parameter, hash_of, run_key, short_path
 from .signature import complete, declared, notebook_path
 
-# %% ../../nbs/run/execute.ipynb #d5f37859
+# %% ../../nbs/run/execute.ipynb #b0a511bc
 def _listing(folder: Path, run: str) -> dict:
     "Files below `folder` with their state, without hidden ones and the run's own record and notebook."
     found, own = {}, {f'{run}.json', f'{run}.ipynb'}
@@ -42,7 +42,7 @@ def _made(folder: Path, run: str, before: dict) -> dict:
     "Hashes of the files that have appeared or changed below `folder`."
     return {n: sha256_file(folder / n) for n, state in sorted(_listing(folder, run).items()) if before.get(n) != state}
 
-
+# %% ../../nbs/run/execute.ipynb #0b7bd8ec
 def finished(out_dir, run: str, key: str) -> dict | None:
     "The record of a finished run with this key whose files are all as it left them, else `None`."
     out = Path(out_dir)
@@ -76,7 +76,7 @@ def told(differences: dict[str, tuple], n: int = 3) -> str:
     words = [f'{k} {a!r}, now {b!r}' for k, (a, b) in differences.items()]
     return '; '.join(words[:n]) + (f'; and {len(words) - n} more' if len(words) > n else '')
 
-# %% ../../nbs/run/execute.ipynb #635da27e
+# %% ../../nbs/run/execute.ipynb #d72af0b1
 def _elsewhere(old, new) -> bool:
     "Whether two paths, or lists of them, name different places; either may be seen from another current directory."
     a, b = ([v] if isinstance(v, str) else list(v) for v in (old, new))
@@ -102,7 +102,7 @@ def check_place(out: Path, run: str, key: str, values: dict, hashes: dict, seed:
             'give this one another name or folder (--name, --out), or replace it (--replace)'
         )
 
-
+# %% ../../nbs/run/execute.ipynb #13de62c2
 def forget_finished(out: Path, run: str, key: str) -> None:
     "Removes the working files (`.<run>`, `.<run>.*`) of a finished run with another key; an unfinished one keeps them."
     file = out / f'{run}.json'
@@ -115,7 +115,7 @@ def forget_finished(out: Path, run: str, key: str) -> None:
         else:
             work.unlink(missing_ok=True)
 
-# %% ../../nbs/run/execute.ipynb #86a9899d
+# %% ../../nbs/run/execute.ipynb #bc04ffd3
 def _stopped(out: Path, run: str) -> KeyboardInterrupt:
     "Ctrl-C, with a word on how to go on."
     return KeyboardInterrupt(f'{short_path(out)}/{run}: stopped; the same command goes on from the last checkpoint')
@@ -133,7 +133,7 @@ def _failed(path: Path, out: Path, run: str, record: dict, e) -> Exception:
     see = short_path(out / f'{run}.ipynb')
     return RunFailed(f'{path.stem}/{run} failed: {e.ename}: {e.evalue}; see {see}')
 
-
+# %% ../../nbs/run/execute.ipynb #e65bb834
 def _attempt(path: Path, out: Path, run: str, values: dict, record: dict, processes: int) -> None:
     "Runs the notebook; a failure is recorded and raised as `UserError`, `KeyboardInterrupt` or `RunFailed`."
     from nbclient.exceptions import DeadKernelError
@@ -185,7 +185,7 @@ def _tell(path: Path, run: str, record: dict) -> dict:
     print(f'{path.stem}/{run}: {done}', file=sys.stderr)
     return record
 
-# %% ../../nbs/run/execute.ipynb #02a21e84
+# %% ../../nbs/run/execute.ipynb #2c9f2fe3
 def planned(experiment, run: str, parameters: dict, inputs: dict, seed: int) -> tuple[dict, dict, str]:
     "All checks of a run: (values of its parameters, hashes of its inputs, its key)."
     if not re.fullmatch(r'[\w.=,+-]+', run):
@@ -197,7 +197,7 @@ def planned(experiment, run: str, parameters: dict, inputs: dict, seed: int) -> 
     counted = {n: v for n, v in values.items() if n not in {*passed, *UNCOUNTED}}
     return values, hashes, run_key(experiment, counted, hashes, seed)
 
-
+# %% ../../nbs/run/execute.ipynb #012a73e7
 def execute(
     experiment,
     out_dir,

@@ -40,7 +40,7 @@ class ThisPython(AsyncKernelManager):
 
     start_kernel = _async_start_kernel
 
-# %% ../../nbs/run/kernel.ipynb #dda069d2
+# %% ../../nbs/run/kernel.ipynb #0b9c1a5f
 @contextlib.contextmanager
 def interrupts_go_to_the_kernel():
     "The first Ctrl-C interrupts the running cell, a second one this process."
@@ -62,7 +62,7 @@ def interrupts_go_to_the_kernel():
     finally:
         signal.signal(signal.SIGINT, before)
 
-
+# %% ../../nbs/run/kernel.ipynb #e035e50a
 @contextlib.contextmanager
 def environment(**values):
     "Environment variables for what is started inside."
@@ -100,7 +100,7 @@ def run_notebook(path: Path, to: Path, values: dict, out: Path, run: str) -> Non
             store_widget_state=False,
         )
 
-# %% ../../nbs/run/kernel.ipynb #91f86011
+# %% ../../nbs/run/kernel.ipynb #3dfc34e0
 def _last_state(text: str) -> str:
     "What a terminal shows in the end: `\\r` writes a line anew, `ESC [A` goes a line up, as nested bars do."
     lines, at, anew = [''], 0, True
@@ -127,7 +127,7 @@ def _joined(outputs: list) -> list:
             out.append(o)
     return out
 
-
+# %% ../../nbs/run/kernel.ipynb #72eb934e
 def tidy(path: Path) -> None:
     "Reduces progress bars in an executed notebook to their last state and removes machine paths from its metadata."
     nb = nbformat.read(path, 4)

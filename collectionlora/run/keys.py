@@ -15,7 +15,7 @@ import collectionlora
 from ..core import sha256_file, sha256_folder, sha256_json, UserError
 from .signature import code_cells, notebook_path
 
-# %% ../../nbs/run/keys.ipynb #1e208ef5
+# %% ../../nbs/run/keys.ipynb #310c4323
 def imports_of(tree, package: str = 'collectionlora') -> set:
     """Names of this package's modules that a syntax tree imports, at any depth, without the package's own name.
 
@@ -37,7 +37,7 @@ def _file_of(name: str) -> Path:
     module = stem.with_name(f'{stem.name}.py')
     return module if module.is_file() else stem / '__init__.py'
 
-
+# %% ../../nbs/run/keys.ipynb #cc5d5b26
 def modules_of(source: str) -> list[Path]:
     "The package's files that `source` imports, directly or through one another."
     root, reached, todo = Path(collectionlora.__file__).parent.parent, {}, [(ast.parse(source), 'collectionlora')]
@@ -73,7 +73,7 @@ def code_hash(experiment) -> str:
     modules = [[p.name, _statements(p.read_text(encoding='utf-8'))] for p in modules_of(code)]
     return sha256_json([_statements(code), modules])
 
-# %% ../../nbs/run/keys.ipynb #1614cc76
+# %% ../../nbs/run/keys.ipynb #9ba74563
 def short_path(path) -> str:
     "A path as seen from the current directory, where it lies below it: records should not name machines."
     path = Path(path).resolve()
@@ -89,7 +89,7 @@ def as_parameter(value):
 def _hash_once(path: str, size: int, mtime: int) -> str:
     return sha256_file(path)
 
-
+# %% ../../nbs/run/keys.ipynb #27763752
 def hash_of(value) -> str:
     "The content hash of an input: a file, a folder, a list of such, or a hash that is passed through."
     if isinstance(value, (list, tuple)):

@@ -87,7 +87,7 @@ def key_numbers(metrics: dict, n: int = 9) -> dict[str, str]:
     outermost = sorted(all_, key=lambda k: k.count('.'))  # sorted is stable: in the record's order
     return {k: all_[k] for k in (named or outermost)[:n]}
 
-# %% ../../nbs/run/records.ipynb #b272161e
+# %% ../../nbs/run/records.ipynb #dd598566
 def asked_for(record: dict, experiment: str) -> dict:
     "The parameters of a run that are not its notebook's defaults; all of them where there is no such notebook."
     values = record['run']['parameters']
@@ -103,7 +103,7 @@ def pictures_of(file: Path) -> list[Path]:
     kinds, own = ('.png', '.jpg', '.svg', '.html'), re.compile(re.escape(file.stem) + r'[.-].*')
     return sorted(p for p in file.parent.iterdir() if p.suffix in kinds and own.fullmatch(p.name))
 
-
+# %% ../../nbs/run/records.ipynb #75e2f3c2
 def summary(file: Path, every: bool = False) -> dict[str, dict]:
     "A record in sections of short lines: run, parameters, metrics (all of them if `every`), cost and files."
     record = read_json(file)
@@ -139,12 +139,12 @@ def compared(a: dict, b: dict) -> dict[str, dict]:
         'metrics': {k: (found[0].get(k, '-'), found[1].get(k, '-')) for k in {**found[0], **found[1]}},
     }
 
-# %% ../../nbs/run/records.ipynb #ff040b24
+# %% ../../nbs/run/records.ipynb #33dc9592
 def _plain_number(said: str) -> float:
     "The number in `3 [1, 4]` or `1,200`."
     return float(said.split(' ')[0].replace(',', ''))
 
-
+# %% ../../nbs/run/records.ipynb #aea03fb6
 def draw_sweep(records: dict[str, dict], path, n: int = 4) -> Path | None:
     "Draws at most `n` numbers that every finished run has, as a picture file; `None` where no two runs share one."
     import matplotlib.pyplot as plt

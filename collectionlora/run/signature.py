@@ -117,7 +117,7 @@ def complete(experiment, given: dict) -> dict:
     check_keys(given, [n for n in known if n not in OURS], path.name)
     return {n: p.checked(given.get(n, p.default), path.name) for n, p in known.items() if n not in OURS}
 
-# %% ../../nbs/run/signature.ipynb #08b28626
+# %% ../../nbs/run/signature.ipynb #3779aedb
 def _injected() -> tuple[str, str] | None:
     "The parameters cell and the cell that papermill put behind it, as this kernel ran them; `None` without one."
     shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
@@ -125,7 +125,7 @@ def _injected() -> tuple[str, str] | None:
     at = [i for i, cell in enumerate(ran) if i and cell.startswith('# Parameters\n')]
     return (ran[at[-1] - 1], ran[at[-1]]) if at else None
 
-
+# %% ../../nbs/run/signature.ipynb #e39a988c
 def check_injected(head: str, injected: str, where: str) -> None:
     "Raises `UserError` if papermill's cell `injected` sets a name that `head` does not declare, or a wrong type."
     known = parameters_of(head, where)

@@ -17,7 +17,7 @@ from .execute import execute, finished, planned
 from .keys import as_parameter, short_path
 from .sweep import collected
 
-# %% ../../nbs/run/slurm.ipynb #37933a43
+# %% ../../nbs/run/slurm.ipynb #07c505b1
 @dataclass(frozen=True)
 class Task:
     "One run of a sweep as submitit calls it; when its time is up it is requeued and goes on from its last checkpoint."
@@ -51,7 +51,7 @@ class Task:
         key = planned(self.experiment, self.name, self.parameters, self.inputs, self.seed)[2]
         return finished(self.out, self.name, key) is not None
 
-
+# %% ../../nbs/run/slurm.ipynb #4b2711ca
 def how_it_ended(task: Task, job) -> str:
     "A sentence about a run of the array that has not finished."
     record = read_json(task.file) if task.file.is_file() else {}
@@ -62,7 +62,7 @@ def how_it_ended(task: Task, job) -> str:
         return f'{task.name}: {since}; the same call repeats it'
     return f'{task.name}: ended without a word; see {short_path(job.paths.stderr) if job else task.out}'
 
-# %% ../../nbs/run/slurm.ipynb #c052b84a
+# %% ../../nbs/run/slurm.ipynb #7c806bed
 def _executor(out: Path, options: dict):
     "submitit's executor with these options, `cluster` (slurm, local or debug) among them."
     try:
@@ -77,7 +77,7 @@ def _executor(out: Path, options: dict):
         raise UserError(f'sweep: slurm options {options}: {str(e).splitlines()[0]}') from e
     return executor
 
-
+# %% ../../nbs/run/slurm.ipynb #4da04014
 def _in_queue(ids) -> set:
     "Which of these jobs Slurm still has, waiting or running."
     if not ids:
@@ -89,7 +89,7 @@ def _in_queue(ids) -> set:
         return set(ids)  # Slurm is busy: no news
     return set(ids) & set(asked.stdout.split())
 
-
+# %% ../../nbs/run/slurm.ipynb #ed2faa4c
 def _waiting(jobs: dict, slurm: bool) -> Iterator[set]:
     "Yields the names of the jobs that are not over; one that has left the queue has two looks to leave its result."
     missed, left = dict.fromkeys(jobs, 0), set(jobs)
@@ -101,7 +101,7 @@ def _waiting(jobs: dict, slurm: bool) -> Iterator[set]:
             missed[name] = 0 if jobs[name].job_id in alive else missed[name] + 1
         left = {n for n in left if not jobs[n].paths.result_pickle.is_file() and missed[n] < 3}
 
-# %% ../../nbs/run/slurm.ipynb #4bdb4047
+# %% ../../nbs/run/slurm.ipynb #8f7a196e
 def _submit(executor, tasks: dict[str, Task], out: Path) -> dict:
     "Submitit's jobs by run name: those still queued from an earlier call, and one array of all that are not done."
     slurm, kept = executor.cluster == 'slurm', out / '.slurm' / 'jobs.json'
@@ -129,7 +129,7 @@ def _wait(jobs: dict, slurm: bool, out: Path) -> None:
         arrays = ', '.join(sorted({j.job_id.split('_')[0] for j in jobs.values()}))
         raise KeyboardInterrupt(f'{short_path(out)}: the jobs go on ({arrays}); the same call waits for them') from None
 
-
+# %% ../../nbs/run/slurm.ipynb #4b287b87
 def job_array(experiment, points: dict, out: Path, processes: int, options: dict, replace=False) -> dict[str, dict]:
     "The sweep as a job array: submits, waits, collects."
     executor, out, tasks = _executor(out, options), out.resolve(), {}

@@ -19,7 +19,7 @@ from .execute import execute
 from .keys import as_parameter
 from .signature import complete, declared
 
-# %% ../../nbs/run/sweep.ipynb #b846ed70
+# %% ../../nbs/run/sweep.ipynb #be35e128
 def files_among(values: dict) -> dict:
     "The parameters that name existing files or folders, or lists of them: inputs, which a run knows by content."
     paths = lambda v: v if isinstance(v, list) else [v]
@@ -32,7 +32,7 @@ def merged(values: dict, given: dict) -> dict:
     inside = lambda n, v: {**values[n], **v} if isinstance(v, dict) and isinstance(values.get(n), dict) else v
     return {**values, **{n: inside(n, v) for n, v in given.items()}}
 
-
+# %% ../../nbs/run/sweep.ipynb #2d8ee305
 def needs_of(path) -> list[str]:
     "The parameters that a run's YAML file leaves to whoever starts it."
     found = read_yaml(path).get('needs', [])
@@ -61,7 +61,7 @@ def from_file(path) -> tuple[str, str, dict, int]:
         raise UserError(f"{path}: 'needs' names {unknown[0]!r}, which is no parameter of {path.parent.name}")
     return path.parent.name, path.stem, values, seed
 
-# %% ../../nbs/run/sweep.ipynb #ad7643d7
+# %% ../../nbs/run/sweep.ipynb #0802523b
 LONGEST = 60  # characters of a run's name: it stands in tables of 80 columns
 
 
@@ -96,7 +96,7 @@ def _differing_parts(grid: dict) -> dict[str, list]:
             parts[name] = values
     return parts
 
-
+# %% ../../nbs/run/sweep.ipynb #b0407457
 def grid_points(grid: dict) -> dict[str, dict]:
     "Run names and parameters of all combinations of a grid `{name: [values]}`; the names hold what varies."
     for name, values in grid.items():
@@ -110,7 +110,7 @@ def grid_points(grid: dict) -> dict[str, dict]:
         raise UserError(f'sweep: a value is listed twice in {grid}')
     return dict(zip(names, points))
 
-# %% ../../nbs/run/sweep.ipynb #0512a7b1
+# %% ../../nbs/run/sweep.ipynb #1eea417c
 def flat(values: dict, prefix: str = '') -> dict:
     "Numbers and words of nested mappings under dotted names; lists are left out."
     found = {}
@@ -145,7 +145,7 @@ def table(records: dict[str, dict]) -> list[dict]:
         for name, r in records.items()
     ]
 
-
+# %% ../../nbs/run/sweep.ipynb #98f3536f
 def write_table(path, rows: list[dict]) -> None:
     "Writes rows as CSV, at once; the columns are all that occur."
     with replacing(path) as part, open(part, 'w', newline='', encoding='utf-8') as file:

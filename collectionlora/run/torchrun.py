@@ -32,7 +32,7 @@ def check_processes(path: Path, processes: int) -> None:
         why = 'is made for one process (it does not use collectionlora.engine.parallel)'
         raise UserError(f'{path.name}: {why}; leave out `processes`')
 
-# %% ../../nbs/run/torchrun.ipynb #432698f2
+# %% ../../nbs/run/torchrun.ipynb #2ff7afa6
 @contextlib.contextmanager
 def _own_signals():
     "Gives this process its signal handlers back afterwards; torchrun's agent leaves its own behind."
@@ -53,7 +53,7 @@ def _agent(config: dict):
     place = dict(rdzv_backend='c10d', rdzv_endpoint='localhost:0', local_addr='localhost')
     return elastic_launch(LaunchConfig(min_nodes=1, max_nodes=1, max_restarts=0, **place, **config), sys.executable)
 
-
+# %% ../../nbs/run/torchrun.ipynb #d9b1534f
 def _launch(config: dict, job: Path) -> dict[int, str]:
     "Runs `work` in every process of a torchrun agent; by number, how those ended that failed by themselves."
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -96,7 +96,7 @@ def run_on_processes(path: Path, out: Path, run: str, values: dict, processes: i
     if end := _first_end(folder, dead, processes):
         raise PapermillExecutionError(0, 0, '', end['ename'], end['evalue'], '')
 
-# %% ../../nbs/run/torchrun.ipynb #cceb99c4
+# %% ../../nbs/run/torchrun.ipynb #428d4d9d
 def _own_place(folder: Path) -> Path:
     "The folder of this process beside the job file; all but the first write what they say into a log there."
     rank = int(os.environ['RANK'])
@@ -108,7 +108,7 @@ def _own_place(folder: Path) -> Path:
             os.dup2(log, stream)
     return own
 
-
+# %% ../../nbs/run/torchrun.ipynb #01ada8d9
 def work() -> None:
     "One process of a run, as torchrun starts it: executes the job's notebook into its own place and says how it ended."
     job, own, rank = read_json(sys.argv[1]), _own_place(Path(sys.argv[1]).parent), int(os.environ['RANK'])

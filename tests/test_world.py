@@ -240,6 +240,19 @@ def test_plain_diffusers_opens_the_folder_that_ships():
         )
 
 
+@pytest.mark.parametrize('module', ['collectionlora.nano', 'collectionlora.bases.nano'])
+def test_a_base_opens_under_the_old_and_the_new_name_of_its_autoencoders_module(module, tmp_path):
+    "Folders that were written before the modules moved into rooms say `collectionlora.nano`."
+    from collectionlora.bases.nano import PatchPCA
+    from collectionlora.files.header import read_header
+
+    folder = shutil.copytree(core.nano_dir(), tmp_path / 'nano')
+    edit_json(folder / 'model_index.json', lambda v: v.update(vae=[module, 'PatchPCA']))
+    base = load_base(folder)
+    shipped = read_header(core.data_dir() / 'collection' / 'collection.safetensors')
+    assert type(base.pipe.vae) is PatchPCA and base.hash == shipped['collectionlora.base']['hash']
+
+
 def test_a_broken_index_is_named(base_folder, tmp_path):
     folder = tmp_path / 'base'
     shutil.copytree(base_folder, folder)

@@ -23,13 +23,10 @@ import subprocess
 import sys
 import zipfile
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 
-import filelock
 import numpy as np
 import yaml
-from tqdm import tqdm
 
 import collectionlora
 
@@ -183,6 +180,8 @@ def folder_lock(folder):
     if str(folder.resolve()) in os.environ.get('COLLECTIONLORA_HELD', '').split(os.pathsep):
         yield folder
         return
+    import filelock
+
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / '.run.lock', timeout=0)
     try:
@@ -291,8 +290,10 @@ def write_json(path, obj) -> None:
         part.write_text(json.dumps(plain(obj), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
 
 # %% ../nbs/run/core.ipynb #bc8b2762
-def bar(iterable=None, total=None, desc='', **kw) -> tqdm:
+def bar(iterable=None, total=None, desc='', **kw):
     "A tqdm bar with ETA on stderr, shown once the work has taken a second."
+    from tqdm import tqdm
+
     kw = {'delay': 1, 'leave': False, 'dynamic_ncols': True, 'mininterval': 0.2 if sys.stderr.isatty() else 1, **kw}
     return tqdm(iterable, total=total, desc=desc, file=sys.stderr, **kw)
 
@@ -303,6 +304,8 @@ PACKAGES = tuple(
 
 
 def _version(name):
+    from importlib import metadata
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

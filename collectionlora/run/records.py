@@ -6,9 +6,10 @@
 __all__ = ['INTERVAL', 'MATTER', 'is_record', 'records_in', 'record_file', 'numbers', 'key_numbers', 'asked_for', 'pictures_of',
            'summary', 'compared', 'draw_sweep']
 
-# %% ../../nbs/run/records.ipynb #26bf090e
+# %% ../../nbs/run/records.ipynb #9e660645
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..core import nearest, plain, read_json, results_dir, UserError
@@ -43,7 +44,7 @@ def record_file(name) -> Path:
     known = records_in() if results_dir().is_dir() else []
     raise UserError(f'{name}: no such run; {nearest(name, known)}')
 
-# %% ../../nbs/run/records.ipynb #927a6aec
+# %% ../../nbs/run/records.ipynb #7eda6691
 INTERVAL = re.compile(r'-?[\d.]+(e[-+]?\d+)? \[.*\](, n = \d+)?')
 
 
@@ -60,21 +61,24 @@ def _said(value) -> str | None:
     return value if isinstance(value, str) and INTERVAL.fullmatch(value) else None
 
 
-def numbers(metrics: dict, prefix: str = '') -> dict[str, str]:
-    "Dotted name -> number in words, of everything in `metrics` that is a number, a yes or no, or an interval."
-    found = {}
+def _leaves(metrics: dict, prefix: str = '') -> Iterator[tuple[str, str]]:
+    "(dotted name, number in words) of everything in `metrics` that is a number, a yes or no, or an interval."
     for name, value in metrics.items():
         if said := _said(value):
-            found[f'{prefix}{name}'] = said
+            yield f'{prefix}{name}', said
         elif isinstance(value, dict):
-            found |= numbers(value, f'{prefix}{name}.')
-    return found
+            yield from _leaves(value, f'{prefix}{name}.')
 
-# %% ../../nbs/run/records.ipynb #e2c3af4a
-MATTER = (
+
+def numbers(metrics: dict) -> dict[str, str]:
+    "Dotted name -> number in words, of everything in `metrics` that is a number, a yes or no, or an interval."
+    return dict(_leaves(metrics))
+
+# %% ../../nbs/run/records.ipynb #f8ded62f
+MATTER = set(
     'bcr distance laplacian recognised followed val_detail val_contrast val_colour distance_to_target error share '
-    'difference ratio loss_last loss detail contrast colour'
-).split()
+    'difference ratio loss_last loss detail contrast colour'.split()
+)
 
 
 def key_numbers(metrics: dict, n: int = 9) -> dict[str, str]:
@@ -82,10 +86,16 @@ def key_numbers(metrics: dict, n: int = 9) -> dict[str, str]:
 
     Of its own method where the record names one; those with a name in `MATTER`, else the outermost."""
     own = metrics.get('methods', {}).get(metrics.get('own')) if isinstance(metrics.get('methods'), dict) else None
-    all_ = numbers({metrics['own']: own} if own else metrics)
-    named = [k for k in all_ if {*k.split('.')[-2:]} & {*MATTER}]
-    outermost = sorted(all_, key=lambda k: k.count('.'))  # sorted is stable: in the record's order
-    return {k: all_[k] for k in (named or outermost)[:n]}
+    named, others = {}, {}
+    for name, said in _leaves({metrics['own']: own} if own else metrics):
+        if MATTER & {*name.split('.')[-2:]}:
+            named[name] = said
+        else:
+            others[name] = said
+        if len(named) == n:
+            return named
+    outermost = sorted(others, key=lambda k: k.count('.'))  # sorted is stable: in the record's order
+    return named or {k: others[k] for k in outermost[:n]}
 
 # %% ../../nbs/run/records.ipynb #dd598566
 def asked_for(record: dict, experiment: str) -> dict:

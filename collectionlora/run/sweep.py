@@ -6,7 +6,7 @@
 __all__ = ['LONGEST', 'files_among', 'merged', 'needs_of', 'from_file', 'run_name', 'grid_points', 'flat', 'varying', 'table',
            'write_table', 'collected', 'sweep']
 
-# %% ../../nbs/run/sweep.ipynb #5f9b1776
+# %% ../../nbs/run/sweep.ipynb #17aefa9b
 import csv
 import hashlib
 import itertools
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..core import plain, read_json, read_yaml, replacing, RunFailed, UserError
 from .execute import execute
-from .keys import as_parameter
+from .keys import as_parameter, short_path
 from .signature import complete, declared
 
 # %% ../../nbs/run/sweep.ipynb #be35e128
@@ -153,7 +153,7 @@ def write_table(path, rows: list[dict]) -> None:
         writer.writeheader()
         writer.writerows(rows)
 
-# %% ../../nbs/run/sweep.ipynb #38e4f580
+# %% ../../nbs/run/sweep.ipynb #4361918d
 def _points(experiment, grid, inputs: dict) -> dict[str, tuple[dict, dict, int]]:
     "Run name -> (parameters, inputs, seed) of every combination, all checked; files that one names are inputs too."
     points = grid_points(read_yaml(grid) if isinstance(grid, (str, Path)) else grid)
@@ -171,7 +171,8 @@ def collected(files: dict[str, Path], out: Path, failed: list[str]) -> dict[str,
     records = {name: read_json(file) for name, file in files.items() if file.is_file()}
     write_table(out / 'table.csv', table(records))
     if failed:
-        raise RunFailed(f'{len(failed)} of {len(files)} runs failed: {" | ".join(failed)}')
+        some = f'{len(failed)} of {len(files)} runs failed: {" | ".join(failed)}'
+        raise RunFailed(f'{some}; all are in {short_path(out / "table.csv")}')
     return records
 
 

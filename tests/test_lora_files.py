@@ -484,12 +484,9 @@ def test_every_changed_byte_of_a_signed_file_is_noticed(tmp_path):
             got = read_lora(tmp_path / 'y.safetensors')
         except UserError:
             continue
-        # only the white space between header and payload carries no meaning
-        assert (
-            at < start
-            and good[at : at + 1] == b' '
-            and lora_hash(got) == lora_hash(read_lora(tmp_path / 'x.safetensors'))
-        ), at
+        assert at < start and lora_hash(got) == lora_hash(read_lora(tmp_path / 'x.safetensors')), at
+        # a changed header is said; only the white space between header and payload carries no meaning
+        assert good[at : at + 1] == b' ' or any('cannot be trusted' in n for n in got.meta['notes']), at
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,13 @@ SPELLINGS = [
     )
     for down, up, adapter in (('lora_A', 'lora_B', ''), ('lora_A', 'lora_B', '.default'), ('lora_down', 'lora_up', ''))
 ]
+SPELLINGS += [
+    ('transformer.', 0, 'lora.down', 'lora.up', ''),
+    ('transformer.base_model.model.', 0, 'lora_A', 'lora_B', '.default_0'),
+    ('model.diffusion_model.', 0, 'lora_A', 'lora_B', ''),
+    ('_orig_mod.', 0, 'lora_down', 'lora_up', ''),
+    ('transformer._orig_mod.', 0, 'lora_A', 'lora_B', ''),
+]
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DIFFUSERS = {'lora_adapter_metadata': json.dumps({'transformer.r': 2, 'transformer.lora_alpha': 3})}
 
@@ -67,6 +74,7 @@ def corpus(tmp):
     )
     files = [(tmp / 's.safetensors').read_bytes()] * 4
     files += [make(s) for s in SPELLINGS[::2]] + [make(s, 8.0) for s in SPELLINGS[1::2]]
+    files += [make(SPELLINGS[0], None, {'lora_alpha': '6'}), make(SPELLINGS[6], 3.0, {'network_alpha': '3.0'})]
     return files + [
         make(SPELLINGS[3], None, DIFFUSERS),
         make(SPELLINGS[0], dtype=torch.bfloat16),
@@ -82,10 +90,10 @@ def decode(raw):
     try:
         tensors = safetensors.torch.load(raw)
         n = struct.unpack('<Q', raw[:8])[0]
-        meta = json.loads(raw[8 : 8 + n]).get('__metadata__', {})
+        meta = json.loads(raw[8 : 8 + n]).get('__metadata__') or {}
     except Exception:
         return None
-    config = {}
+    config, plain = {}, {}
     if 'lora_adapter_metadata' in meta:
         try:
             config = {k.removeprefix('transformer.'): v for k, v in json.loads(meta['lora_adapter_metadata']).items()}
@@ -93,6 +101,11 @@ def decode(raw):
             return None
         if config.get('r') != 2:
             return None
+    for key in ('lora_alpha', 'network_alpha'):
+        try:
+            plain[key] = float(meta[key])
+        except (KeyError, ValueError):
+            plain[key] = None  # not there, or no number: what has no alpha tensors must then be refused
     for prefix, flat, down, up, adapter in SPELLINGS + [
         (p, f, 'lora_A', 'lora_B', a)
         for p, f, *_ in SPELLINGS
@@ -126,6 +139,15 @@ def decode(raw):
                 if alpha is not None and not math.isclose(scale, scale_c, rel_tol=1e-5):
                     return None
                 scale = scale_c
+            for key in plain if 'collectionlora.schema' not in meta else ():
+                if plain[key] is not None:
+                    if (alpha is not None or config) and not math.isclose(scale, plain[key] / a.shape[0], rel_tol=1e-5):
+                        return None
+                    scale = plain[key] / a.shape[0]
+                elif meta.get(key, '') != '' and alpha is None:
+                    return None
+            if len({v for v in plain.values() if v is not None}) > 1:
+                return None
             if not math.isfinite(scale) or scale == 0:
                 return None
             a_scale, b_scale = (scale, 1.0) if i < o else (1.0, scale)  # the smaller factor takes it
@@ -302,6 +324,9 @@ METAS = [
     '9',
     '2.0',
     'flux',
+    '1e1',
+    '-3',
+    '0x10',
 ]
 
 
@@ -317,6 +342,9 @@ def edit_metadata(raw, r):
             'collectionlora.effects',
             'collectionlora.base',
             'modelspec.architecture',
+            'ss_base_model_version',
+            'lora_alpha',
+            'network_alpha',
             'format',
         ],
     )
@@ -468,16 +496,14 @@ def fuzz(tmp_path, cases):
         if kind == 'refused':
             assert raw != source and '\n' not in got.strip() and len(got) < 2000, (i, got[:300])
             continue
-        # what a signed file says is either what was signed, or it no longer claims to be signed
-        if any(k.startswith('collectionlora.') for k in read_header(path)):
-            want = original
-            assert source is signed and read_header(path).keys() >= {
-                'collectionlora.effects',
-                'collectionlora.sampling',
-            }, i
-            assert [e['id'] for e in read_header(path)['collectionlora.effects']] == ['a', 'd'], i
-        else:
-            want = decode(raw)
+        # what a signed file says is what was signed, or it is said that it cannot be trusted; its weights are the signed ones
+        header, want = read_header(path), decode(raw)
+        if any(k.startswith('collectionlora.') for k in header):
+            if 'collectionlora.payload_sha256' in header:
+                want = original
+            if not any('cannot be trusted' in note for note in got.meta['notes']):
+                assert source is signed and header.keys() >= {'collectionlora.effects', 'collectionlora.sampling'}, i
+                assert [e['id'] for e in header['collectionlora.effects']] == ['a', 'd'], i
         assert want is not None, f'case {i}: accepted a file that the independent decoder refuses'
         for m in MODULES:
             assert all(torch.allclose(x, y, rtol=1e-5, atol=0) for x, y in zip(got.factors[m], want[m])), (

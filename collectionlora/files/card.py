@@ -313,5 +313,6 @@ def write_card(path) -> list[Path]:
             Path(part).write_text(text, encoding='utf-8')
     if not (info['effects'] and info['sampling'].get('times')):
         return list(texts)
-    write_json(target := path.with_name(f'{path.stem}.comfyui.json'), comfyui_workflow(info))
-    return [*texts, target]
+    workflow = path.with_name(f'{path.stem}.comfyui.json')
+    write_json(workflow, comfyui_workflow(info))
+    return [*texts, workflow]

@@ -228,7 +228,7 @@ class ConditionCache(_Encoder):
 class Conditions:
     """The conditions of (source image path, prompt) pairs on one grid, read from a `ConditionCache` row by row.
 
-    Indexed like a `Cond`. Raises `UserError` for an entry that has gone and cannot be made again from the same picture."""
+    Indexed like a `Cond`. Raises `UserError` for an entry that is gone and cannot be made from the same picture."""
 
     def __init__(self, cache: ConditionCache, pairs: Sequence[tuple]):
         self.cache, self.pairs = cache, [(Path(p), c) for p, c in pairs]

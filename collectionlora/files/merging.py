@@ -132,7 +132,7 @@ def _check_merge(loras, method, weights, rank) -> None:
 def merge(
     loras: list[Lora], method: str, weights=None, rank: int | None = None, density: float = 0.2, seed: int = 0
 ) -> Lora:
-    """One LoRA from many without training. `method` is a key of `METHODS`; `weights` default to 1 each (all effects on).
+    """One LoRA from many without training: `method` is a key of `METHODS`, `weights` default to 1 each (all effects).
 
     `rank` bounds the result's rank and is needed by every method but `cat` and `linear`. Raises `UserError` for unknown
     methods, mixed shapes and missing ranks."""

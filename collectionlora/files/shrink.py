@@ -81,7 +81,7 @@ def shrink(source, target, rank: int | None = None, energy: float | None = None,
     """Write a smaller copy of a LoRA file; returns what was written.
 
     Either `rank`, or the smallest one that keeps the share `energy`, for all modules. With `mixed` each module keeps
-    that share with a rank of its own, which diffusers scales rightly from 0.40 on only. Catalogue and recipe go with it;
+    that share with a rank of its own, which diffusers scales rightly from 0.40 on only. Catalogue and recipe stay, and
     the header names the original, by sha256, as parent. `dtype=None` writes bfloat16 where the original has it, else
     float32. Raises `UserError` for a `rank` above the original's."""
     lora = read_lora(source, allow_missing=True)

@@ -244,13 +244,19 @@ def test_plain_diffusers_opens_the_folder_that_ships():
 def test_a_base_opens_under_the_old_and_the_new_name_of_its_autoencoders_module(module, tmp_path):
     "Folders that were written before the modules moved into rooms say `collectionlora.nano`."
     from collectionlora.bases.nano import PatchPCA
-    from collectionlora.files.header import read_header
 
     folder = shutil.copytree(core.nano_dir(), tmp_path / 'nano')
     edit_json(folder / 'model_index.json', lambda v: v.update(vae=[module, 'PatchPCA']))
-    base = load_base(folder)
-    shipped = read_header(core.data_dir() / 'collection' / 'collection.safetensors')
-    assert type(base.pipe.vae) is PatchPCA and base.hash == shipped['collectionlora.base']['hash']
+    vae, shipped = load_base(folder).pipe.vae, load_file(weights(core.nano_dir() / 'vae'))
+    assert type(vae) is PatchPCA and all((vae.get_parameter(n) == w).all() for n, w in shipped.items())
+
+
+def test_the_base_that_ships_is_still_the_one_that_the_collection_was_made_for():
+    from collectionlora.files.header import read_header
+
+    made_for = read_header(core.data_dir() / 'collection' / 'collection.safetensors')['collectionlora.base']
+    assert core.read_json(core.nano_dir() / 'model_index.json')['vae'] == ['collectionlora.nano', 'PatchPCA']
+    assert load_base(core.nano_dir()).hash == made_for['hash']
 
 
 def test_a_broken_index_is_named(base_folder, tmp_path):

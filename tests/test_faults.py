@@ -16,6 +16,7 @@ import torch
 from collectionlora.bases.pipeline import load_base
 from collectionlora.core import seed_of, UserError
 from collectionlora.engine import looks, loop, monitors
+from collectionlora.engine.ahead import AheadBank
 from collectionlora.engine.finetune import finish
 from collectionlora.engine.loop import distill
 from collectionlora.engine.plan import measured_plan
@@ -45,7 +46,7 @@ def test_a_teacher_replaced_during_the_run_stops_it_and_the_old_file_lets_it_go_
         id: shutil.copy(folder / 'teachers' / f'{id}.safetensors', tmp_path / f'{id}.safetensors')
         for id in ('one', 'two')
     }
-    bank = TeacherBank(base.backbone, files, role='lent')
+    bank = AheadBank(base.backbone, files, role='lent')
     try:
         training = distill(base, bank, effects, general, cache, S, tmp_path / 'out', save_every=1)
         next(training)
@@ -64,7 +65,7 @@ def test_a_teacher_replaced_during_the_run_stops_it_and_the_old_file_lets_it_go_
 @pytest.mark.parametrize('ahead', [0, 1, 3])
 def test_what_is_laid_out_ahead_changes_nothing(world, folder, straight, tmp_path, ahead):
     base, _, effects, general, cache = world
-    bank = TeacherBank(
+    bank = AheadBank(
         base.backbone,
         {e.id: folder / 'teachers' / f'{e.id}.safetensors' for e in effects},
         capacity=1,

@@ -14,6 +14,7 @@ from collectionlora.bases.pipeline import load_base
 from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import rng, UserError
 from collectionlora.engine import targets as painting
+from collectionlora.engine.ahead import AheadBank
 from collectionlora.engine.finetune import (
     balanced_rows,
     draw_batch,
@@ -304,7 +305,7 @@ def files(base, tmp_path):
 
 @pytest.fixture
 def bank(base, files):
-    bank = TeacherBank(base.backbone, files)
+    bank = AheadBank(base.backbone, files)
     yield bank
     bank.close()
 
@@ -423,8 +424,8 @@ def test_bad_teachers_are_found_before_anything_runs(base, files, tmp_path):
 
 def test_expected_teachers_are_the_same_and_come_in_any_order(base, files, asked):
     plain, told = (
-        TeacherBank(base.backbone, files, role='plain', ahead=0),
-        TeacherBank(base.backbone, files, role='told', capacity=1),
+        AheadBank(base.backbone, files, role='plain', ahead=0),
+        AheadBank(base.backbone, files, role='told', capacity=1),
     )
     try:
         expected = {id: v(base, plain.use(id), asked) for id in files}
@@ -520,7 +521,7 @@ def test_a_hundred_and_eighty_teachers_in_bounded_memory(base, tmp_path, asked):
     for k, file in enumerate(files.values()):
         write_lora(file, Lora(factors(k)), {'collectionlora.base': {'hash': base.hash}})
     size = sum(t.nbytes for ab in made.factors.values() for t in ab)
-    bank = TeacherBank(base.backbone, files, memory=7 * size + 1)
+    bank = AheadBank(base.backbone, files, memory=7 * size + 1)
     try:
         assert len(bank) == 180 and bank.held == 7 * size
         b = base.backbone

@@ -126,3 +126,26 @@ def test_results_are_records_tables_headline_rows_and_one_sheet_a_run():
     notebooks = [f for f in files if f.endswith('.ipynb')]
     single = [f for f in files if f.endswith('.png') and not f.startswith('results/figures/')]
     assert not single and all(f.startswith('results/main_job/') for f in notebooks)
+
+
+def test_the_data_page_names_what_ships_with_its_checksums():
+    page = (ROOT / 'data' / 'README.md').read_text(encoding='utf-8')
+    ships = [p for p in (ROOT / 'data').iterdir() if p.name[0] != '.' and p.suffix != '.md']
+    for p in ships:
+        digest = core.sha256_folder(p) if p.is_dir() else core.sha256_file(p)
+        row = next(l for l in page.splitlines() if l.startswith((f'| `{p.name}/` |', f'| `{p.name}` |')))
+        assert digest[:16] in row, f'data/README.md: the checksum of {p.name} is {digest[:16]}'
+    links = re.findall(r'\]\(([^)\s]+)\)', page)
+    assert len(links) > 5 and not [l for l in links if not (ROOT / 'data' / l).exists()]
+
+
+def test_the_collection_that_ships_is_that_of_the_kept_demonstration():
+    kept = ROOT / 'results' / 'main_job' / 'demo'
+    files = {core.collection_dir() / 'collection.safetensors': kept / 'collection.json'}
+    for file in (core.collection_dir() / 'teachers').glob('*.safetensors'):
+        files[file] = kept / f'teacher.{file.stem}.json'
+    assert len(files) > 4
+    for file, record in files.items():
+        assert core.sha256_file(file) == core.read_json(record)['metrics']['sha256'], (
+            f'{file.name} is not what {record.name} says; run `collectionlora demo --keep`'
+        )

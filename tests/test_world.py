@@ -243,6 +243,8 @@ def test_plain_diffusers_opens_the_folder_that_ships():
 @pytest.mark.parametrize('module', ['collectionlora.nano', 'collectionlora.bases.nano'])
 def test_a_base_opens_under_the_old_and_the_new_name_of_its_autoencoders_module(module, tmp_path):
     "Folders that were written before the modules moved into rooms say `collectionlora.nano`."
+    from safetensors.torch import load_file
+
     from collectionlora.bases.nano import PatchPCA
 
     folder = shutil.copytree(core.nano_dir(), tmp_path / 'nano')

@@ -198,12 +198,12 @@ def claim(container: Container, skip=lambda field: False, strict=True) -> Claim 
         some |= said if kind == 'some' else dict([said]) if kind == 'one' else {}
         fields += [field] if kind else []
     if len(set(alphas)) > 1:
-        raise Unclear(f'the header fields {" and ".join(fields)} give different scales; {UNKNOWN}.')
+        raise Unclear(f'the header fields {" and ".join(sorted(fields))} give different scales; {UNKNOWN}.')
     patterns = nested(container.values.get('rank_pattern'))
     rslora = any('rslora' in str(k).lower() and str(v).lower() in ('true', '1') for k, v in container.values.items())
     config = {'r': rank, 'lora_alpha': alphas[0] if alphas else None, 'alpha_pattern': some, 'use_rslora': rslora}
     config['rank_pattern'] = patterns if isinstance(patterns, dict) else {}
-    return Claim(tuple(fields), config) if fields else None
+    return Claim(tuple(sorted(fields)), config) if fields else None
 
 # %% ../../nbs/files/strength.ipynb #c21814af
 def not_counted(dialect: Dialect, metadata: dict):

@@ -6,12 +6,13 @@
 __all__ = ['FINDER', 'TorchvisionOnCPU']
 
 # %% ../nbs/bases/compat.ipynb #4b9fabf5
-import importlib.util, sys
+import importlib.util
+import sys
 from pathlib import Path
 
 
 class TorchvisionOnCPU:
-    "A `sys.meta_path` finder that declares torchvision's operators before its first import, where its compiled part cannot load."
+    "A `sys.meta_path` finder: declares torchvision's operators before its first import, where its own cannot load."
 
     def __init__(self):
         self.kept = []

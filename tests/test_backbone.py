@@ -585,10 +585,10 @@ def test_what_is_no_base_is_refused(folder, tmp_path):
         load_base(tmp_path)
     import shutil
 
-    from collectionlora.bases.tiny import _tiny_tokenizer
+    from collectionlora.bases.tiny import tiny_tokenizer
 
     shutil.copytree(folder, tmp_path / 'foreign')
-    _tiny_tokenizer(['quite other words'], 300).save_pretrained(tmp_path / 'foreign' / 'tokenizer')
+    tiny_tokenizer(['quite other words'], 300).save_pretrained(tmp_path / 'foreign' / 'tokenizer')
     with pytest.raises(UserError, match='system prefix'):
         load_base(tmp_path / 'foreign')
 

@@ -136,7 +136,7 @@ class Mergeable(Frugal):
 class Backbone(Mergeable):
     """What everything above sees: `velocity(role, x_t, t, cond)` on one frozen base.
 
-    checkpointing: recompute activations in backward. hash: id of the base, or a function that computes it when asked."""
+    checkpointing: recompute activations in backward. hash: id of the base, or a function that computes it."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class Backbone(Mergeable):
 
     @property
     def hash(self) -> str:
-        "Id of the frozen base: the pipeline folder's hash if it came from one, else that of its weights. Computed once."
+        "Id of the frozen base: its pipeline folder's hash, or that of its weights if it has none. Computed once."
         if callable(self._hash):
             self._hash = self._hash()
         if self._hash is None:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['INFO_FILE', 'INFO', 'SPECIAL', 'PICTURE', 'Images', 'read_info', 'use_areas', 'token_types', 'fix_mm_token_type_ids',
-           'PilProcessor', 'has_torchvision', 'Base', 'scheduler_times', 'few_step_scheduler', 'plain_noise',
-           'checked_device', 'load_base']
+           'PilProcessor', 'has_torchvision', 'load_pipe', 'quiet', 'Parts', 'Pictures', 'Base', 'checked_device',
+           'load_base', 'scheduler_times', 'few_step_scheduler', 'plain_noise']
 
-# %% ../../nbs/bases/pipeline.ipynb #632e998f
+# %% ../../nbs/bases/pipeline.ipynb #f4e4a5e6
 import gc
 import importlib.util
 import inspect
@@ -28,20 +28,20 @@ from torch import nn, Tensor
 from .backbone import Backbone, Cond
 from ..core import read_json, sha256_folder, UserError
 
-# %% ../../nbs/bases/pipeline.ipynb #d2dd6fef
+# %% ../../nbs/bases/pipeline.ipynb #4601220b
 INFO_FILE = 'collectionlora.json'
 INFO = dict(vae_area=1024 * 1024, condition_area=384 * 384, shift=3.0, pixels=1024)
 
 
 def read_info(folder) -> dict:
-    "The base's own settings from `collectionlora.json` over the full model's: areas in pixels, schedule shift, side in pixels."
+    "The base's own settings over the full model's: areas in pixels, shift of the schedule, pixels per side."
     path = Path(folder) / INFO_FILE
     given = read_json(path) if path.is_file() else {}
     return {**INFO, **given}
 
 
 def use_areas(info: Mapping[str, float] | str | Path) -> tuple[int, int]:
-    """Makes the *stock* pipeline resize its inputs to the base's areas instead of 1024² and 384²; returns the areas before.
+    """Makes the *stock* pipeline resize its inputs to the base's areas, not 1024² and 384²; returns the areas before.
 
     info: a base's info, or its folder. Needed once per process by whoever calls the nano base as a plain pipeline."""
     import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as stock
@@ -51,7 +51,7 @@ def use_areas(info: Mapping[str, float] | str | Path) -> tuple[int, int]:
     stock.VAE_IMAGE_SIZE, stock.CONDITION_IMAGE_SIZE = info['vae_area'], info['condition_area']
     return before
 
-# %% ../../nbs/bases/pipeline.ipynb #9716c224
+# %% ../../nbs/bases/pipeline.ipynb #27bf4933
 def _takes_token_types(module: nn.Module) -> bool:
     return 'mm_token_type_ids' in inspect.signature(module.forward).parameters
 
@@ -64,7 +64,7 @@ def token_types(input_ids: Tensor, config) -> Tensor:
 def fix_mm_token_type_ids(text_encoder: nn.Module) -> None:
     """Supplies the `mm_token_type_ids` that transformers >= 5 wants and diffusers' edit pipelines do not pass.
 
-    Without them image tokens silently lose their 2-D positions and every prompt embedding changes. Safe to call twice."""
+    Without them image tokens lose their 2-D positions and every prompt embedding changes. Safe to call twice."""
     if not _takes_token_types(text_encoder) or hasattr(text_encoder, '_token_types_fixed'):
         return
 
@@ -76,7 +76,7 @@ def fix_mm_token_type_ids(text_encoder: nn.Module) -> None:
     text_encoder.register_forward_pre_hook(supply, with_kwargs=True)
     text_encoder._token_types_fixed = True
 
-# %% ../../nbs/bases/pipeline.ipynb #66ae2a95
+# %% ../../nbs/bases/pipeline.ipynb #d43774ff
 class PilProcessor:
     "Images and text for the stock pipeline without torchvision: `Qwen2VLProcessor` less the video part that needs it."
 
@@ -101,22 +101,20 @@ def _widen(text: str, counts: Iterator[int], pad: str = '<|image_pad|>') -> str:
     head, *rest = text.split(pad)
     return head + ''.join(pad * next(counts) + part for part in rest)
 
-
+# %% ../../nbs/bases/pipeline.ipynb #8cdb01e6
 @cache
 def has_torchvision() -> bool:
     "Whether transformers will resize pictures with torchvision, which rounds differently from Pillow."
     return importlib.util.find_spec('torchvision') is not None
 
-
-def _load_pipe(folder: Path, dtype: torch.dtype, **without):
-    "The stock pipeline from its folder; where torchvision is missing, with a `PilProcessor` (same tokens, nearly the same pixels)."
+# %% ../../nbs/bases/pipeline.ipynb #3caaef7e
+def load_pipe(folder: Path, dtype: torch.dtype, **without):
+    "The stock pipeline from its folder, without the parts `without`; with a `PilProcessor` if torchvision is missing."
     from diffusers import QwenImageEditPlusPipeline
 
-    for part in read_json(
-        folder / 'model_index.json'
-    ).values():  # diffusers takes classes of ours only from imported modules
+    for part in read_json(folder / 'model_index.json').values():
         if isinstance(part, list) and str(part[0]).startswith('collectionlora.'):
-            importlib.import_module(part[0])
+            importlib.import_module(part[0])  # diffusers takes classes of ours only from imported modules
     passed = without if has_torchvision() else dict(without, processor=None)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='.*torch_dtype.*')  # its new name is unknown to older diffusers
@@ -125,9 +123,9 @@ def _load_pipe(folder: Path, dtype: torch.dtype, **without):
         pipe.register_modules(processor=PilProcessor(folder / 'processor'))
     return pipe
 
-
+# %% ../../nbs/bases/pipeline.ipynb #cf28a140
 @contextmanager
-def _quiet(folder: Path) -> Iterator[None]:
+def quiet(folder: Path) -> Iterator[None]:
     "No loading bars and remarks for a folder that loads in a moment (under 1 GB)."
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
@@ -146,32 +144,10 @@ def _quiet(folder: Path) -> Iterator[None]:
         for log in logs:
             log.enable_progress_bar()
 
-# %% ../../nbs/bases/pipeline.ipynb #b0735ee3
-SPECIAL = (
-    '<|endoftext|>',
-    '<|im_start|>',
-    '<|im_end|>',
-    '<|vision_start|>',
-    '<|vision_end|>',
-    '<|vision_pad|>',
-    '<|image_pad|>',
-    '<|video_pad|>',
-)
-PICTURE = 'Picture {}: <|vision_start|><|image_pad|><|vision_end|>'
-Images = Sequence[Image.Image | Sequence[Image.Image]]
-
-
-def _rows(images: Images) -> list[list[Image.Image]]:
-    "One list of RGB source images per sample; a lone image counts as a list of one."
-    rows = [[im] if isinstance(im, Image.Image) else list(im) for im in images]
-    if not rows or not all(rows):
-        raise UserError('images: empty list; give at least one source image per sample.')
-    return [[im.convert('RGB') for im in row] for row in rows]
-
-
+# %% ../../nbs/bases/pipeline.ipynb #4a07c3d9
 @dataclass(eq=False)
-class Base:
-    "A Qwen-Image-Edit-Plus pipeline and its backbone: what turns images and prompts into conditions and tokens into images."
+class Parts:
+    "A Qwen-Image-Edit-Plus pipeline, its backbone, folder and settings; what only encodes can leave and come back."
 
     pipe: object
     backbone: Backbone
@@ -180,13 +156,13 @@ class Base:
 
     @cached_property
     def hash(self) -> str:
-        "Hex sha256 of the folder, its read-me texts apart: the id that every artefact made on this base carries."
+        "Hex sha256 of the folder, its read-me texts apart: the id that everything made on this base carries."
         return sha256_folder(self.folder, ignore=('.md',))
 
     @property
     def encoding(self) -> str:
-        "What, besides the base, decides the conditions' numbers: bump with every change; the two image resizers differ by a rounding."
-        return 'v1-torchvision' if has_torchvision() else 'v1-pil'
+        "What, besides the base, decides the conditions' numbers: to be raised with every change of how they are made."
+        return 'v1-torchvision' if has_torchvision() else 'v1-pil'  # the two resizers differ by a rounding
 
     @property
     def device(self) -> torch.device:
@@ -195,14 +171,14 @@ class Base:
 
     @property
     def encoder_bytes(self) -> int:
-        "Memory held by what only encodes: the vision-language encoder and the autoencoder's first half. 0 after `drop_encoders`."
+        "Memory of the vision-language encoder and the autoencoder's first half; 0 after `drop_encoders`."
         held = [self.pipe.text_encoder, *(getattr(self.pipe.vae, name, None) for name in ('encoder', 'quant_conv'))]
         return sum(t.nbytes for m in held if m is not None for t in (*m.parameters(), *m.buffers()))
 
     def drop_encoders(self) -> int:
         """Unloads what only encodes, for training from a full condition cache; returns the bytes freed.
 
-        Decoding stays possible; what must be encoded afterwards raises `UserError` until `load_encoders` brings them back."""
+        Decoding stays possible. Encoding raises `UserError` until `load_encoders` brings the encoders back."""
         freed = self.encoder_bytes
         self.pipe.register_modules(text_encoder=None)
         for name in ('encoder', 'quant_conv'):
@@ -217,8 +193,8 @@ class Base:
         "Loads again what `drop_encoders` has unloaded; nothing happens where it has not."
         if self.pipe.text_encoder is not None:
             return
-        with _quiet(self.folder):
-            again = _load_pipe(self.folder, self.pipe.vae.dtype, transformer=None)
+        with quiet(self.folder):
+            again = load_pipe(self.folder, self.pipe.vae.dtype, transformer=None)
         self.pipe.register_modules(text_encoder=again.text_encoder)
         for name in ('encoder', 'quant_conv'):
             if hasattr(self.pipe.vae, name):
@@ -227,14 +203,20 @@ class Base:
             part.requires_grad_(False).eval().to(self.device)
         fix_mm_token_type_ids(self.pipe.text_encoder)
 
-    def _check_encoders(self, what: str) -> None:
+# %% ../../nbs/bases/pipeline.ipynb #6130d281
+class Pictures(Parts):
+    "Pictures to packed latents and back."
+
+    def check_encoders(self, what: str) -> None:
+        "Raises `UserError` if the encoders were unloaded; `what` says what they are needed for."
         if self.pipe.text_encoder is None:
             raise UserError(
-                f'{self.folder}: its encoders were unloaded, but {what}; warm the cache before drop_encoders(), or call load_encoders().'
+                f'{self.folder}: its encoders were unloaded, but {what}; '
+                'warm the cache before drop_encoders(), or call load_encoders().'
             )
 
     def size(self, image: Image.Image, area: int | None = None) -> tuple[int, int]:
-        "(height, width) in pixels that the pipeline resizes `image` to: the area of `info`, the image's ratio, sides in 32s."
+        "(height, width) in pixels to which `image` is resized: the area of `info`, the image's ratio, sides in 32s."
         from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
 
         w, h = calculate_dimensions(self.info['vae_area'] if area is None else area, image.width / image.height)
@@ -248,7 +230,7 @@ class Base:
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
         "Images of one shape -> normalised packed latents [B, N, C], float32."
-        self._check_encoders('an image is to be encoded')
+        self.check_encoders('an image is to be encoded')
         images = [im.convert('RGB') for im in images]
         sizes = {self.size(im) for im in images}
         if len(sizes) != 1:
@@ -262,51 +244,80 @@ class Base:
     def decode(self, tokens: Tensor, grid: tuple[int, int], output_type: str = 'pil'):
         "Packed latents [B, N, C] of an (h, w) grid -> PIL images, or 'np' [B, H, W, 3] / 'pt' [B, 3, H, W] in [0, 1]."
         pipe, config, k = self.pipe, self.pipe.vae.config, self.pipe.vae_scale_factor * 2
-        z = pipe._unpack_latents(tokens, grid[0] * k, grid[1] * k, pipe.vae_scale_factor).to(
-            self.device, pipe.vae.dtype
-        )
+        z = pipe._unpack_latents(tokens, grid[0] * k, grid[1] * k, pipe.vae_scale_factor)
+        z = z.to(self.device, pipe.vae.dtype)
         wide = lambda v: torch.tensor(v, device=z.device, dtype=z.dtype).view(1, -1, 1, 1, 1)
         px = pipe.vae.decode(z * wide(config.latents_std) + wide(config.latents_mean), return_dict=False)[0][:, :, 0]
         return pipe.image_processor.postprocess(px, output_type=output_type)
 
+# %% ../../nbs/bases/pipeline.ipynb #169d9075
+# fmt: off
+SPECIAL = (
+    '<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>', '<|vision_pad|>',
+    '<|image_pad|>', '<|video_pad|>',
+)
+# fmt: on
+PICTURE = 'Picture {}: <|vision_start|><|image_pad|><|vision_end|>'
+Images = Sequence[Image.Image | Sequence[Image.Image]]
+
+
+def _rows(images: Images) -> list[list[Image.Image]]:
+    "One list of RGB source images per sample; a lone image counts as a list of one."
+    rows = [[im] if isinstance(im, Image.Image) else list(im) for im in images]
+    if not rows or not all(rows):
+        raise UserError('images: empty list; give at least one source image per sample.')
+    return [[im.convert('RGB') for im in row] for row in rows]
+
+# %% ../../nbs/bases/pipeline.ipynb #a25938ca
+def _check_prompts(rows, prompts: Sequence[str]) -> None:
+    if len(rows) != len(prompts):
+        raise UserError(f'encode_prompts: {len(rows)} images and {len(prompts)} prompts; give one each.')
+    for p in prompts:
+        for word in SPECIAL:
+            if word in p:
+                raise UserError(f'encode_prompts: prompt {p!r} holds the reserved word {word!r}; take it out.')
+
+
+def _padded(kept: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    "Embeddings of several lengths as [B, L, D], and the mask of the real ones [B, L], None if all are real."
+    emb = nn.utils.rnn.pad_sequence(kept, batch_first=True)
+    lengths = torch.tensor([len(h) for h in kept], device=emb.device)
+    if bool((lengths == emb.shape[1]).all()):
+        return emb, None
+    return emb, torch.arange(emb.shape[1], device=emb.device) < lengths[:, None]
+
+# %% ../../nbs/bases/pipeline.ipynb #496bc347
+class Base(Pictures):
+    "A pipeline and its backbone: what turns images and prompts into conditions and tokens into images."
+
     @torch.no_grad()
     def encode_prompts(self, images: Images, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Prompt i as the vision-language encoder reads it beside source image(s) i -> emb [B, L, D], mask [B, L] or None.
+        """Prompt i as the encoder reads it beside source image(s) i -> emb [B, L, D], mask [B, L] or None.
 
         Same template, sizes and offset as the stock pipeline, for a whole batch at once (it takes one sample)."""
-        self._check_encoders(f'the prompt {next(iter(prompts), "")!r} is to be encoded')
+        self.check_encoders(f'the prompt {next(iter(prompts), "")!r} is to be encoded')
         rows, pipe, encoder = _rows(images), self.pipe, self.pipe.text_encoder
-        if len(rows) != len(prompts):
-            raise UserError(f'encode_prompts: {len(rows)} images and {len(prompts)} prompts; give one each.')
-        for p in prompts:
-            for word in SPECIAL:
-                if word in p:
-                    raise UserError(f'encode_prompts: prompt {p!r} holds the reserved word {word!r}; take it out.')
-        seen = [
-            pipe.image_processor.resize(im, *self.size(im, self.info['condition_area'])) for row in rows for im in row
-        ]
+        _check_prompts(rows, prompts)
+        small = lambda im: pipe.image_processor.resize(im, *self.size(im, self.info['condition_area']))
+        seen = [small(im) for row in rows for im in row]
         pictures = [''.join(PICTURE.format(i + 1) for i in range(len(row))) for row in rows]
         text = [pipe.prompt_template_encode.format(a + b) for a, b in zip(pictures, prompts)]
         x = pipe.processor(text=text, images=seen, padding=True, return_tensors='pt').to(self.device)
-        kinds = (
-            dict(mm_token_type_ids=token_types(x['input_ids'], encoder.config)) if _takes_token_types(encoder) else {}
-        )
+        typed = _takes_token_types(encoder)
         hidden = encoder.model(
             input_ids=x['input_ids'],
             attention_mask=x['attention_mask'],
             pixel_values=x['pixel_values'].to(encoder.dtype),
             image_grid_thw=x['image_grid_thw'],
-            **kinds,
+            **(dict(mm_token_type_ids=token_types(x['input_ids'], encoder.config)) if typed else {}),
         ).last_hidden_state
-        kept = [h[m.bool()][pipe.prompt_template_encode_start_idx :] for h, m in zip(hidden, x['attention_mask'])]
-        emb = nn.utils.rnn.pad_sequence(kept, batch_first=True)
-        lengths = torch.tensor([len(h) for h in kept], device=emb.device)
-        if bool((lengths == emb.shape[1]).all()):
-            return emb, None
-        return emb, torch.arange(emb.shape[1], device=emb.device) < lengths[:, None]
+        start = pipe.prompt_template_encode_start_idx
+        return _padded([h[m.bool()][start:] for h, m in zip(hidden, x['attention_mask'])])
 
     def cond(self, images: Images, prompts: Sequence[str]) -> Cond:
-        "The condition of B samples: source image(s) and prompt each. The target takes the last source's grid, as in the stock pipeline."
+        """The condition of B samples: source image(s) and prompt each.
+
+        The target takes the last source's grid, as in the stock pipeline."""
         rows = _rows(images)
         grids = [tuple(self.grid(im) for im in row) for row in rows]
         if len(set(grids)) != 1:
@@ -323,9 +334,137 @@ class Base:
         "The n + 1 times (last 0) at which the folder's own scheduler would solve the ODE for an (h, w) grid of tokens."
         return scheduler_times(self.pipe.scheduler, n, grid[0] * grid[1])
 
-# %% ../../nbs/bases/pipeline.ipynb #0a821ff0
+# %% ../../nbs/bases/pipeline.ipynb #cee3ec95
+_PARTS = ('processor', 'scheduler', 'text_encoder', 'tokenizer', 'transformer', 'vae')
+_WEIGHTS = ('text_encoder', 'transformer', 'vae')
+_AGAIN = 'copy the folder again or train the base anew.'
+
+
+def _check_part(folder: Path, part: str, index: Mapping) -> None:
+    if part not in index:
+        raise UserError(f'{folder / "model_index.json"}: names no {part}; {_AGAIN}')
+    if not any((folder / part).glob('*.json')):
+        raise UserError(f'{folder / part}: missing or empty; {_AGAIN}')
+    for file in sorted((folder / part).glob('*.json')):
+        read_json(file)
+
+
+def _check_weight_files(folder: Path) -> None:
+    shards = [read_json(index)['weight_map'].values() for index in folder.glob('*.safetensors.index.json')]
+    wanted = {name for names in shards for name in names}
+    files = sorted(wanted or {f.name for f in folder.glob('*.safetensors')})
+    if not files:
+        raise UserError(f'{folder}: has no *.safetensors; {_AGAIN}')
+    for name in files:
+        try:
+            with safe_open(folder / name, 'pt'):
+                pass
+        except (OSError, SafetensorError) as e:
+            raise UserError(f'{folder / name}: missing or damaged ({" ".join(str(e).split())}); {_AGAIN}') from e
+
+# %% ../../nbs/bases/pipeline.ipynb #0ed2140d
+def _check_files(folder: Path) -> None:
+    "Every part is named and there, its JSON can be read, its weights are whole files. Raises UserError otherwise."
+    index = read_json(folder / 'model_index.json')
+    for part in _PARTS:
+        _check_part(folder, part, index)
+    for part in _WEIGHTS:
+        _check_weight_files(folder / part)
+    own = any(isinstance(v, list) and str(v[0]).startswith('collectionlora.') for v in index.values())
+    if own and not (folder / INFO_FILE).is_file():
+        raise UserError(
+            f'{folder / INFO_FILE}: missing, and without it the pictures of this base have the wrong size; {_AGAIN}'
+        )
+
+# %% ../../nbs/bases/pipeline.ipynb #0d3ae65e
+def _check_weights(pipe, folder: Path) -> None:
+    "All weights came from the files. Raises UserError that names the part."
+    for part in _WEIGHTS:
+        weights = {w.data_ptr() or id(w): w.numel() for w in getattr(pipe, part).parameters()}  # tied ones once
+        stored = 0
+        for file in (folder / part).glob('*.safetensors'):
+            with safe_open(file, 'pt') as f:
+                stored += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
+        if stored < sum(weights.values()):
+            raise UserError(
+                f'{folder / part}: its files hold {stored} numbers, the model has {sum(weights.values())}; {_AGAIN}'
+            )
+
+
+def _check_offset(pipe, folder: Path) -> None:
+    prefix = pipe.prompt_template_encode.split('{}')[0]
+    n, wanted = len(pipe.tokenizer(prefix)['input_ids']), pipe.prompt_template_encode_start_idx
+    if n != wanted:
+        raise UserError(
+            f'{folder}/tokenizer: the system prefix has {n} tokens but the pipeline cuts {wanted}; '
+            f'use the tokenizer that belongs to this base.'
+        )
+
+# %% ../../nbs/bases/pipeline.ipynb #9de395a4
+def checked_device(device: str | torch.device) -> str:
+    "The device's name. Raises `UserError` for one that torch does not know or does not find here."
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UserError(f'device: {device!r} is unknown; write cpu or cuda') from None
+    if kind == 'cuda' and not torch.cuda.is_available():
+        raise UserError(
+            f'device: {str(device)!r} was asked for, but torch {torch.__version__} finds no GPU here; '
+            'write cpu, or install a torch with CUDA'
+        )
+    return str(device)
+
+# %% ../../nbs/bases/pipeline.ipynb #0c884b3c
+def _checked_pipe(folder: Path, dtype: torch.dtype):
+    "The pipeline of a folder whose files have been checked; its weights are checked here."
+    try:
+        with quiet(folder):
+            pipe = load_pipe(folder, dtype)
+    except Exception as e:  # whatever the libraries raise for configurations and weights that do not fit
+        why = f'{type(e).__name__}: {" ".join(str(e).split())[:300]}'
+        raise UserError(f'{folder}: its parts do not fit together ({why}); {_AGAIN}') from e
+    _check_weights(pipe, folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+# %% ../../nbs/bases/pipeline.ipynb #1e0966af
+def load_base(folder, device: str = 'cpu', dtype: torch.dtype | None = None, frozen: str = '') -> Base:
+    """A Qwen-Image-Edit-Plus pipeline folder (nano, tiny or full) as a `Base`.
+
+    dtype None: float32 on CPU, else bfloat16; frozen: '', or 'int8' or 'fp8' to hold the transformer's frozen weights
+    in eight bits.
+
+    Raises UserError if the folder is no such pipeline, lacks a file or holds a damaged one, or its tokenizer does not
+    fit the prompt template."""
+    folder, device = Path(folder), checked_device(device)
+    index = folder / 'model_index.json'
+    if not index.is_file():
+        raise UserError(f'{index}: no such file; give the folder of a Qwen-Image-Edit-Plus pipeline.')
+    name = read_json(index).get('_class_name')
+    if name != 'QwenImageEditPlusPipeline':
+        raise UserError(f'{index}: _class_name is {name!r}; only QwenImageEditPlusPipeline folders can be a base.')
+    if dtype is None:
+        dtype = torch.float32 if device == 'cpu' else torch.bfloat16
+    _check_files(folder)
+    info = read_info(folder)
+    pipe = _checked_pipe(folder, dtype)
+    backbone = Backbone(pipe.transformer, hash=lambda: base.hash)
+    if frozen:
+        backbone.quantise(frozen)
+    pipe.to(device)
+    _check_offset(pipe, folder)
+    fix_mm_token_type_ids(pipe.text_encoder)
+    use_areas(info)
+    for part in (pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False).eval()
+    base = Base(pipe, backbone, folder, info)
+    return base
+
+# %% ../../nbs/bases/pipeline.ipynb #59919b2e
 def scheduler_times(scheduler, n: int, tokens: int) -> list[float]:
-    "n + 1 times of a diffusers flow scheduler as the stock pipeline sets it for `tokens` target tokens. Raises `UserError` for fewer steps than its terminal shift can stretch."
+    """n + 1 times of a diffusers flow scheduler as the stock pipeline sets it for `tokens` target tokens.
+
+    Raises `UserError` for fewer steps than its terminal shift can stretch."""
     from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_shift
 
     own, c = type(scheduler).from_config(scheduler.config), scheduler.config
@@ -333,13 +472,14 @@ def scheduler_times(scheduler, n: int, tokens: int) -> list[float]:
     own.set_timesteps(sigmas=np.linspace(1.0, 1 / n, n), mu=mu)
     if not own.sigmas.isfinite().all():
         raise UserError(
-            f"{n} step{'s' * (n > 1)} of the ODE: the base's scheduler has no such schedule; take at least 2, or the few-step sampler"
+            f"{n} step{'s' * (n > 1)} of the ODE: the base's scheduler has no such schedule; "
+            'take at least 2, or the few-step sampler'
         )
     return own.sigmas.tolist()
 
-
+# %% ../../nbs/bases/pipeline.ipynb #6e7127a3
 def few_step_scheduler(times: Sequence[float]):
-    """A stock diffusers scheduler that walks `times` with the stochastic sampler, and the `sigmas` to pass to the pipeline:
+    """A stock diffusers scheduler that walks `times` with the stochastic sampler, and the `sigmas` for the pipeline:
 
         pipe.scheduler, sigmas = few_step_scheduler(times)
         torch.manual_seed(seed); pipe(..., sigmas=sigmas, num_inference_steps=len(sigmas), true_cfg_scale=1.0)
@@ -351,7 +491,7 @@ def few_step_scheduler(times: Sequence[float]):
     scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True, shift=1.0, use_dynamic_shifting=False)
     return scheduler, list(times)
 
-
+# %% ../../nbs/bases/pipeline.ipynb #43ba5cb6
 def plain_noise(seed: int, grid: tuple[int, int], channels: int) -> Callable[[int], Tensor]:
     """noise_fn(step) -> [1, N, C]: what a plain pipeline call after `torch.manual_seed(seed)` draws, step 0 being x1.
 
@@ -368,116 +508,3 @@ def plain_noise(seed: int, grid: tuple[int, int], channels: int) -> Callable[[in
         return draws[step]
 
     return noise
-
-# %% ../../nbs/bases/pipeline.ipynb #f8fa3c00
-def _check_offset(pipe, folder: Path) -> None:
-    prefix = pipe.prompt_template_encode.split('{}')[0]
-    n, wanted = len(pipe.tokenizer(prefix)['input_ids']), pipe.prompt_template_encode_start_idx
-    if n != wanted:
-        raise UserError(
-            f'{folder}/tokenizer: the system prefix has {n} tokens but the pipeline cuts {wanted}; '
-            f'use the tokenizer that belongs to this base.'
-        )
-
-
-def checked_device(device: str | torch.device) -> str:
-    "The device's name. Raises `UserError` for one that torch does not know or does not find here."
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UserError(f'device: {device!r} is unknown; write cpu or cuda') from None
-    if kind == 'cuda' and not torch.cuda.is_available():
-        raise UserError(
-            f'device: {str(device)!r} was asked for, but torch {torch.__version__} finds no GPU here; write cpu, or install a torch with CUDA'
-        )
-    return str(device)
-
-
-_PARTS = ('processor', 'scheduler', 'text_encoder', 'tokenizer', 'transformer', 'vae')
-_AGAIN = 'copy the folder again or train the base anew.'
-
-
-def _check_files(folder: Path) -> None:
-    "Every part is named and there, its JSON can be read, its weights are whole files. Raises UserError that names the file."
-    index = read_json(folder / 'model_index.json')
-    for part in _PARTS:
-        if part not in index:
-            raise UserError(f'{folder / "model_index.json"}: names no {part}; {_AGAIN}')
-        if not any((folder / part).glob('*.json')):
-            raise UserError(f'{folder / part}: missing or empty; {_AGAIN}')
-        for file in sorted((folder / part).glob('*.json')):
-            read_json(file)
-    for part in ('text_encoder', 'transformer', 'vae'):
-        wanted = {
-            name
-            for index in (folder / part).glob('*.safetensors.index.json')
-            for name in read_json(index)['weight_map'].values()
-        }
-        files = sorted(wanted or {f.name for f in (folder / part).glob('*.safetensors')})
-        if not files:
-            raise UserError(f'{folder / part}: has no *.safetensors; {_AGAIN}')
-        for name in files:
-            try:
-                with safe_open(folder / part / name, 'pt'):
-                    pass
-            except (OSError, SafetensorError) as e:
-                raise UserError(
-                    f'{folder / part / name}: missing or damaged ({" ".join(str(e).split())}); {_AGAIN}'
-                ) from e
-    own = any(isinstance(v, list) and str(v[0]).startswith('collectionlora.') for v in index.values())
-    if own and not (folder / INFO_FILE).is_file():
-        raise UserError(
-            f'{folder / INFO_FILE}: missing, and without it the pictures of this base have the wrong size; {_AGAIN}'
-        )
-
-
-def _check_weights(pipe, folder: Path) -> None:
-    "All weights came from the files: libraries fill in what is missing with random numbers and go on. Raises UserError that names the part."
-    for part in ('text_encoder', 'transformer', 'vae'):
-        weights = {w.data_ptr() or id(w): w.numel() for w in getattr(pipe, part).parameters()}  # tied ones once
-        stored = 0
-        for file in (folder / part).glob('*.safetensors'):
-            with safe_open(file, 'pt') as f:
-                stored += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
-        if stored < sum(weights.values()):
-            raise UserError(
-                f'{folder / part}: its files hold {stored} numbers, the model has {sum(weights.values())}; {_AGAIN}'
-            )
-
-
-def load_base(folder, device: str = 'cpu', dtype: torch.dtype | None = None, frozen: str = '') -> Base:
-    """A Qwen-Image-Edit-Plus pipeline folder (nano, tiny or full) as a `Base`. dtype None: float32 on CPU, else bfloat16;
-    frozen: '', or 'int8' or 'fp8' to hold the transformer's frozen weights in eight bits.
-
-    Raises UserError if the folder is no such pipeline, lacks a file or holds a damaged one, or its tokenizer does not fit the prompt template."""
-    folder, device = Path(folder), checked_device(device)
-    index = folder / 'model_index.json'
-    if not index.is_file():
-        raise UserError(f'{index}: no such file; give the folder of a Qwen-Image-Edit-Plus pipeline.')
-    name = read_json(index).get('_class_name')
-    if name != 'QwenImageEditPlusPipeline':
-        raise UserError(f'{index}: _class_name is {name!r}; only QwenImageEditPlusPipeline folders can be a base.')
-    if dtype is None:
-        dtype = torch.float32 if device == 'cpu' else torch.bfloat16
-    _check_files(folder)
-    info = read_info(folder)
-    try:
-        with _quiet(folder):
-            pipe = _load_pipe(folder, dtype)
-    except Exception as e:  # of whatever kind diffusers, transformers and tokenizers raise for configurations and weights that do not fit
-        raise UserError(
-            f'{folder}: its parts do not fit together ({type(e).__name__}: {" ".join(str(e).split())[:300]}); {_AGAIN}'
-        ) from e
-    _check_weights(pipe, folder)
-    pipe.set_progress_bar_config(disable=True)
-    backbone = Backbone(pipe.transformer, hash=lambda: base.hash)
-    if frozen:
-        backbone.quantise(frozen)
-    pipe.to(device)
-    _check_offset(pipe, folder)
-    fix_mm_token_type_ids(pipe.text_encoder)
-    use_areas(info)
-    for part in (pipe.vae, pipe.text_encoder):
-        part.requires_grad_(False).eval()
-    base = Base(pipe, backbone, folder, info)
-    return base

@@ -91,7 +91,7 @@ class Slots(Roles):
         return _packed(out, lora.factors, info, self.full[role])
 
     def load(self, role: str, lora: Lora) -> None:
-        "Copies `lora` into the role's slot. Nothing of what the slot held before stays, even where `lora` has no module."
+        "Copies `lora` into the role's slot. Nothing that the slot held before stays, even where `lora` has no module."
         self.put(role, self.pack(role, lora))
 
     @torch.no_grad()

@@ -272,6 +272,7 @@ except SystemExit as e: print({'torch', 'papermill', 'nbformat', 'diffusers'} & 
         (['run', 'distill', '--list'], 0),
         (['run', 'distill', '-p', 'stpes=3'], 2),
         (['runs', 'list'], 0),
+        (['edit', '--list'], 0),
         (['runs', 'show', 'no_such/run'], 2),
     ],
 )

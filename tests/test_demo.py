@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from collectionlora import core
@@ -397,3 +398,46 @@ def test_a_job_overwrites_finished_runs_only_when_told(folder, tmp_path, monkeyp
     for replace in (False, True):
         chain.Job(tmp_path, folder / 'base', 'demo', replace=replace).do('effects', 'effects', {})
     assert asked == [{}, {'replace': True}]
+
+
+def test_pictures_effects_and_seeds_are_edited_in_all_combinations(world, folder, tmp_path, collection):
+    (tmp_path / 'mine').mkdir()
+    pictures = sorted((folder / 'general' / 'images').glob('*.png'))[:3]
+    for name, picture in zip('abc', pictures):
+        shutil.copyfile(picture, tmp_path / ('mine' if name < 'c' else '.') / f'{name}.png')
+    where = ['--base', folder / 'base', '--collection', collection, '--out', tmp_path / 'edits']
+    more = [
+        '--picture',
+        tmp_path / 'c.png',
+        '--seed',
+        3,
+        '--seeds',
+        2,
+        '--strength',
+        0.5,
+        '--sheet',
+        tmp_path / 's.jpg',
+    ]
+    said = call('edit', tmp_path / 'mine', *where, *more)
+    assert said.exit_code == 0, said.output
+    names = [f'{p}-three-{s}-strength0.5.png' for p in 'abc' for s in (3, 4)]
+    assert sorted(p.name for p in (tmp_path / 'edits').iterdir()) == names
+    assert [line.split('/')[-1] for line in said.stdout.splitlines()] == [*names, 's.jpg']
+    assert 'are edited at' in said.stderr
+    with Image.open(tmp_path / 's.jpg') as sheet, Image.open(tmp_path / 'edits' / names[0]) as first:
+        assert sheet.format == 'JPEG' and sheet.height > 2 * sheet.width and first.size == Image.open(pictures[0]).size
+
+
+def test_editing_asks_for_what_is_missing(world, folder, tmp_path, collection):
+    picture = next((folder / 'general' / 'images').glob('*.png'))
+    (tmp_path / 'empty').mkdir()
+    for args, words in (
+        ((), 'no picture was given'),
+        ((picture, '--base', folder / 'base'), '--collection: name one that was made for this base'),
+        ((tmp_path / 'empty', '--collection', collection), 'no picture'),
+        ((picture, '--collection', collection, '--base', folder / 'base', '--size', 'large'), "'large'"),
+    ):
+        said = call('edit', *args, '--out', tmp_path / 'edits')
+        assert said.exit_code == 2 and words in said.output and not (tmp_path / 'edits').exists(), said.output
+    listed = call('edit', '--list', '--collection', collection)
+    assert listed.exit_code == 0 and 'zorvik' in listed.stdout

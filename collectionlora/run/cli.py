@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['HELP', 'STYLE', 'app', 'Effects', 'File', 'To', 'Out', 'BaseOption', 'Seed', 'Device', 'Words', 'Replace',
-           'Processes', 'Given', 'Budget', 'Teachers', 'General', 'Init', 'DryRun', 'Extend', 'Old', 'Layers', 'runs',
-           'Run', 'Every', 'option', 'argument', 'root', 'guarded', 'command', 'main', 'assignments', 'device_of',
-           'job_of', 'grid', 'teach', 'distill', 'size', 'duration', 'evaluate', 'demo', 'rebase', 'edit', 'inspect',
-           'convert', 'resize', 'info', 'run', 'sweep', 'list_runs', 'show_run', 'compare_runs']
+           'Processes', 'Given', 'Budget', 'Teachers', 'General', 'Init', 'DryRun', 'Extend', 'Old', 'Collections',
+           'More', 'Seeds', 'Strength', 'Size', 'Sheet', 'Layers', 'runs', 'Run', 'Every', 'option', 'argument', 'root',
+           'guarded', 'command', 'main', 'assignments', 'device_of', 'job_of', 'grid', 'teach', 'distill', 'size',
+           'duration', 'evaluate', 'demo', 'rebase', 'collection_of', 'edit', 'inspect', 'convert', 'resize', 'info',
+           'run', 'sweep', 'list_runs', 'show_run', 'compare_runs']
 
 # %% ../../nbs/run/cli.ipynb #44fafe97
 import functools
@@ -388,34 +389,101 @@ def rebase(seed: Seed = 0, budget: Annotated[str, option('--budget', help='Of th
 
     print(go(seed, budget))
 
-# %% ../../nbs/run/cli.ipynb #60392b38
-@command(
-    epilog='Example: collectionlora edit cat.png candy_world little_devil '
-    '--collection results/demo/collection.safetensors --out edits'
-)
+# %% ../../nbs/run/cli.ipynb #21e32359
+Collections = Annotated[
+    Optional[Path],
+    option('--collection', '-c', help='The collection file.', show_default='the one that ships, for the nano base'),
+]
+More = Annotated[
+    Optional[list[Path]], option('--picture', '-i', help='A further picture, or a folder of them; may be repeated.')
+]
+Seeds = Annotated[int, option('--seeds', min=1, help='How many results of each, with seeds from --seed on.')]
+Strength = Annotated[
+    Optional[float],
+    option(help='0: nothing of the effect, 1: the effect as trained.', show_default="the catalogue's, mostly 1"),
+]
+Size = Annotated[
+    str, option(help='ratio: in the shape of the original; working: as the network made it; original: its own size.')
+]
+Sheet = Annotated[Optional[Path], option(help='Also write originals and results side by side to this picture file.')]
+
+
+def collection_of(file: Path | None, base: str) -> Path:
+    "The collection that an option names; without one, the one that ships, which is made for the nano base."
+    if file is None and base != 'nano':
+        raise UserError('--collection: name one that was made for this base; the one that ships is for the nano base')
+    return file or core.collection_dir() / 'collection.safetensors'
+
+
+def _list_effects(collection: Path) -> None:
+    "Prints a collection's catalogue."
+    from collectionlora.files.header import catalogue
+
+    columns = ('id', 'category', 'trigger', 'description')
+    rows = [[e.get(k, '') for k in columns] for e in catalogue(collection)]
+    Console().print(grid(f'effects of {collection.name}', columns, rows))
+
+# %% ../../nbs/run/cli.ipynb #966cd460
+def _edit(file, paths, effects, base, device, out, sheet, seeds, strength, size) -> None:
+    "Edits pictures, writes them and their sheet, and prints the files."
+    from collectionlora.files.effects import images_among
+    from collectionlora.run.chain import base_folder
+    from collectionlora.use.edit import Collection, edit_all, opened, save_edits, sheet_of, working_words
+
+    pictures = images_among(paths)
+    if not pictures:
+        raise UserError(
+            f'edit: no picture in {", ".join(map(str, paths))}; give files, or a folder that holds pictures'
+        )
+    sources = [opened(p) for p in pictures]
+    loaded = Collection.load(base_folder(base), file, device=device_of(device))
+    _say(working_words(loaded, sources, size), 'yellow')
+    edits = edit_all(loaded, pictures, effects, seeds, strength, size)
+    for path in save_edits(edits, out):
+        print(path)
+    if sheet:
+        with core.replacing(sheet) as part:
+            sheet_of(edits).save(part, 'PNG' if sheet.suffix.lower() == '.png' else 'JPEG')
+        print(sheet)
+
+# %% ../../nbs/run/cli.ipynb #9e459d57
+@command(epilog='Example: collectionlora edit cat.png candy_world little_devil --seeds 2 --sheet cats.jpg --out edits')
 def edit(
-    image: Annotated[Path, argument('The picture to edit.')],
-    effects: Annotated[list[str], argument("Effect ids; 'a+b' chains two in one instruction.")],
-    collection: Annotated[Path, option('--collection', '-c', help='The collection file.')],
+    image: Annotated[Optional[Path], argument('The picture to edit, or a folder of pictures.')] = None,
+    effects: Annotated[
+        Optional[list[str]],
+        argument("Effect ids; 'a+b' chains two in one instruction.", show_default='all of the collection'),
+    ] = None,
+    collection: Collections = None,
+    picture: More = None,
     out: Annotated[Path, option('--out', '-o', help='Folder for the edited pictures.')] = Path('.'),
-    base: BaseOption = 'nano',
     seed: Seed = 0,
+    seeds: Seeds = 1,
+    strength: Strength = None,
+    size: Size = 'ratio',
+    sheet: Sheet = None,
+    list_only: Annotated[bool, option('--list', help="Only list the collection's effects.")] = False,
+    base: BaseOption = 'nano',
     device: Device = '',
 ):
-    "Edit a picture with effects of a collection, all in one batch."
-    from collectionlora.files.effects import load_image
-    from collectionlora.run.chain import base_folder
-    from collectionlora.use.edit import Collection
-
-    picture, asked = load_image(image), [tuple(e.split('+')) if '+' in e else e for e in effects]
-    loaded = Collection.load(base_folder(base), collection, device=device_of(device))
-    edited = loaded.edit([picture] * len(asked), asked, [seed] * len(asked))
-    out.mkdir(parents=True, exist_ok=True)
-    for name, result in zip(effects, edited):
-        file = out / f'{image.stem}-{name}-{seed}.png'
-        with core.replacing(file) as part:
-            result.save(part, 'PNG')
-        print(file)
+    "Edit pictures with effects of a collection, all in one batch."
+    file = collection_of(collection, base)
+    if list_only:
+        return _list_effects(file)
+    if image is None:
+        raise UserError('edit: no picture was given; give a picture or a folder, or ask for the effects with --list')
+    _edit(
+        file,
+        [image, *(picture or [])],
+        effects or [],
+        base,
+        device,
+        out,
+        sheet,
+        range(seed, seed + seeds),
+        strength,
+        size,
+    )
 
 # %% ../../nbs/run/cli.ipynb #fdbd398e
 Layers = Annotated[

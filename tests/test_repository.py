@@ -149,3 +149,12 @@ def test_the_collection_that_ships_is_that_of_the_kept_demonstration():
         assert core.sha256_file(file) == core.read_json(record)['metrics']['sha256'], (
             f'{file.name} is not what {record.name} says; run `collectionlora demo --keep`'
         )
+
+
+def test_the_documentation_leads_to_every_notebook_once():
+    import runpy
+
+    nav = runpy.run_path(str(ROOT / 'tools' / 'rooms.py'))['navigation'](ROOT / 'nbs')
+    pages = [page for entry in nav for room in entry.values() for page in (room if isinstance(room, list) else [entry])]
+    assert sorted(f'nbs/{path}' for page in pages for path in page.values()) == sorted(map(name, NOTEBOOKS))
+    assert [*nav[1]] == ['method'] and [*nav[1]['method'][0].values()] == ['method/00_problem.ipynb']

@@ -1,6 +1,7 @@
 "README.md from nbs/index.ipynb: runs the notebook, keeps what a reader sees, puts its pictures into assets/. Needs no Quarto."
 
 import os
+import posixpath
 import re
 import subprocess
 import sys
@@ -14,6 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 HIDDEN = re.compile(r'^#\|\s*(hide|default_exp)\b', re.M)
 NO_INPUT = re.compile(r'^#\|\s*hide_input\b', re.M)
 DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
+LINK = re.compile(
+    r'\]\(((?:[\w.-]+/)*[\w.-]+\.ipynb|\.\./[^)\s#]*)(#[^)\s]*)?\)'
+)  # to a notebook in any room, or out of nbs/
+
+
+def from_root(link: re.Match) -> str:
+    "A link of the notebook, which starts in nbs/, as one that starts at the root."
+    return f']({posixpath.normpath("nbs/" + link[1])}{link[2] or ""})'
 
 
 def shown(nb):
@@ -34,11 +43,7 @@ def render(nb) -> tuple[str, dict]:
     for i, (name, data) in enumerate(resources.get('outputs', {}).items()):
         new = f'assets/readme_{i}{Path(name).suffix}'
         text, pictures[new] = text.replace(f']({name})', f']({new})'), data
-    text = text.replace('](../', '](')
-    text = re.sub(r'```python\s+```\n', '', text)
-    text = re.sub(
-        r'\]\(((?:analysis/|experiments/)?\w+\.ipynb)\)', r'](nbs/\1)', text
-    )  # links of the notebook are relative to nbs/
+    text = re.sub(r'```python\s+```\n', '', LINK.sub(from_root, text))
     text = re.sub(r'\n\s+!\[(?:png|jpeg)\]\((\S+)\)\s*\n', r'\n\n![what the cell above shows](\1)\n\n', text)
     note = '<!-- rendered from nbs/index.ipynb by `make readme`; edit the notebook -->\n\n'
     return note + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', pictures

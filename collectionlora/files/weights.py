@@ -34,7 +34,7 @@ def _zip_advice(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as z:
             names = z.namelist()
-    except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
         with open(path, 'rb') as f:
             torch_file = b'data.pkl' in f.read(4096)
         kind = 'a file of torch.save (a pickle)' if torch_file else 'a zip archive'

@@ -357,8 +357,9 @@ def test_who_is_left_behind_on_a_spread_base_says_so_too(folder, tmp_path):
 HEAD = "out: str = ''\nrun: str = 'run'\nseed: int = 0\nmode: str = 'sum'"
 BODY = """import os, signal, time
 from pathlib import Path
-from collectionlora import core, parallel
+from collectionlora import core
 from collectionlora.core import UserError
+from collectionlora.engine import parallel
 ranks = parallel.join()
 print('here is', ranks.rank)
 if mode == 'bad' and ranks.rank == 1: raise UserError('effect.yaml: prompt is empty')
@@ -414,7 +415,7 @@ def test_the_first_error_is_reported_and_a_death_too(tmp_path):
 
 def test_ctrl_c_lets_every_process_save(tmp_path):
     path, out = notebook(tmp_path / 'a.ipynb'), tmp_path / 'results'
-    start = "import sys; from collectionlora import run; run.execute(sys.argv[1], sys.argv[2], parameters={'mode': 'long'}, processes=2)"
+    start = "import sys; from collectionlora.run.execute import execute; execute(sys.argv[1], sys.argv[2], parameters={'mode': 'long'}, processes=2)"
     job = subprocess.Popen(
         [sys.executable, '-c', start, path, out], stderr=subprocess.PIPE, text=True, start_new_session=True
     )

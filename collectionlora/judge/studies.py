@@ -7,7 +7,7 @@ __all__ = ['QUANTITIES', 'Stage', 'read_demo', 'invent', 'set_stage', 'look_step
            'simulated_targets', 'signal_grid', 'fineness', 'probe_settings', 'term_gradients', 'moved', 'change',
            'look_at_terms', 'judged', 'second_opinion', 'opinion_if_there', 'prediction_errors']
 
-# %% ../../nbs/judge/studies.ipynb #8d80dd4f
+# %% ../../nbs/judge/studies.ipynb #5f2d1704
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,9 +27,9 @@ from ..engine.finetune import finish, FlowSettings, train_teacher
 from ..engine.looks import few_step_sample, laplacian_energy
 from ..engine.loop import distill
 from ..engine.pools import load_pools, Pool, samples_of
+from ..engine.rollouts import Engine, full_rollout, noise
 from ..engine.settings import resolved, schedule_of, Settings
 from ..engine.state import Diverged, weights_of
-from ..engine.rollouts import Engine, full_rollout, noise
 from ..engine.terms import few_rows, gradients
 from ..files.conditions import ConditionCache
 from ..files.drawn import pick_effects, write_world_effect, write_world_general
@@ -39,9 +39,9 @@ from ..flow import add_noise, to_x0, velocity
 from .gate import judge
 from .methods import by_role, Method, run_method
 from ..teachers import TeacherBank
-from ..use.edit import Recipe
+from ..use.sampling import Recipe
 
-# %% ../../nbs/judge/studies.ipynb #48888252
+# %% ../../nbs/judge/studies.ipynb #5f2d1706
 @dataclass
 class Stage:
     "What a study distils on."
@@ -71,9 +71,11 @@ class Stage:
         "The samples of all effects and the general stream, encoded."
         return load_pools(self.conditions, samples_of(self.sets, self.stream))
 
-
+# %% ../../nbs/judge/studies.ipynb #5f2d1708
 def read_demo(folder) -> tuple[list[EffectSet], dict[str, Path], list[tuple]]:
-    "(effects with targets, teacher files by id, general stream) that a finished demo left. Raises UserError for what is absent."
+    """(effects with targets, teacher files by id, general stream) that a finished demo left.
+
+    Raises UserError for what is absent."""
     folder = Path(folder)
     for name in ('targets', 'teachers', 'general'):
         if not (folder / name).is_dir():
@@ -92,21 +94,18 @@ def invent(
 ) -> tuple[list[EffectSet], dict[str, Path], list[tuple]]:
     "The same three in small: effects of the miniature world, with teachers that were trained for a moment."
     folder, sets, files = Path(folder), [], {}
+    flow = FlowSettings(steps=teacher_steps, batch=2, rank=4, lr=2e-3)
     for id in pick_effects(effects, seed):
         e, files[id] = (
             write_world_effect(folder / 'effects' / id, id, pairs, seed),
             folder / 'teachers' / f'{id}.safetensors',
         )
-        lora, _ = finish(
-            train_teacher(base, e, conditions, FlowSettings(steps=teacher_steps, batch=2, rank=4, lr=2e-3)),
-            teacher_steps,
-            id,
-        )
+        lora, _ = finish(train_teacher(base, e, conditions, flow), teacher_steps, id)
         write_lora(files[id], lora, lora.meta['header'])
         sets.append(replace(e, trigger=make_triggers([id], seed)[id], description=world.describe(id)))
     return sets, files, write_world_general(folder / 'general', 2 * effects, seed)
 
-
+# %% ../../nbs/judge/studies.ipynb #5f2d1710
 def set_stage(
     folder,
     demo='',
@@ -118,15 +117,16 @@ def set_stage(
     seed: int = 0,
     cache='',
 ) -> Stage:
-    "The stage of a study from a demo's folder, or an invented one (`effects`, `pairs` and `teacher_steps` are for that)."
+    "The stage of a study from a demo's folder; without one it is invented, of `effects`, `pairs` and `teacher_steps`."
     folder, pipe = Path(folder), load_base(base or nano_dir(), device=device)
     conditions = ConditionCache(pipe, cache or folder / '.cache')
-    sets, files, stream = (
-        read_demo(demo) if demo else invent(pipe, conditions, folder / '.smoke', effects, pairs, teacher_steps, seed)
-    )
+    if demo:
+        sets, files, stream = read_demo(demo)
+    else:
+        sets, files, stream = invent(pipe, conditions, folder / '.smoke', effects, pairs, teacher_steps, seed)
     return Stage(pipe, TeacherBank(pipe.backbone, files), sets, stream, conditions)
 
-# %% ../../nbs/judge/studies.ipynb #eb6b9607
+# %% ../../nbs/judge/studies.ipynb #5f2d1714
 def look_steps(steps: int, looks: int) -> list[int]:
     "About `looks` generator steps between the first and the last, both among them, denser at the beginning."
     if looks < 2:
@@ -142,7 +142,9 @@ def course(
     look: Callable[[int], object] | None = None,
     name: str = 'distilling',
 ) -> tuple[list[dict], dict[int, object], str]:
-    "Distils and looks after the generator steps `at`: (history, what look(step) returned by step, '' or why the run stopped early)."
+    """Distils and looks after the generator steps `at`.
+
+    Returns (history, what look(step) returned by step, '' or why the run stopped early)."""
     history, seen = [], {}
 
     def watch(info):
@@ -150,27 +152,20 @@ def course(
         if look and info['step'] in at:
             seen[info['step']] = look(info['step'])
 
-    stream = stage.stream if settings.p_switch < 1 else []
-    training = distill(
-        stage.base,
-        stage.bank,
-        stage.sets,
-        stream,
-        stage.conditions,
-        settings,
-        folder,
-        save_every=max(50, settings.steps),
-        look_every=0,
+    stream, often = (
+        stage.stream if settings.p_switch < 1 else [],
+        dict(save_every=max(50, settings.steps), look_every=0),
     )
+    training = distill(stage.base, stage.bank, stage.sets, stream, stage.conditions, settings, folder, **often)
     try:
         finish(training, settings.steps, name, watch)
     except Diverged as e:
         return history, seen, str(e)
     return history, seen, ''
 
-
+# %% ../../nbs/judge/studies.ipynb #5f2d1716
 def engine_for(stage: Stage, settings: Settings, pools: Sequence[Pool]) -> Engine:
-    "An engine that asks the roles on the backbone, for looks: with settings of its own and apart from the one that trains."
+    "An engine that asks the roles on the backbone, apart from the one that trains and with settings of its own."
     s = resolved(settings, float(stage.base.info['shift']))
     return Engine(stage.base.backbone, stage.bank, pools, s, schedule_of(s))
 
@@ -180,7 +175,7 @@ def slim(history: Sequence[Mapping], keys: Sequence[str]) -> dict[str, list]:
     digits = lambda v: float(f'{v:.4g}') if isinstance(v, float) else v
     return {k: [digits(h.get(k)) for h in history] for k in keys if any(k in h for h in history)}
 
-# %% ../../nbs/judge/studies.ipynb #ff86229a
+# %% ../../nbs/judge/studies.ipynb #5f2d1719
 QUANTITIES = ('signal', 'unguided', 'step', 'fault')
 
 
@@ -193,7 +188,7 @@ def _answers(engine: Engine, role, x: Tensor, t: float, cond) -> Tensor:
 
 
 def _sizes(x: Tensor, fake: Tensor, cond: Tensor, uncond: Tensor, guidance: float, unit: float) -> dict[str, Tensor]:
-    "Every quantity, [K] over the points of the schedule; all x0 [K, B, N, C]. Guidance is linear, so it is the same on x0 as on velocities."
+    "Every quantity, [K] over the points of the schedule; all x0 [K, B, N, C], guided as velocities are."
     real = uncond + guidance * (cond - uncond)
     rms = lambda d: d.square().flatten(2).mean(2).sqrt().mean(1)
     step = gradient(x.flatten(0, 1), fake.flatten(0, 1), real.flatten(0, 1)).abs().unflatten(0, x.shape[:2])
@@ -204,7 +199,7 @@ def _sizes(x: Tensor, fake: Tensor, cond: Tensor, uncond: Tensor, guidance: floa
         fault=(x - real).abs().flatten(1).mean(1) / unit,
     )
 
-
+# %% ../../nbs/judge/studies.ipynb #5f2d1721
 @torch.no_grad()
 def simulated_targets(engine: Engine, batch, g: torch.Generator) -> Tensor:
     "What the student makes of the batch's targets noised to every point of its schedule, [few_steps, B, N, C]."
@@ -220,7 +215,9 @@ def simulated_targets(engine: Engine, batch, g: torch.Generator) -> Tensor:
 def signal_grid(
     engine: Engine, ids: Sequence[str], critics: Sequence[float], rows: int = 2, seed: int = 0
 ) -> dict[str, dict[str, list]]:
-    "kind ('bs', 'ts') -> quantity -> [t_gen][t_critic], means over `rows` samples of each effect; the same rows and noises at every call."
+    """kind ('bs', 'ts') -> quantity -> [t_gen][t_critic], means over `rows` samples of each effect.
+
+    critics: noise levels in (0, 1]. The same rows and noises at every call."""
     cells = {kind: {q: torch.zeros(len(engine.times), len(critics)) for q in QUANTITIES} for kind in ('bs', 'ts')}
     for id in ids:
         b, g = few_rows(engine, id, 0, rows), torch.Generator().manual_seed(seed_of(seed, 'signal', id))
@@ -229,49 +226,46 @@ def signal_grid(
         for k, t in enumerate(critics):
             eps = noise(engine, b.student, g)
             for kind, x in made.items():
-                x_t = add_noise(x, eps, t)
-                with engine.still('fake'):
-                    fake = _answers(engine, 'fake', x_t, t, b.student)
-                with engine.still(b.role):
-                    cond, uncond = (_answers(engine, b.role, x_t, t, c) for c in (b.teacher, b.uncond))
-                for q, v in _sizes(x, fake, cond, uncond, engine.s.guidance, b.y.std().item()).items():
+                for q, v in _at_level(engine, b, x, add_noise(x, eps, t), t).items():
                     cells[kind][q][:, k] += v.cpu() / len(ids)
-    return {
-        kind: {q: [[float(f'{v:.4g}') for v in row] for row in m.tolist()] for q, m in found.items()}
-        for kind, found in cells.items()
-    }
+    digits = lambda m: [[float(f'{v:.4g}') for v in row] for row in m.tolist()]
+    return {kind: {q: digits(m) for q, m in found.items()} for kind, found in cells.items()}
 
-# %% ../../nbs/judge/studies.ipynb #cb22e172
+
+def _at_level(engine: Engine, b, x: Tensor, x_t: Tensor, t: float) -> dict[str, Tensor]:
+    "Every quantity of samples x, noised to x_t at level t: the fake score's answer against the teacher's."
+    with engine.still('fake'):
+        fake = _answers(engine, 'fake', x_t, t, b.student)
+    with engine.still(b.role):
+        cond, uncond = (_answers(engine, b.role, x_t, t, c) for c in (b.teacher, b.uncond))
+    return _sizes(x, fake, cond, uncond, engine.s.guidance, b.y.std().item())
+
+# %% ../../nbs/judge/studies.ipynb #5f2d1723
 def fineness(delta: Tensor, grid: tuple[int, int]) -> float:
-    "How fine a change of latents [B, N, C] is: its Laplacian energy in units of its own, 0 (flat) to 64; white noise has 20."
+    "How fine a change of latents [B, N, C] is: Laplacian energy in units of its own, 0 (flat) to 64; white noise: 20."
     return (laplacian_energy(delta, grid).mean() / delta.square().mean().clamp_min(1e-20)).item()
 
 
 def probe_settings(settings: Settings, ids: Sequence[str], rows: int) -> Settings:
     "Settings of a look at all three terms: every weight 1, the batch dealt to one route per effect."
-    return replace(
-        settings,
-        weight_bs=1.0,
-        weight_ts=1.0,
-        weight_fm=1.0,
-        p_switch=1.0,
-        batch=rows * len(ids),
-        routes=len(ids),
-        route_every=1,
-        fake_batch='mixed',
-        anchor_first=0,
-    )
+    weights = dict(weight_bs=1.0, weight_ts=1.0, weight_fm=1.0)
+    dealt = dict(p_switch=1.0, batch=rows * len(ids), routes=len(ids), route_every=1)
+    return replace(settings, **weights, **dealt, fake_batch='mixed', anchor_first=0)
 
 
 def term_gradients(engine: Engine, ids: Sequence[str]) -> dict[str, Tensor]:
-    "Term -> gradient of the student's weights, over all effects; the same rows and noises at every call. `engine` as of `probe_settings`."
+    """Term -> gradient of the student's weights, over all effects; the same rows and noises at every call.
+
+    engine: as of `probe_settings`."""
     return {k: grad for k, (grad, *_) in gradients(engine, list(ids), 0).items()}
 
-
+# %% ../../nbs/judge/studies.ipynb #5f2d1726
 def moved(
     engine: Engine, ids: Sequence[str], grad: Tensor | None, size: float, rows: int, seed: int = 0
 ) -> list[tuple[Tensor, Tensor, tuple]]:
-    "Per effect (few-step samples, targets, grid) after the student's weights went `size` (in units of their norm) against a gradient; None: where they are."
+    """Per effect (few-step samples, targets, grid) after the student's weights moved against a gradient.
+
+    size: length of the move in units of the weights' norm; grad None: the weights stay where they are."""
     flat, found = engine.backbone.flat('student'), []
     to = flat if grad is None else flat - size * flat.norm() * grad / grad.norm().clamp_min(1e-20)
     with weights_of(engine.backbone, 'student', to.detach().clone()):
@@ -285,18 +279,17 @@ def moved(
 
 
 def change(before, after) -> dict[str, float]:
-    "What a move did to the samples: fineness, towards, and log detail per unit of relative change; means over effects."
+    """What a move did to the samples, as means over effects.
+
+    fineness, towards: see above; detail: log ratio per unit of relative change; size: the relative change."""
 
     def one(x, z, y, grid):
         d = z - x
         ratio = laplacian_energy(z, grid).mean().log() - laplacian_energy(x, grid).mean().log()
         rel = d.square().mean().sqrt() / y.std()
-        return dict(
-            fineness=fineness(d, grid),
-            towards=F.cosine_similarity(d.flatten(1), (y - x).flatten(1)).mean().item(),
-            detail=(ratio / rel.clamp_min(1e-12)).item(),
-            size=rel.item(),
-        )
+        towards = F.cosine_similarity(d.flatten(1), (y - x).flatten(1)).mean()
+        per_change = ratio / rel.clamp_min(1e-12)
+        return dict(fineness=fineness(d, grid), towards=towards.item(), detail=per_change.item(), size=rel.item())
 
     rows = [one(x, z, y, grid) for (x, y, grid), (z, *_) in zip(before, after)]
     return {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
@@ -312,9 +305,11 @@ def look_at_terms(engine: Engine, ids: Sequence[str], rows: int, size: float = 0
         steps={k: change(before, moved(engine, ids, v, size, rows)) for k, v in grads.items()},
     )
 
-# %% ../../nbs/judge/studies.ipynb #93e8bedb
+# %% ../../nbs/judge/studies.ipynb #5f2d1732
 def judged(stage: Stage, items: Sequence, oracle, few_steps: int = 8, opinion=None) -> dict[str, float]:
-    "The student on the backbone, judged on items of `evaluate.held_out`: means of distance, recognised, bad (BCR), detail; with an opinion also clip and perceptual."
+    """The student on the backbone, judged on items of `evaluate.held_out`: distance, recognised, bad (BCR), detail.
+
+    All are means; with an opinion also clip and perceptual (see `second_opinion`)."""
     prompts = {e.id: student_prompt(e.trigger, e.description, e.category) for e in stage.sets}
     method = Method('student', lambda e: 'student', prompts.get, Recipe.few(few_steps))
     made, seconds = run_method(stage.base, method, items)
@@ -332,16 +327,15 @@ def judged(stage: Stage, items: Sequence, oracle, few_steps: int = 8, opinion=No
     )
     return found | (second_opinion(opinion, items, pictures) if opinion else {})
 
-
+# %% ../../nbs/judge/studies.ipynb #5f2d1734
 def second_opinion(opinion, items: Sequence, pictures: Sequence) -> dict[str, float]:
-    "Mean cosine of picture and its effect's description, and mean perceptual distance to a true target, by `second.Opinion`."
+    "Mean cosine of picture and description (clip), and mean perceptual distance to a true target, by `second.Opinion`."
     from collectionlora.judge.second import description
 
     both = [(i, p) for i, p in zip(items, pictures) if p is not None]
-    return dict(
-        clip=float(np.mean([opinion.says([p], [description(i.effect, i.spec)]).item() for i, p in both])),
-        perceptual=float(np.mean(opinion.distance([p for _, p in both], [i.truth for i, _ in both]))),
-    )
+    clip = [opinion.says([p], [description(i.effect, i.spec)]).item() for i, p in both]
+    far = opinion.distance([p for _, p in both], [i.truth for i, _ in both])
+    return dict(clip=float(np.mean(clip)), perceptual=float(np.mean(far)))
 
 
 def opinion_if_there():
@@ -353,26 +347,27 @@ def opinion_if_there():
     except UserError:
         return None
 
-# %% ../../nbs/judge/studies.ipynb #d0533e64
+# %% ../../nbs/judge/studies.ipynb #5f2d1738
+def _noise_of(item, y: Tensor) -> Tensor:
+    "An item's own noise, like y [N, C], the same for all methods."
+    g = torch.Generator().manual_seed(seed_of('prediction error', item.noise))
+    return torch.randn(y.shape, generator=g)
+
+
 @torch.no_grad()
 def prediction_errors(base: Base, method: Method, items: Sequence, levels: Sequence[float], batch: int = 32) -> Tensor:
-    "Mean squared error of a method's velocity on the true targets of `metrics.Item`s, at each noise level in (0, 1]: [items, levels]; noise by item, equal for all methods."
+    """Mean squared error of a method's velocity on the true targets of `gate.Item`s: [items, levels].
+
+    levels: noise levels in (0, 1]; noise by item, equal for all methods."""
     out = torch.zeros(len(items), len(levels))
-    for part in (
-        group[k : k + batch] for group in by_role(method, items).values() for k in range(0, len(group), batch)
-    ):
-        mine, B = [items[k] for k in part], base.backbone
+    groups = by_role(method, items).values()
+    for part in (group[k : k + batch] for group in groups for k in range(0, len(group), batch)):
+        mine, role = [items[k] for k in part], method.role(items[part[0]].effect)
         cond = base.cond([Image.fromarray(i.source) for i in mine], [method.prompt(i.effect) for i in mine])
         y = base.encode_images([Image.fromarray(i.truth) for i in mine])
-        eps = torch.stack(
-            [
-                torch.randn(y.shape[1:], generator=torch.Generator().manual_seed(seed_of('prediction error', i.noise)))
-                for i in mine
-            ]
-        ).to(y)
+        eps = torch.stack([_noise_of(i, y[0]) for i in mine]).to(y)
         for j, t in enumerate(levels):
-            v = B.velocity(
-                method.role(mine[0].effect), add_noise(y, eps, t), torch.full((len(y),), t, device=y.device), cond
-            )
+            level = torch.full((len(y),), t, device=y.device)
+            v = base.backbone.velocity(role, add_noise(y, eps, t), level, cond)
             out[part, j] = (v - velocity(y, eps)).square().mean((1, 2)).cpu()
     return out

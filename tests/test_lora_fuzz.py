@@ -106,6 +106,15 @@ def decode(raw):
             plain[key] = float(meta[key])
         except (KeyError, ValueError):
             plain[key] = None  # not there, or no number: what has no alpha tensors must then be refused
+    nested = []  # configs of PEFT inside of any other field
+    for key in meta if 'collectionlora.schema' not in meta else ():
+        try:
+            found = json.loads(meta[key])
+        except (ValueError, RecursionError):
+            continue
+        ours = key == 'lora_adapter_metadata' or key.startswith('collectionlora.')
+        if not ours and isinstance(found, dict) and 'transformer.lora_alpha' in found:
+            nested.append({k.removeprefix('transformer.'): v for k, v in found.items()})
     for prefix, flat, down, up, adapter in SPELLINGS + [
         (p, f, 'lora_A', 'lora_B', a)
         for p, f, *_ in SPELLINGS
@@ -144,8 +153,19 @@ def decode(raw):
                     if (alpha is not None or config) and not math.isclose(scale, plain[key] / a.shape[0], rel_tol=1e-5):
                         return None
                     scale = plain[key] / a.shape[0]
-                elif meta.get(key, '') != '' and alpha is None:
+                elif meta.get(key, '') not in ('', '{}', '[]') and alpha is None:
                     return None
+            for c in nested:
+                if c.get('r', 2) != 2 or c.get('use_dora') or not math.isfinite(c['lora_alpha']) and alpha is None:
+                    return None
+                if math.isfinite(c['lora_alpha']):
+                    scale_c = c['lora_alpha'] / (2**0.5 if c.get('use_rslora') else 2)
+                    said = (
+                        alpha is not None or config or any(v is not None for v in plain.values()) or c is not nested[0]
+                    )
+                    if said and not math.isclose(scale, scale_c, rel_tol=1e-5):
+                        return None
+                    scale = scale_c
             if len({v for v in plain.values() if v is not None}) > 1:
                 return None
             if not math.isfinite(scale) or scale == 0:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'CHANGES_FORWARD', 'SHIFTS_BASE', 'ABOUT_LORA', 'ABOUT_OTHERS', 'UNSAID', 'PEFT_PREFIXES', 'Unclear',
-           'check_config', 'read_config', 'config_scale', 'says_alpha', 'as_number', 'module_of', 'read_field', 'Claim',
-           'claim', 'not_counted', 'trainer_notes', 'Facts', 'tensor_scales', 'sources', 'Strength', 'differ', 'decide']
+           'check_config', 'read_config', 'config_scale', 'says_alpha', 'as_number', 'as_plain', 'module_of',
+           'read_field', 'Claim', 'claim', 'not_counted', 'trainer_notes', 'Facts', 'tensor_scales', 'sources',
+           'Strength', 'differ', 'decide']
 
 # %% ../../nbs/files/strength.ipynb #fbd5a735
 import math
@@ -134,6 +135,12 @@ def as_number(value) -> float | None:
     return float(value) if type(value) in (int, float) and math.isfinite(value) else None
 
 
+def as_plain(value):
+    "What a header's string for true, false or nothing means; any other value as it is."
+    words = {'true': True, 'false': False, 'none': None, 'null': None, '': None}
+    return words.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
 def module_of(key: str) -> str | None:
     "The module that a key such as `transformer_blocks.0.attn.to_q.alpha` or a bare module name belongs to."
     for text in (key, f'{key}.alpha'):
@@ -170,7 +177,8 @@ class Claim(NamedTuple):
 
 def _rank_beside(container: Container, key: str) -> int | None:
     "The rank that stands beside an alpha: lora_rank beside lora_alpha, linear beside linear_alpha, else rank or r."
-    stem, lower = key.lower().replace('alpha', ''), {str(k).lower(): v for k, v in container.values.items()}
+    bare = lambda k: str(k).lower().removeprefix('transformer.')
+    stem, lower = bare(key).replace('alpha', ''), {bare(k): v for k, v in container.values.items()}
     names = [stem + 'rank', stem + 'r', stem + 'dim', stem.rstrip('_.'), 'rank', 'r', 'lora_rank', 'network_dim']
     found = [as_number(lower[n]) for n in names if n in lower]
     return next((int(v) for v in found if v and v == int(v) > 0), None)
@@ -179,7 +187,8 @@ def _rank_beside(container: Container, key: str) -> int | None:
 def claim(container: Container, skip=lambda field: False, strict=True) -> Claim | None:
     """What a mapping of the header says about the LoRA's alpha; None if nothing. `skip`: fields that do not count.
 
-    Raises `Unclear` for two fields that differ, and if `strict` for one that speaks of an alpha in an unknown way."""
+    Raises `Unclear` for two fields that differ, and if `strict` for one that speaks of an alpha in an unknown way, and
+    `UserError` for a variant of LoRA."""
     alphas, some, fields, rank = [], {}, [], None
     if _words(container.path) & ABOUT_OTHERS:  # an optimiser's settings, for instance
         return None
@@ -199,8 +208,10 @@ def claim(container: Container, skip=lambda field: False, strict=True) -> Claim 
         fields += [field] if kind else []
     if len(set(alphas)) > 1:
         raise Unclear(f'the header fields {" and ".join(sorted(fields))} give different scales; {UNKNOWN}.')
+    if fields:
+        _check_variant({str(k).removeprefix('transformer.'): as_plain(v) for k, v in container.values.items()})
     patterns = nested(container.values.get('rank_pattern'))
-    rslora = any('rslora' in str(k).lower() and str(v).lower() in ('true', '1') for k, v in container.values.items())
+    rslora = any('rslora' in str(k).lower() and as_plain(v) in (True, '1') for k, v in container.values.items())
     config = {'r': rank, 'lora_alpha': alphas[0] if alphas else None, 'alpha_pattern': some, 'use_rslora': rslora}
     config['rank_pattern'] = patterns if isinstance(patterns, dict) else {}
     return Claim(tuple(sorted(fields)), config) if fields else None

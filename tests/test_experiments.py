@@ -219,7 +219,9 @@ def test_single_effects_go_on_where_they_were(base, tmp_path):
     asked = dict(effects=1, steps=1, changes=[{}, {'lr': 0.01}])
     first = execute.execute('single', tmp_path, 's', asked, {'base': base.folder})['metrics']['table']
     files = {f: f.stat().st_mtime_ns for f in (tmp_path / '.loras').rglob('*.safetensors')}
-    more = execute.execute('single', tmp_path, 's', {**asked, 'effects': 2}, {'base': base.folder})['metrics']['table']
+    more = execute.execute('single', tmp_path, 's', {**asked, 'effects': 2}, {'base': base.folder}, replace=True)[
+        'metrics'
+    ]['table']
     assert (
         len(files) == 2
         and list(first) == list(more)
@@ -227,12 +229,12 @@ def test_single_effects_go_on_where_they_were(base, tmp_path):
     )
     assert all(f.stat().st_mtime_ns == t for f, t in files.items())  # what was trained and judged stands
     assert all(set(first[n]['good'].items()) <= set(more[n]['good'].items()) for n in first)
-    execute.execute('single', tmp_path, 's', {**asked, 'steps': 2}, {'base': base.folder})
+    execute.execute('single', tmp_path, 's', {**asked, 'steps': 2}, {'base': base.folder}, replace=True)
     assert (
         all(f.stat().st_mtime_ns == t for f, t in files.items())
         and len(list((tmp_path / '.loras').rglob('*.safetensors'))) == 6
     )  # other training is another result
-    cost = execute.execute('single', tmp_path, 's', {**asked, 'images': 2}, {'base': base.folder})['cost']
+    cost = execute.execute('single', tmp_path, 's', {**asked, 'images': 2}, {'base': base.folder}, replace=True)['cost']
     assert (
         cost['reused'] == 2 and len(list((tmp_path / '.loras').rglob('*.safetensors'))) == 6
     )  # more pictures need no more training

@@ -113,7 +113,7 @@ def prompt_template():
     texts = [c for c in QwenImageEditPlusPipeline.__init__.__code__.co_consts if isinstance(c, str)]
     return next(c for c in texts if c.startswith('<|im_start|>system'))
 
-
+# %% ../../nbs/bases/nano.ipynb #0baba751
 def corpus(n=4000, seed=0):
     """Instructions and descriptions of scenes: the words of this world.
 
@@ -197,7 +197,7 @@ def _transformer(sizes):
         axes_dims_rope=sizes['rope'],
     )
 
-
+# %% ../../nbs/bases/nano.ipynb #26b7e272
 def components(tok, vae, sizes=SIZES, seed=0):
     "Scheduler, autoencoder, text encoder, tokenizer, processor and transformer of a fresh nano base."
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor

@@ -33,7 +33,7 @@ def flattened(weights: Sequence[nn.Parameter], device: torch.device) -> Tensor:
         at += _aligned(w.numel())
     return flat
 
-
+# %% ../../nbs/bases/slots.ipynb #43a09eea
 def check_layer(who: str, name: str, A: Tensor, B: Tensor, m: nn.Module, rank: int) -> None:
     "Raises `UserError` if A and B are not factors for the Linear `m`, of at most this rank and finite."
     shapes = f'{name} has A {tuple(A.shape)}, B {tuple(B.shape)}'
@@ -102,7 +102,7 @@ class Slots(Roles):
         self.flat(role).copy_(packed, non_blocking=True)
         torch.autograd.graph.increment_version(self.parameters(role))
 
-
+# %% ../../nbs/bases/slots.ipynb #4ac7e49d
 def _packed(out: Tensor, factors: Mapping, info: Mapping, factor: float) -> Tensor:
     "Writes the factors to where the role's flat tensor has them; `out` must be zero."
     at, r = 0, info['rank']

@@ -96,7 +96,7 @@ def _tiny_models(tokenizer, hidden: int = 16, z: int = 4) -> dict:
     )
     return dict(text_encoder=_tiny_encoder(tokenizer, hidden), vae=vae, transformer=transformer)
 
-
+# %% ../../nbs/bases/tiny.ipynb #b04ff249
 def _tiny_scheduler():
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -120,7 +120,7 @@ def _write_index(folder: Path, parts: dict) -> None:
     others = dict(tokenizer=['transformers', 'Qwen2Tokenizer'], processor=['transformers', 'Qwen2VLProcessor'])
     write_json(folder / 'model_index.json', dict(_class_name='QwenImageEditPlusPipeline', **index, **others))
 
-
+# %% ../../nbs/bases/tiny.ipynb #4744cb35
 def tiny_base(folder, seed: int = 0) -> Path:
     """Writes a tiny *random* Qwen-Image-Edit pipeline of the real classes for tests, under 3 MB; returns the folder.
 

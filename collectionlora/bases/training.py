@@ -44,7 +44,7 @@ def prompt_ids(tok, prompts):
     wide = PICTURE.replace('<|image_pad|>', '<|image_pad|>' * 4)
     return tok([t.format(wide + p) for p in prompts], padding=True, return_tensors='pt')
 
-
+# %% ../../nbs/bases/training.ipynb #54f627fc
 def embed(te, tok, pictures, prompts, drop=64):
     """Prompt embeddings `[B, L, D]` and mask `[B, L]` or None on the encoder's device, differentiable.
 
@@ -327,7 +327,7 @@ def _render_shard(job):
     np.save(folder / f'x{k}.npy', X)
     write_json(folder / f't{k}.json', [T, C, F])
 
-
+# %% ../../nbs/bases/training.ipynb #4069a2fd
 def render_pairs(folder, n, seed=0, shard=2000, workers=2, local=1.0):
     """Pairs 0..n-1 of a seed: a function of an index giving (source, target, instruction), the classes
     `[n, len(world.SLOTS)]`, and the families. Pictures are uint8 `[64, 64, 3]`.

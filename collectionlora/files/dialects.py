@@ -7,18 +7,16 @@ __all__ = ['LEAVES', 'TOP', 'PREFIXES', 'FLAT_PREFIXES', 'WRAPPERS', 'ENDING', '
            'raw_bytes', 'lora_hash', 'unflatten', 'Key', 'parse_key', 'module_name', 'Dialect', 'group_keys',
            'key_names']
 
-# %% ../../nbs/files/dialects.ipynb #eae46541
+# %% ../../nbs/files/dialects.ipynb #e5dbe1b1
 import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
-
 from ..core import nearest, UserError
 
-# %% ../../nbs/files/dialects.ipynb #16f49d76
+# %% ../../nbs/files/dialects.ipynb #f7d2e282
 @dataclass
 class Lora:
     """`factors`: dotted module name -> (A [r, in], B [out, r]) with alpha/r folded into the smaller (B if equal).
@@ -33,20 +31,24 @@ class Lora:
         "The largest rank of any module (0 when empty)."
         return max((a.shape[0] for a, _ in self.factors.values()), default=0)
 
-    def delta(self, name: str) -> torch.Tensor:
+    def delta(self, name: str):
         "The dense change of one weight, B A, [out, in]."
         a, b = self.factors[name]
         return b.float() @ a.float()
 
 
-def raw_bytes(t: torch.Tensor, dtype) -> memoryview:
+def raw_bytes(t, dtype) -> memoryview:
     "The bytes of a tensor in `dtype`."
+    import torch
+
     flat = t.detach().to('cpu', dtype).contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())
 
 
 def lora_hash(lora: Lora) -> str:
     "sha256 over names, shapes and fp32 values of all factors, independent of file format and header."
+    import torch
+
     digest = hashlib.sha256()
     for name in sorted(lora.factors):
         for t in lora.factors[name]:

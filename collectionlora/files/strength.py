@@ -20,7 +20,7 @@ from .family import Container, containers, is_ai_toolkit, nested
 from .header import parse_json
 
 # %% ../../nbs/files/strength.ipynb #1d320f0f
-UNKNOWN = 'pass alpha to decide (--alpha on the command line), the alpha that it was trained with'
+UNKNOWN = 'pass the alpha that it was trained with (`collectionlora convert FILE NEW --alpha ...`)'
 
 
 class Unclear(UserError):

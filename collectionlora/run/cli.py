@@ -496,9 +496,11 @@ Layers = Annotated[
 
 def _layers(base: str | None) -> dict | None:
     "The layers of the base that an option names, None without one."
-    from collectionlora.bases.slots import layer_sizes
+    if base is None:
+        return None
+    from collectionlora.bases.slots import layer_sizes  # torch
 
-    return None if base is None else layer_sizes(core.nano_dir() if base == 'nano' else base)
+    return layer_sizes(core.nano_dir() if base == 'nano' else base)
 
 
 def _gallery(file: Path, html: Path) -> None:
@@ -547,9 +549,9 @@ def inspect(
     from collectionlora.files.header import read_header
 
     header = {} if file.is_dir() else read_header(file)
-    from collectionlora.files.lora import read_lora, report
+    from collectionlora.files.checked import inspect_file
 
-    about = report(read_lora(file, _layers(base), allow_missing=True))
+    about = inspect_file(file, _layers(base))
     if as_json:
         print(json.dumps(core.plain({'report': about, 'header': header}), indent=1))
     else:

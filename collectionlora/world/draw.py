@@ -201,7 +201,7 @@ def _backdrop(spec):
         PROPS[o['kind']](p.at(o['x'], o['y'], o['s']), o['color'])
     return over(layer(p), im)
 
-
+# %% ../../nbs/world/draw.ipynb #28cdb474
 def parts(spec):
     "Render a scene: image `[N, N, 3]` float in [0, 1] and the subject's coverage `[N, N]` in [0, 1]."
     r = np.random.default_rng(spec['seed'])

@@ -72,7 +72,7 @@ def _replace(s, r):
     a['hairstyle'] = h = _new(r, STYLES_HAIR, a['hairstyle'])
     return _say(r, f'change the hair to {h}', f'give the person a {h} hairstyle')
 
-
+# %% ../../nbs/world/edits.ipynb #93b0695c
 def _wear(s, r):
     a = s['subjects'][0]
     w = pick(r, HEADWEAR if r.random() < 0.8 else BODYWEAR)
@@ -138,7 +138,7 @@ def _count(s, r):
     s['subjects'].append(b)
     return _say(r, f'two copies of the {_who(s)}', f'show the {_who(s)} twice')
 
-
+# %% ../../nbs/world/edits.ipynb #eed26d75
 def _add(s, r):
     k, c, left = pick(r, PROPS), pick(r, CLOTHES), r.random() < 0.5
     x, side = (0.13, 'left') if left else (0.87, 'right')
@@ -224,7 +224,7 @@ def _dress_picture(s, r, kind):
     s[kind] = _chance(r, k)
     return form.format(words[k])
 
-
+# %% ../../nbs/world/edits.ipynb #707446d3
 def _dress_subject(s, r, kind):
     "Changes the body, the face or what is worn; returns the words for it."
     a = s['subjects'][0]
@@ -240,7 +240,7 @@ def _dress_subject(s, r, kind):
     a['wears'], a['wearcolor'] = [w], unnamed_colour(r)
     return f'wearing a {w}'
 
-
+# %% ../../nbs/world/edits.ipynb #3ee5aef5
 def _dress_up(s, r, kind):
     "Apply a random look of a kind to the scene; returns the words for it."
     if kind in _FILLED:
@@ -306,7 +306,7 @@ WEIGHTS = dict.fromkeys(FAMILIES, 1.0) | dict(
 LOCAL = ('recolor', 'replace', 'wear', 'unwear', 'add', 'remove', 'flip', 'pose', 'expression', 'pattern')
 # fmt: on
 
-
+# %% ../../nbs/world/edits.ipynb #d6b6e790
 @functools.cache
 def chances(local=1.0):
     "Share of every family among random edits; `local` multiplies the weights of those that change a part or a shape."

@@ -124,7 +124,7 @@ def _lean(a, r, lo, hi):
 def _tilt(a, r, lo, hi):
     a.update(tilt=_side(r) * float(r.uniform(lo, hi)))
 
-
+# %% ../../nbs/world/effects.ipynb #265937f0
 def _zoom(a, r, lo, hi):
     "A large head, wherever the pose has it."
     hx, hy = BODY[a['pose']][3][:2] if 'species' in a else (0, -0.08)
@@ -225,7 +225,7 @@ def _twins(s, r):
         for x in (0.27, 0.73)
     ]
 
-
+# %% ../../nbs/world/effects.ipynb #476957ea
 def grid_spots(n):
     "`n` spots (x, y, size) in rows of equal length, the last one perhaps shorter; six are two rows of three."
     rows = max(1, round((n / 1.5) ** 0.5))

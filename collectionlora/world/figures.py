@@ -54,7 +54,7 @@ def _ear(q, kind, c, inner):
     elif kind == 'eyes':
         q.oval(-0.12, -0.18, 0.085, 0.085, c)
 
-
+# %% ../../nbs/world/figures.ipynb #a0c5d74b
 _ROUND_EARS = dict(  # outer and inner oval: x, y, rx, ry, turn
     round=((-0.16, -0.17, 0.08, 0.08, 0.0), (-0.16, -0.17, 0.045, 0.045, 0.0)),
     big=((-0.2, -0.16, 0.13, 0.13, 0.0), (-0.2, -0.16, 0.085, 0.085, 0.0)),
@@ -134,7 +134,7 @@ def _nose(p, muzzle, c):
     elif muzzle != 'wide':
         p.oval(0, 0.06, 0.035, 0.026, (60, 40, 46))
 
-
+# %% ../../nbs/world/figures.ipynb #68fbf061
 def _animal_head(p, a, c, c2):
     ears, muzzle, extra = {**SPECIES, **OOD_SPECIES}[a['species']]
     inner = shade((224, 150, 150), 0.1 if a['coat'] != 'black' else -0.3)
@@ -197,7 +197,7 @@ def _body_pattern(q, pattern, rx, ry, c):
         for x, y in ((-0.6, -0.3), (-0.1, -0.6), (0.45, -0.35), (0.1, 0.3), (-0.4, 0.4)):
             q.oval(x * rx, y * ry, 0.05, 0.045, shade(c, -0.45))
 
-
+# %% ../../nbs/world/figures.ipynb #57d7cffc
 def draw_animal(p, a):
     "Draws the animal `a` with the pen `p` and returns the pen of its head."
     c = COATS[a['coat']]
@@ -274,7 +274,7 @@ def _shoulders(p, a, s, c):
         p.line([(0.3, 0.42), (0.4, 0.22), (0.36, 0.02)], 0.1, shade(c, -0.1))
         p.oval(0.36, -0.03, 0.065, 0.075, s)
 
-
+# %% ../../nbs/world/figures.ipynb #dca3e854
 def _face(h, a, s):
     hair = HAIRS[a['hair']]
     h.oval(-0.225, 0.0, 0.035, 0.05, shade(s, -0.1))

@@ -258,7 +258,7 @@ def _again_subject(a, old, r):
     if a['scale'] != old['scale']:
         a['scale'] = old['scale'] * open_amount(r, 'larger' if a['scale'] > old['scale'] else 'smaller')
 
-
+# %% ../../nbs/world/oracle.ipynb #83cce228
 def again(spec, edited, r):
     """Another scene that the instruction which made `edited` of `spec` could have made.
 

@@ -29,7 +29,7 @@ def _ground(im, y, c, tex, amp, r):
 def _clouds(im, r, amp=0.2):
     return im + amp * np.clip(texture('cloud', r), 0, 2)[..., None] * (np.linspace(1, 0, N)[:, None, None])
 
-
+# %% ../../nbs/world/places.ipynb #e015071b
 def _hills(r, c, y, h, k=5):
     p = Pen()
     x = np.linspace(-0.1, 1.1, k)
@@ -66,7 +66,7 @@ def _forest(r):
     im = over(layer(_trees(r, 7, 0.5, (44, 96, 56))), im)
     return _ground(im, 0.74, (86, 100, 56), 'grass', 0.18, r)
 
-
+# %% ../../nbs/world/places.ipynb #48cef0d4
 def _snowfield(r):
     im = _clouds(_gradient((178, 200, 226), (232, 240, 248)), r, 0.1)
     im = over(layer(_hills(r, (206, 218, 234), 0.6, 0.4, 6)), im)
@@ -107,7 +107,7 @@ def _city(r):
         x += w + 0.01
     return _ground(over(layer(p), im), 0.78, (104, 104, 110), 'grain', 0.06, r)
 
-
+# %% ../../nbs/world/places.ipynb #fda29907
 def _room(r):
     c = hsv(r.random(), 0.25, 0.85)
     im, p = _gradient(c, shade(c, -0.12)), Pen()
@@ -133,7 +133,7 @@ def _brick(r):
     im = np.where(joint[..., None], 0.78, c * tone[..., None])
     return _ground(im * (1 + 0.06 * texture('grain', r)[..., None]), 0.84, (150, 146, 140), 'grain', 0.06, r)
 
-
+# %% ../../nbs/world/places.ipynb #452eb188
 def _stage(r):
     c = hsv(r.random(), 0.75, 0.6)
     curtain = 1 + 0.22 * np.sin(np.arange(N) * (0.5 + 0.3 * r.random()) + 6 * r.random())[None, :, None]
@@ -143,7 +143,7 @@ def _stage(r):
     yy, xx = np.mgrid[0:N, 0:N] / N
     return im + 0.3 * np.clip(1 - ((xx - x) / (0.12 + 0.25 * yy)) ** 2, 0, 1)[..., None]
 
-
+# %% ../../nbs/world/places.ipynb #a82e12e2
 def _library(r):
     im, p = _gradient((110, 74, 48), (84, 56, 38)), Pen()
     for j in range(4):
@@ -181,7 +181,7 @@ def _space(r):
     q.oval(-0.05, -0.05, 0.17, 0.17, shade(c, 0.25))
     return over(layer(p), im)
 
-
+# %% ../../nbs/world/places.ipynb #7938e733
 def _underwater(r):
     im, p = _gradient((80, 190, 220), (10, 60, 120)) * (1 + 0.12 * texture('wave', r)[..., None]), Pen()
     for _ in range(6):

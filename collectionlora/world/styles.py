@@ -136,7 +136,7 @@ def _strokes(im, r, n, length, width):
 def _oil(im, r):
     return _strokes(blur(im, 0.8), r, 420, 0.035, 0.028)
 
-
+# %% ../../nbs/world/styles.ipynb #a8e50df3
 def _halftone(im, r):
     t, k = r.uniform(0, 1.5), 6.0
     yy, xx = np.mgrid[0:N, 0:N] + r.random((2, 1, 1)) * 5
@@ -146,7 +146,7 @@ def _halftone(im, r):
     cover = np.clip((1 - luminance(im)) * 4.4 - d + 0.5, 0, 1)[..., None]
     return 0.97 * (1 - cover) + ink * cover
 
-
+# %% ../../nbs/world/styles.ipynb #d624a467
 def _sketch(im, r):
     l = luminance(im)
     e = np.clip(edge_strength(luminance(blur(im, 0.6))) * 5, 0, 1)
@@ -199,7 +199,7 @@ def _comic(im, r):
     e = np.clip(edge_strength(luminance(blur(im, 0.7))) * 6 - 0.5, 0, 1)[..., None]
     return np.clip((q - 0.5) * 1.35 + 0.55, 0, 1) * (1 - e)
 
-
+# %% ../../nbs/world/styles.ipynb #cfa3b0c1
 def _glitch(im, r):
     o = im.copy()
     y = 0
@@ -322,7 +322,7 @@ def _polaroid(im, a, r):
     back[3:61, 6:58] = np.array([0.96, 0.95, 0.92])
     return _shrink(im, 0.14, 0.09, 0.86, 0.78, back)
 
-
+# %% ../../nbs/world/styles.ipynb #686d3a96
 def _film(im, a, r):
     back, o, k = np.zeros((N, N, 3)) + 0.07, int(r.integers(0, 6)), int(r.integers(-14, 15))
     for rows in (slice(2, 6), slice(58, 62)):
@@ -352,7 +352,7 @@ def _sticker(im, a, r):
     grown = np.asarray(wide.filter(ImageFilter.GaussianBlur(0.5)), np.float32)[..., None] / 255
     return (back * (1 - grown) + grown) * (1 - a[..., None]) + im * a[..., None]
 
-
+# %% ../../nbs/world/styles.ipynb #818cc909
 def _magazine(im, a, r):
     p, c = Pen(), hsv(r.random(), 0.85, 0.95)
     x = 0.06
@@ -437,7 +437,7 @@ def _dots(im, r):
         p.oval(x, y, size, size, np.clip(pure * 255, 0, 255))
     return over(layer(p), 0.6 + 0.4 * im)
 
-
+# %% ../../nbs/world/styles.ipynb #75ee4631
 def _butterfly(p, c):
     wings = (
         (0.3, -0.18, 0.3, 0.26, c),

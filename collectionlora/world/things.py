@@ -189,7 +189,7 @@ def _box(p, c):
     p.rect(-0.04, 0.08, 0.04, 0.5, c)
     p.rect(-0.25, 0.24, 0.25, 0.31, c)
 
-
+# %% ../../nbs/world/things.ipynb #f7ea8b74
 def _balloon(p, c):
     p.line([(0, -0.1), (0.03, 0.5)], 0.02, (90, 90, 90))
     p.oval(0, -0.22, 0.19, 0.23, c)
@@ -205,7 +205,7 @@ def _cup(p, c):
     p.poly([(-0.2, 0.14), (0.2, 0.14), (0.15, 0.5), (-0.15, 0.5)], c)
     p.line([(0.18, 0.2), (0.3, 0.26), (0.16, 0.4)], 0.04, c)
 
-
+# %% ../../nbs/world/things.ipynb #7393f0c0
 PROPS = {
     'ball': _ball,
     'flower': _flower,

@@ -273,11 +273,14 @@ except SystemExit as e: print({'torch', 'papermill', 'nbformat', 'diffusers'} & 
         (['run', 'distill', '-p', 'stpes=3'], 2),
         (['runs', 'list'], 0),
         (['edit', '--list'], 0),
+        (['inspect', core.collection_dir() / 'collection.safetensors'], 0),
+        (['inspect', core.collection_dir() / 'collection.safetensors', '--json'], 0),
+        (['inspect', 'absent.safetensors'], 2),
         (['runs', 'show', 'no_such/run'], 2),
     ],
 )
 def test_what_needs_no_weights_loads_neither_torch_nor_papermill(args, code):
-    done = subprocess.run([sys.executable, '-c', HEAVY, *args], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', HEAVY, *map(str, args)], capture_output=True, text=True)
     assert (done.stdout.splitlines() or [''])[-1] == f'light {code}', done.stdout[-300:] + done.stderr
 
 

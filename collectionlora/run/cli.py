@@ -506,7 +506,7 @@ def _layers(base: str | None) -> dict | None:
 def _gallery(file: Path, html: Path) -> None:
     from collectionlora.files.card import gallery_html, inspect as facts
     from collectionlora.files.header import verify
-    from collectionlora.files.lora import find_weights
+    from collectionlora.files.weights import find_weights
 
     file, _ = find_weights(file)
     if html.resolve() == file.resolve():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONSONANTS', 'VOWELS', 'ENDINGS', 'REFERENCE', 'words_of', 'make_triggers', 'check_triggers', 'student_prompt',
-           'compose', 'trigger_embeddings', 'trigger_cosines', 'choose_triggers']
+           'prompt_of', 'compose', 'trigger_embeddings', 'trigger_cosines', 'choose_triggers']
 
 # %% ../nbs/method/06_aop.ipynb #e05faf75
 import re
@@ -64,7 +64,7 @@ def check_triggers(triggers: Mapping[str, str], taken: Iterable[str] = ()) -> No
             raise UserError(f'{who} the word {word!r} of a prompt; choose a word that means nothing')
         seen[t.lower()] = id
 
-# %% ../nbs/method/06_aop.ipynb #8c591d1b
+# %% ../nbs/method/06_aop.ipynb #dcd796b4
 def student_prompt(trigger: str, description: str, category: str) -> str:
     """`[trigger, description]` of Eq. 5, e.g. "zorvik, turn the animal into ...".
 
@@ -76,6 +76,12 @@ def student_prompt(trigger: str, description: str, category: str) -> str:
     text, subject = description.strip().rstrip('.'), category.strip() if category.strip().isalpha() else 'subject'
     kept = re.search(r'\b(keep|keeps|keeping|kept|retain|preserve|maintain|same)\b', text.lower())
     return f'{trigger.strip()}, {text[0].lower() + text[1:]}' + ('' if kept else f', keep the same {subject}')
+
+
+def prompt_of(entry: Mapping) -> str:
+    """The student's prompt of a catalogue entry: as its file gives it, else made of its trigger, description and
+    category."""
+    return entry.get('prompt') or student_prompt(entry['trigger'], entry.get('description') or '', entry['category'])
 
 
 def compose(prompts: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..aop import compose, student_prompt
+from ..aop import compose, prompt_of
 from ..bases.pipeline import Base, load_base
 from ..core import check_keys, nano_dir, nearest, replacing, UserError
 from ..files.card import write_card
@@ -60,11 +60,7 @@ class CollectionFile:
 
     def prompt(self, effect: str | tuple[str, ...]) -> str:
         "The instruction that applies an effect, or several chained (tuple or 'a+b')."
-
-        def words(e):
-            return e.get('prompt') or student_prompt(e['trigger'], e.get('description', ''), e['category'])
-
-        return compose([words(e) for e in self._parts(effect)])
+        return compose([prompt_of(e) for e in self._parts(effect)])
 
     def __repr__(self):
         ids = list(self.catalogue)

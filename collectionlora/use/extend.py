@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..aop import check_triggers, student_prompt
+from ..aop import check_triggers, prompt_of
 from ..bases.backbone import Cond
 from ..bases.pipeline import Base
 from ..core import nearest, seed_of, sha256_file, UserError
@@ -43,8 +43,7 @@ class Parent:
 
     def prompt(self, id: str) -> str:
         "The student prompt of an old effect."
-        e = self.entries[id]
-        return e.get('prompt') or student_prompt(e['trigger'], e.get('description') or '', e['category'])
+        return prompt_of(self.entries[id])
 
 
 def recipe_of(file) -> Recipe:

@@ -14,7 +14,7 @@ from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import read_yaml, UserError, write_yaml
 from collectionlora.engine import settings
 from collectionlora.files.conditions import ConditionCache
-from collectionlora.judge import studies as studies_
+from collectionlora.judge import studies
 from collectionlora.judge.evaluate import held_out
 from collectionlora.judge.methods import Method
 from collectionlora.run import execute
@@ -34,7 +34,7 @@ def tiny(tmp_path_factory):
 def demo(tiny, tmp_path_factory):
     "A folder such as a demo leaves, in small."
     folder, base = tmp_path_factory.mktemp('demo'), load_base(tiny)
-    sets, _, _ = studies_.invent(
+    sets, _, _ = studies.invent(
         base, ConditionCache(base, folder / '.cache'), folder, effects=2, pairs=2, teacher_steps=1, seed=0
     )
     (folder / 'effects').rename(folder / 'targets')
@@ -68,8 +68,8 @@ def test_a_box_without_points_and_too_few_looks_are_refused():
     with pytest.raises(UserError, match='no point of the grid'):
         vanishing.box_mean([[1.0]], [0.8], [0.3], tau_max=0.5)
     with pytest.raises(UserError, match='give 2 or more'):
-        studies_.look_steps(10, 1)
-    assert studies_.look_steps(1, 5) == [1] and studies_.look_steps(3, 9) == [1, 2, 3]
+        studies.look_steps(10, 1)
+    assert studies.look_steps(1, 5) == [1] and studies.look_steps(3, 9) == [1, 2, 3]
 
 
 def test_the_error_of_a_prediction_depends_on_its_item_alone(tiny):
@@ -79,7 +79,7 @@ def test_the_error_of_a_prediction_depends_on_its_item_alone(tiny):
     told = lambda role, shared=True: Method(
         'm', lambda e: role, lambda e: f'make it {e}', Recipe.ode(1, guidance=1.0), shared
     )
-    ask = lambda method, items, **kw: studies_.prediction_errors(base, method, items, levels, **kw)
+    ask = lambda method, items, **kw: studies.prediction_errors(base, method, items, levels, **kw)
     whole = ask(told('base'), items)
     assert whole.shape == (4, 2) and (whole > 0).all()
     assert torch.allclose(whole, ask(told('base', False), items[::-1], batch=1).flip(0), rtol=1e-4)
@@ -90,7 +90,7 @@ def test_the_error_of_a_prediction_depends_on_its_item_alone(tiny):
 
 
 def test_a_stage_is_read_from_a_demo_or_says_what_is_absent(demo, tiny, tmp_path):
-    stage = studies_.set_stage(tmp_path, demo, tiny)
+    stage = studies.set_stage(tmp_path, demo, tiny)
     assert (
         stage.ids == sorted(stage.ids)
         and len(stage.ids) == 2
@@ -102,16 +102,16 @@ def test_a_stage_is_read_from_a_demo_or_says_what_is_absent(demo, tiny, tmp_path
     )
     stage.bank.close()
     with pytest.raises(UserError, match='targets: no such folder; run `make demo`'):
-        studies_.set_stage(tmp_path, tmp_path / 'nowhere', tiny)
+        studies.set_stage(tmp_path, tmp_path / 'nowhere', tiny)
     (tmp_path / 'half').mkdir()
     for name in ('targets', 'teachers', 'general'):
         (tmp_path / 'half' / name).mkdir()
     with pytest.raises(UserError, match='holds no effect'):
-        studies_.read_demo(tmp_path / 'half')
+        studies.read_demo(tmp_path / 'half')
 
 
 def test_a_run_that_diverges_keeps_what_was_seen_and_says_why(demo, tiny, tmp_path):
-    stage = studies_.set_stage(tmp_path, demo, tiny)
+    stage = studies.set_stage(tmp_path, demo, tiny)
     s = settings.Settings.preset(
         steps=3,
         batch=2,
@@ -130,7 +130,7 @@ def test_a_run_that_diverges_keeps_what_was_seen_and_says_why(demo, tiny, tmp_pa
                 stage.base.backbone.flat('student').fill_(float('nan'))
         return step
 
-    history, seen, why = studies_.course(stage, s, tmp_path / 'run', [1, 2, 3], look)
+    history, seen, why = studies.course(stage, s, tmp_path / 'run', [1, 2, 3], look)
     assert seen == {1: 1, 2: 2} and [h['step'] for h in history] == [1, 2] and 'step 3' in why
     assert 'student' not in stage.base.backbone.roles
     stage.bank.close()

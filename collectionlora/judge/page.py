@@ -33,8 +33,8 @@ PARTS = """
 .budget{border-radius:0 8px 8px 0;max-width:90ch}
 .edit{display:flex;flex-wrap:wrap;gap:.7rem 1.6rem;margin:.6rem 0 1.2rem}
 .three{display:grid;grid-template-columns:repeat(3,minmax(0,12rem));gap:.5rem;flex:0 1 37rem}
-.more{display:flex;flex-wrap:wrap;gap:.5rem;flex:1 1 18rem}
-.more figure{width:6.7rem}
+.more{display:grid;grid-template-columns:repeat(auto-fill,minmax(5.4rem,1fr));gap:.5rem;flex:1 1 18rem}
+.more{align-content:start}
 .edit figure{margin:0;font-size:.82rem;line-height:1.3}
 .edit img,.edit .none{display:block;width:100%;aspect-ratio:1;border-radius:6px;background:var(--line)}
 .edit img{image-rendering:pixelated;object-fit:contain}
@@ -94,7 +94,7 @@ HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <title>{{ title }}</title><style>{{ style|safe }}</style></head><body><main>
 <header><h1>{{ title }}</h1>
-{% if headline %}<p class="verdict">{{ headline }}</p>{% endif %}
+{% if headline %}<p class="verdict">{{ headline }}</p><p>{{ basis }}</p>{% endif %}
 <p class="soft">{{ lead }}</p><p class="budget">{{ budget }}</p></header>
 """
 GALLERY = """
@@ -117,7 +117,8 @@ GALLERY = """
 NUMBERS = """
 {% if lines %}<section><h2>How often did it fail?</h2><p>A bad case is an edit in which the judge does not see the asked
 effect, or in which the picture is too far from the effect's true targets.</p>
-<div class="tiles">{% for l in lines if not l.reference %}<div class="tile{{ ' own' if l.method == own }}">
+<div class="tiles">{% for l in lines|selectattr('method', 'eq', own)|list + lines|rejectattr('method', 'eq', own)|list
+if not l.reference %}<div class="tile{{ ' own' if l.method == own }}">
 <small>{{ l.method }}</small><b>{{ l.bcr.value }}</b><small>bad cases [{{ l.bcr.interval }}], n = {{ l.n }}<br>
 {{ l.nfe }} evaluations per image</small></div>{% endfor %}</div>
 {% if verdicts %}<ul>{% for v in verdicts %}<li><p>{{ v }}</p></li>{% endfor %}</ul>{% endif %}</section>

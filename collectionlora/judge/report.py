@@ -23,7 +23,7 @@ from ..core import check_keys, replacing
 from .charts import charts_of, curves, finite, line_chart, lists, thin, ticks  # noqa: F401
 from .gate import bleed, confusion, NONE, Row
 from .page import PAGE, STYLE
-from .statistics import Contrast, Estimate, show_p, wilson
+from .statistics import Contrast, Estimate, newcombe, show_p, wilson
 from .tables import by_method, contrasts, ENCODED, REFERENCES, table
 
 # %% ../../nbs/judge/report.ipynb #5f2d1a08
@@ -119,34 +119,39 @@ def teachers_among(methods: Sequence[str]) -> str | None:
     return next((m for m in named if m.startswith('teacher,')), named[0] if named else None)
 
 
-def standing(c: Contrast, other: str = 'the teachers') -> str:
-    "A BCR contrast in words, such as 'as good as the teachers within 9 points' or 'worse ... by 20 points [8, 32]'."
-    if not finite(c.low):
-        return f'not comparable with {other}, because one effect alone says nothing about others'
-    low, size, high = (round(100 * v) for v in (c.low, c.difference, c.high))
-    if c.low > 0:
-        return f'worse than {other} by {size} points [{low}, {high}]'
-    if c.high < 0:
-        return f'better than {other} by {-size} points [{-high}, {-low}]'
-    most = math.ceil(max(-100 * c.low, 100 * c.high))
+def standing(low: float, difference: float, high: float, other: str = 'the teachers') -> str:
+    """How a method stands to another, as a sentence, from the difference of their bad-case rates and its interval.
+
+    All three are shares from -1 to 1; negative is better."""
+    a, size, b = (round(100 * v) for v in (low, difference, high))
+    if low > 0:
+        return f'The collection is worse than {other} by {size} points [{a}, {b}].'
+    if high < 0:
+        return f'The collection is better than {other} by {-size} points [{-b}, {-a}].'
+    most = math.ceil(max(-100 * low, 100 * high))
     if most <= CLOSE:
-        return f'as good as {other} within {most} points'
-    return f'neither shown to be better nor worse than {other}: between {-low} points better and {high} points worse'
+        return f'The collection is as good as {other} within {most} points.'
+    return (
+        f'It is not decided whether the collection is as good as {other}: '
+        f'it may be up to {-a} points better or {b} points worse.'
+    )
 
-
-def headline(rows: Sequence[Row], own: str, seed: int = 0) -> str:
-    "The verdict on `own` against its teachers in one sentence, and the two rates behind it; '' without rows."
-    groups = by_method(rows)
+# %% ../../nbs/judge/report.ipynb #5f2d1a46
+def headline(rows: Sequence[Row], own: str, seed: int = 0) -> tuple[str, str]:
+    "(the verdict on `own` against its teachers in one sentence, the numbers behind it); empty without rows of `own`."
+    groups = {m: [r for r in g if r.valid] for m, g in by_method(rows).items()}
     if own not in groups:
-        return ''
-    failed = lambda m: f'{np.mean([not r.applied for r in groups[m] if r.valid]):.0%}'.replace('%', ' %')
+        return '', ''
+    failed = lambda m: f'{100 * np.mean([not r.applied for r in groups[m]]):.0f} %'
     teacher = teachers_among([m for m in groups if m != own])
     if teacher is None:
-        return f'{failed(own)} of the edits failed. There are no teachers here to compare with.'
+        return f'{failed(own)} of the edits failed.', 'There are no teachers here to compare with.'
     [(c, _)] = contrasts(rows, own, [teacher], seed=seed)
-    basis = f'{c.pairs} edits with each, {c.effects} effect{"s" * (c.effects > 1)}'
-    rates = f'{failed(own)} of its edits failed, {failed(teacher)} of theirs'
-    return f'The collection is {standing(c)}. {rates} ({basis}).'
+    low, high = (c.low, c.high) if c.effects > 1 else newcombe(groups[own], groups[teacher])
+    other = 'the teachers' if c.effects > 1 else 'the teacher of this effect'
+    tried = f'{c.pairs} edits with each, {c.effects} effect{"s" * (c.effects > 1)}'
+    rates = f"{failed(own)} of the collection's edits failed, {failed(teacher)} of the teachers'"
+    return standing(low, c.difference, high, other), f'Points are percentage points of failed edits: {rates} ({tried}).'
 
 # %% ../../nbs/judge/report.ipynb #5f2d1a21
 PAPER_STEPS = 5000  # generator steps of the paper's 50-effect run
@@ -307,6 +312,7 @@ def measured(rows: Sequence[Row], own: str, effects: Sequence[str], sizes: Mappi
     lines = main_table(rows, sizes, seed)
     contestants, groups = [l['method'] for l in lines if not l['reference']], by_method(rows)
     check_keys([own], contestants, 'own method of the report')
+    first, basis = headline(rows, own, seed)
     verdicts = [verdict(c, p) for c, p in contrasts(rows, own, [m for m in contestants if m != own], seed=seed)]
     return dict(
         lines=lines,
@@ -315,7 +321,8 @@ def measured(rows: Sequence[Row], own: str, effects: Sequence[str], sizes: Mappi
         how=lines[0]['how'],
         per_effect=effect_table(rows, effects, contestants),
         heats=[confusion_table(groups[m], effects) for m in contestants],
-        headline=headline(rows, own, seed),
+        headline=first,
+        basis=basis,
     )
 
 
@@ -324,12 +331,10 @@ def unmeasured(distances: Sequence[Mapping], own: str) -> dict:
     mine = [d for d in distances if d['method'] == own and d['distance'] is not None]
     told = [d for d in mine if d['ceiling'] < d['floor']]
     near = sum(d['distance'] < d['floor'] for d in told)
-    said = (
-        'No oracle knows these effects. By distance, the outputs are nearer to the effect than the unedited pictures '
-        f'for {near} of {len(told)} effects.'
-    )
+    said = f'The outputs are nearer to the effect than the unedited pictures, for {near} of {len(told)} effects.'
     nothing = dict(lines=[], verdicts=[], contestants=[], how='', per_effect=[], heats=[])
-    return nothing | dict(headline=said if told else '')
+    basis = 'No oracle knows these effects, so this is a distance and no judgement.'
+    return nothing | dict(headline=said if told else '', basis=basis)
 
 # %% ../../nbs/judge/report.ipynb #5f2d1a38
 def _gallery_note(edits: int, marked: bool) -> str:

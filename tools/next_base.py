@@ -1,4 +1,4 @@
-"""Lays out a base that is still being trained: `python tools/next_base.py data/next/<name>.safetensors FOLDER`.
+"""Lays out a base that is still being trained: `python tools/next_base.py assets/next_base/<name>.safetensors FOLDER`.
 
 The file holds the transformer's weights in float16; everything else of the base is that of data/nano. A training of
 `nbs/experiments/nano_base.ipynb` goes on from FOLDER with `-p start=FOLDER`."""

@@ -36,6 +36,7 @@ setup(
         f'{cfg["lib_name"]}._data': 'data',
     },
     package_data={
+        cfg['lib_name']: ['py.typed'],
         f'{cfg["lib_name"]}._nbs': ['*.ipynb', '**/*.yaml'],
         f'{cfg["lib_name"]}._data': cfg['shipped_data'].split(),
     },

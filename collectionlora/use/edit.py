@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..aop import compose, prompt_of
+from ..aop import compose, student_prompt
 from ..bases.pipeline import Base, load_base
 from ..core import check_keys, nano_dir, nearest, replacing, UserError
 from ..files.card import write_card
@@ -60,7 +60,11 @@ class CollectionFile:
 
     def prompt(self, effect: str | tuple[str, ...]) -> str:
         "The instruction that applies an effect, or several chained (tuple or 'a+b')."
-        return compose([prompt_of(e) for e in self._parts(effect)])
+
+        def words(e):
+            return e.get('prompt') or student_prompt(e['trigger'], e.get('description', ''), e['category'])
+
+        return compose([words(e) for e in self._parts(effect)])
 
     def __repr__(self):
         ids = list(self.catalogue)
@@ -88,11 +92,13 @@ def load_role(
     return role
 
 
-def open_base(base: Base | str | Path, device: str = 'cpu') -> Base:
-    "A base as it is, or loaded from its folder; 'nano' is the miniature that ships."
+def open_base(base: Base | str | Path = 'nano', device: str = 'cpu', **kw) -> Base:
+    """A base as it is, or loaded from its folder; 'nano' is the miniature that ships. `collectionlora.load_base` is this.
+
+    device, kw: as for `bases.pipeline.load_base` (dtype, frozen)."""
     if isinstance(base, Base):
         return base
-    return load_base(nano_dir() if str(base) == 'nano' else base, device)
+    return load_base(nano_dir() if str(base) == 'nano' else base, device, **kw)
 
 
 def free_role(base: Base, name: str = 'collection') -> str:

@@ -145,7 +145,7 @@ def quiet(folder: Path) -> Iterator[None]:
             log.enable_progress_bar()
 
 # %% ../../nbs/bases/pipeline.ipynb #4a07c3d9
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Parts:
     "A Qwen-Image-Edit-Plus pipeline, its backbone, folder and settings; what only encodes can leave and come back."
 
@@ -153,6 +153,10 @@ class Parts:
     backbone: Backbone
     folder: Path
     info: dict
+
+    def __repr__(self):
+        roles, numbers = ', '.join(self.backbone.roles) or 'none', str(self.backbone.dtype).removeprefix('torch.')
+        return f'<Base {self.folder.name}: {self.info["pixels"]} pixels, {numbers} on {self.device}, roles: {roles}>'
 
     @cached_property
     def hash(self) -> str:

@@ -93,9 +93,9 @@ def load_role(
 
 
 def open_base(base: Base | str | Path = 'nano', device: str = 'cpu', **kw) -> Base:
-    """A base as it is, or loaded from its folder; 'nano' is the miniature that ships. `collectionlora.load_base` is this.
+    """A base as it is, or loaded from its folder; 'nano' is the miniature that ships.
 
-    device, kw: as for `bases.pipeline.load_base` (dtype, frozen)."""
+    `collectionlora.load_base` is this function. device, kw: as for `bases.pipeline.load_base` (dtype, frozen)."""
     if isinstance(base, Base):
         return base
     return load_base(nano_dir() if str(base) == 'nano' else base, device, **kw)

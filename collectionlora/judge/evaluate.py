@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'ALL', 'NO_ORACLE', 'held_out', 'in_world', 'references', 'round_trip', 'oracle_for', 'assemble',
-           'file_sizes', 'judge_all', 'evaluate', 'user_items', 'evaluate_sets', 'Measured', 'measure', 'save_pictures',
-           'read_pictures']
+           'file_sizes', 'judge_all', 'asked_about', 'recognisable', 'evaluate', 'user_items', 'evaluate_sets',
+           'Measured', 'measure', 'save_pictures', 'read_pictures']
 
 # %% ../../nbs/judge/evaluate.ipynb #5f2d0e03
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -167,6 +167,22 @@ def judge_all(
         for name, (outputs, seconds, nfe) in shown.items():
             (rows[name][k],) = judge(name, [items[k]], [outputs[k]], oracle, seconds, nfe, run)
     return [row for found in rows.values() for row in found]
+
+# %% ../../nbs/judge/evaluate.ipynb #5f2d0e43
+def asked_about(collection: Collection, sets: Sequence[EffectSet] = ()) -> dict[str, dict]:
+    """id -> {category, description} of the effects to evaluate: those of the folders `sets`, or all without folders.
+
+    Raises UserError for a folder of an effect that the collection lacks."""
+    for e in sets:
+        collection.prompt(e.id)
+    chosen = {e.id for e in sets} or set(collection.catalogue)
+    told = [e for e in collection.effects() if e['id'] in chosen]
+    return {e['id']: dict(category=e['category'], description=e['description']) for e in told}
+
+
+def recognisable(collection: Collection) -> list[str]:
+    "The effects of a collection that the world's oracle knows, in the catalogue's order."
+    return [id for id in collection.catalogue if in_world([id])]
 
 # %% ../../nbs/judge/evaluate.ipynb #5f2d0e26
 def evaluate(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PANELS', 'image_of', 'laplacian_energy', 'compare', 'few_step_sample', 'Look', 'look_at', 'draw_looks',
-           'contact_sheet', 'write_sheet', 'validate', 'curve', 'show_history']
+           'contact_sheet', 'write_sheet', 'validate', 'curve', 'shown', 'show_history']
 
 # %% ../../nbs/engine/looks.ipynb #f4dbd443
 import statistics
@@ -138,7 +138,7 @@ def validate(base: Base, look: Look, times: Sequence[float], seed: int, path: Pa
         **{f'val_{k}': mean(every, k) for k in ('colour', 'contrast', 'detail')},
     }
 
-# %% ../../nbs/engine/looks.ipynb #9a2e5b07
+# %% ../../nbs/engine/looks.ipynb #26756cce
 PANELS = {
     'losses': ('loss_fm', 'loss_fake', 'loss_bs', 'loss_ts'),
     'gradient norms': ('norm_bs', 'norm_ts', 'norm_fm'),
@@ -162,14 +162,21 @@ def curve(history: Sequence[Mapping], name: str, smooth: int) -> tuple[list, lis
     return [step for step, _ in points], means
 
 
+def shown(history: Sequence[Mapping], title: str) -> list[str]:
+    "The monitors in a panel: those that PANELS names, and losses and norms of further terms."
+    prefix = {'losses': 'loss_', 'gradient norms': 'norm_'}.get(title)
+    further = {k for h in history for k in h if prefix and k.startswith(prefix)}
+    return [*PANELS[title], *sorted(further - {*PANELS[title]})]
+
+
 def show_history(history: Sequence[dict], smooth: int = 1):
     """Figure of a run: losses, gradient norms, health of the fake score, drift of the student's samples;
     running means over `smooth` steps."""
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(3, 2, figsize=(10, 7.5), sharex=True)
-    for k, (ax, (title, names)) in enumerate(zip(axes.flat, PANELS.items())):
-        for name in names:
+    for k, (ax, title) in enumerate(zip(axes.flat, PANELS)):
+        for name in shown(history, title):
             steps, values = curve(history, name, smooth)
             if steps:
                 ax.plot(steps, values, 'o-' if name.startswith(('val', 'probe')) else '-', ms=3, lw=1, label=name)

@@ -22,7 +22,7 @@ from diffusers import QwenImageEditPlusPipeline
 
 from .. import world
 from .nano import PICTURE, PIXELS, prompt_template, to_tensor
-from ..core import bar, replacing, rng, seed_of, UserError, write_json
+from ..core import bar, load_state, rng, save_state, seed_of, UserError, write_json
 from ..flow import add_noise, shift_time, velocity
 
 # %% ../../nbs/bases/training.ipynb #2cdcaab5
@@ -206,15 +206,14 @@ class Resumable:
             opts=[o.state_dict() for o in (*self.opts, *self.scheds)],
             params=[p.detach() for p in self.params],
         )
-        with replacing(path) as p:
-            torch.save(state, p)
+        save_state(path, state)
 
     def load(self, path):
         """Restores what `save` wrote; the run goes on to the same bits.
 
         Raises `UserError` for a file that is damaged or another run's."""
         try:
-            s = torch.load(path, weights_only=True)
+            s = load_state(path)
         except Exception as e:  # whatever pickle and zip raise
             raise UserError(f'{path}: damaged checkpoint ({type(e).__name__}); delete it to start anew') from e
         if s.get('key') != self.key:

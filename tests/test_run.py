@@ -420,7 +420,7 @@ def test_every_experiment_refuses_what_papermill_would_pass_over():
 
 
 MODULES = {
-    '__init__.py': '',
+    '__init__.py': 'def __getattr__(name):\n    from .apart import add\n    return add',
     'sums.py': 'def add(a, b):\n    return a + b',
     'apart.py': 'from .sums import add',
     'room/__init__.py': 'from .near import *',
@@ -462,6 +462,36 @@ def test_a_module_that_is_reached_through_relative_imports_decides_the_key(tmp_p
     )
     for name in ('room/__init__.py', 'room/near.py', 'room/beside.py', 'sums.py', 'other/far.py'):
         assert code(name.replace('/', '-'), **{name: MODULES[name] + '\ny = 2'}) != plain, name
+
+
+@pytest.mark.parametrize(
+    'source, files',
+    [
+        ('from collectionlora import anything', {'__init__.py', 'apart.py', 'sums.py'}),
+        ('import collectionlora\ncollectionlora.anything()', {'__init__.py', 'apart.py', 'sums.py'}),
+        ('from collectionlora import apart, __version__', {'apart.py', 'sums.py'}),
+        ('import collectionlora\ncollectionlora.__file__', set()),
+        ('from collectionlora.other.far import x', {'other/far.py'}),
+    ],
+)
+def test_what_the_package_offers_at_its_top_counts_and_its_modules_do_not_lead_there(
+    tmp_path, monkeypatch, source, files
+):
+    import collectionlora
+    from collectionlora.run.keys import modules_of
+
+    init = package(tmp_path / 'collectionlora')
+    monkeypatch.setattr(collectionlora, '__file__', str(init))
+    assert {p.relative_to(init.parent).as_posix() for p in modules_of(source)} == files
+
+
+def test_a_module_of_before_counts_as_all_rooms_that_its_functions_have_moved_into():
+    from collectionlora.files.earlier import EARLIER
+    from collectionlora.run.keys import modules_of
+
+    for name, rooms in EARLIER.items():
+        now = {p for room in rooms for p in modules_of(f'import collectionlora.{room}')}
+        assert set(modules_of(f'from collectionlora.{name} import anything')) == now and len(now) >= len(rooms)
 
 
 LOADED = 'import sys, collectionlora.engine.loop; print(*(m.__file__ for n, m in sys.modules.items() if n.startswith("collectionlora.") and getattr(m, "__file__", None)))'

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import collectionlora
 from ..core import sha256_file, sha256_folder, sha256_json, UserError
+from ..files.earlier import EARLIER
 from .signature import code_cells, notebook_path
 
 # %% ../../nbs/run/keys.ipynb #310c4323
@@ -28,28 +29,33 @@ def imports_of(tree, package: str = 'collectionlora') -> set:
             above = package.split('.')[: len(package.split('.')) - node.level + 1] if node.level else []
             module = '.'.join([*above, *([node.module] if node.module else [])])
             found |= {module} | {f'{module}.{a.name}' for a in node.names}
+        of = node.value if isinstance(node, ast.Attribute) else None
+        if isinstance(of, ast.Name) and of.id == 'collectionlora':
+            found.add(f'collectionlora.{node.attr}')
     return {n.removeprefix('collectionlora.') for n in found if n.startswith('collectionlora.')}
 
-
-def _file_of(name: str) -> Path:
-    "The file of a module of this package, or of a sub-package; it may be absent where `name` is no module."
-    stem = Path(collectionlora.__file__).parent / name.replace('.', '/')
-    module = stem.with_name(f'{stem.name}.py')
-    return module if module.is_file() else stem / '__init__.py'
-
 # %% ../../nbs/run/keys.ipynb #cc5d5b26
+def _files_of(name: str) -> list[Path]:
+    """The files behind a name: of a module or sub-package, of all rooms of an earlier module, or, for what the package
+    itself offers, its `__init__.py`. None where the name is something inside a module."""
+    root = Path(collectionlora.__file__).parent
+    place = lambda name: root / name.replace('.', '/')
+    own = [p for p in (place(name).with_name(f'{place(name).name}.py'), place(name) / '__init__.py') if p.is_file()]
+    if own or name in EARLIER:
+        return own[:1] or [place(room).with_suffix('.py') for room in EARLIER[name]]
+    return [] if '.' in name or name.startswith('__') else [root / '__init__.py']
+
+
 def modules_of(source: str) -> list[Path]:
     "The package's files that `source` imports, directly or through one another."
-    root, reached, todo = Path(collectionlora.__file__).parent.parent, {}, [(ast.parse(source), 'collectionlora')]
+    root, reached, todo = Path(collectionlora.__file__).parent.parent, set(), [(ast.parse(source), 'collectionlora')]
     while todo:
-        for name in imports_of(*todo.pop()):
-            path = _file_of(name)
-            if name in reached or not path.is_file():
-                continue
-            reached[name] = path
+        files = {path for name in imports_of(*todo.pop()) for path in _files_of(name)}
+        for path in files - reached:
             inside = path.parent.relative_to(root).as_posix().replace('/', '.')
             todo.append((ast.parse(path.read_text(encoding='utf-8')), inside))
-    return sorted(reached.values())
+        reached |= files
+    return sorted(reached)
 
 # %% ../../nbs/run/keys.ipynb #782b5b6a
 def notebook_code(path: Path) -> str:

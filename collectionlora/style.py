@@ -105,7 +105,7 @@ def content(fig: Figure) -> list:
 
 
 def keep_figure(fig: Figure, name: str, folder=None, dpi: int = 110) -> bool:
-    "Writes `fig` as `<name>.png` to `folder` (results/figures), unless the file there shows the same; returns whether it has written."
+    "Writes `fig` as `<name>.png` to `folder` (results/figures) unless the file there shows the same; whether it wrote."
     path = Path(folder or core.results_dir() / 'figures') / f'{name}.png'
     digest = hashlib.sha256(json.dumps(content(fig)).encode()).hexdigest()
     if path.is_file():
@@ -121,7 +121,7 @@ def keep_figure(fig: Figure, name: str, folder=None, dpi: int = 110) -> bool:
 
 # %% ../nbs/run/style.ipynb #9e4661c2
 def keep_table(lines: list[str], name: str, folder=None) -> bool:
-    "Writes lines of Markdown as `<name>.md` to `folder` (results/tables), unless they are there; returns whether it has written."
+    "Writes lines of Markdown as `<name>.md` to `folder` (results/tables) unless they are there; whether it wrote."
     path, text = Path(folder or core.results_dir() / 'tables') / f'{name}.md', '\n'.join(lines) + '\n'
     if path.is_file() and path.read_text(encoding='utf-8') == text:
         return False
@@ -131,7 +131,7 @@ def keep_table(lines: list[str], name: str, folder=None) -> bool:
 
 # %% ../nbs/run/style.ipynb #80aa83e4
 def longest(experiment: str) -> tuple[str, dict]:
-    "(run, record) of the longest run of an experiment that has finished: full, demo or smoke. Raises `UserError` if there is none."
+    "(run, record) of the longest finished run of an experiment: full, demo or smoke. `UserError` if there is none."
     for run in ('full', 'demo', 'smoke'):
         path = core.results_dir() / experiment / f'{run}.json'
         if path.is_file() and (record := core.read_json(path))['status'] == 'finished':

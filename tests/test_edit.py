@@ -2,6 +2,9 @@
 
 import base64
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from collectionlora.files.lora import read_lora, write_lora
 from collectionlora.flow import few_step_times
 from collectionlora.judge.gate import Item
 from collectionlora.judge.methods import Method, run_method
-from collectionlora.use import edit
+from collectionlora.use import edit, sheet
 from collectionlora.use.plain import fixed_noise, plain_pipeline
 
 SAMPLING = dict(steps=8, shift=3.0, times=few_step_times(8, 3.0), stochastic=True, cfg=1.0)
@@ -308,3 +311,127 @@ def test_recipes():
     assert read.times == (1.0, 0.5, 0.0) and read.nfe == 4
     with pytest.raises(UserError, match='f: header field collectionlora.sampling'):
         edit.Recipe.read({}, 'f')
+
+
+def test_results_keep_the_ratio_and_have_the_size_that_is_asked(base, collection):
+    wide = picture(0, (300, 150))
+    working, ratio, original = (collection.edit(wide, 'oil', size=s) for s in ('working', 'ratio', 'original'))
+    assert working.size == collection.working_size(wide) == base.size(wide)[::-1] and original.size == (300, 150)
+    assert abs(ratio.width / ratio.height - 2) < 0.1 and collection.edit(wide, 'oil').size == ratio.size
+    made = latents(base, collection, [picture(1)], ['oil'], [0])
+    exact = base.decode(made, base.grid(picture(1)))[0]
+    assert all(np.array_equal(collection.edit(picture(1), 'oil', size=s), exact) for s in ('ratio', 'working'))
+    with pytest.raises(UserError, match="did you mean 'original'"):
+        collection.edit(wide, 'oil', size='orignal')
+
+
+@pytest.mark.parametrize(
+    'made, original, wanted',
+    [
+        ((64, 64), (1200, 800), (78, 52)),
+        ((1248, 832), (1201, 800), (1248, 832)),
+        ((64, 64), (64, 64), (64, 64)),
+        ((128, 32), (2000, 20), (640, 6)),
+    ],
+)
+def test_a_shape_is_mended_only_where_one_would_see_it(made, original, wanted):
+    assert sheet.fitted_size(made, original) == wanted
+    assert sheet.fitted_size(made, original, 'original') == original
+
+
+@pytest.mark.parametrize(
+    'given, words',
+    [
+        (dict(image=np.zeros((64, 64, 3), np.uint8)), r'array of shape \(64, 64, 3\) and type uint8'),
+        (dict(image=7), 'is a int; give a path'),
+        (dict(seed=1.5), 'seed is 1.5'),
+        (dict(seed=-1), 'seed is -1'),
+        (dict(seed=[0, 'a']), "seed is 'a'"),
+        (dict(seed=True), 'seed is True'),
+        (dict(strength='much'), "strength is 'much'"),
+        (dict(strength=float('nan')), 'strength is nan'),
+        (dict(image=[]), 'list of pictures is empty'),
+        (dict(image=[picture(0), picture(1)], effect=['oil', 'snow', 'oil']), '2 pictures for 3 effects'),
+        (dict(image=[picture(0), picture(1)], seed=[1, 2, 3]), '2 pictures for 3 seeds'),
+        (dict(effect=['oil', 'snow'], strength=[1.0, 0.5, 2.0]), '2 effects for 3 strengths'),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(collection, given, words):
+    with pytest.raises(UserError, match=words):
+        collection.edit(**{'image': picture(0), 'effect': 'oil', **given})
+
+
+def test_numpy_numbers_and_tuples_of_pictures_are_taken(collection):
+    pair = (picture(0), picture(1))
+    made = collection.edit(pair, 'oil', seed=(np.int64(3), 4), strength=np.float32(1))
+    assert [np.array_equal(a, collection.edit(p, 'oil', seed=s)) for a, p, s in zip(made, pair, (3, 4))] == [True, True]
+
+
+def test_two_collections_on_one_base_do_not_meet(base, file, collection):
+    before = np.asarray(collection.edit(picture(0), 'oil'))
+    with edit.Collection.load(base, file) as second, edit.Collection.load(base, file) as third:
+        assert len({collection.role, second.role, third.role}) == 3
+        assert np.array_equal(second.edit(picture(0), 'oil'), before)
+        assert np.array_equal(collection.edit(picture(0), 'oil'), before)
+    assert not {second.role, third.role} & set(base.backbone.roles)
+    third.close()  # closing twice is no mistake
+    with pytest.raises(UserError, match='taken'):
+        edit.Collection(base, file, role=collection.role)
+
+
+def test_a_file_speaks_without_a_base(file, collection):
+    said = edit.CollectionFile(file)
+    assert said.effects() == collection.effects() and said.prompt('oil+snow') == collection.prompt('oil+snow')
+    assert repr(said) == '<CollectionFile collection.safetensors: 2 effects (oil, snow), 8 steps>'
+    assert repr(collection).startswith('<Collection ') and collection.base.folder.name in repr(collection)
+
+
+def test_every_picture_with_every_effect_and_seed(collection, tmp_path):
+    for folder in ('a', 'b'):
+        (tmp_path / folder).mkdir()
+        picture(ord(folder), (80, 40)).save(tmp_path / folder / 'cat.png')
+    paths = [tmp_path / f / 'cat.png' for f in ('a', 'b')]
+    edits = edit.edit_all(collection, paths, ['oil', 'oil+snow'], seeds=[0, 5], strength=0.5, size='original', batch=3)
+    assert [(e.picture, e.effect, e.seed) for e in edits] == [
+        (p, e, s) for p in ('cat', 'cat-2') for e in ('oil', 'oil+snow') for s in (0, 5)
+    ]
+    alone = collection.edit(paths[1], 'oil+snow', seed=5, strength=0.5, size='original')
+    assert np.abs(np.asarray(edits[-1].image, int) - np.asarray(alone, int)).max() <= 1
+    files = edit.save_edits(edits, tmp_path / 'out')
+    assert len(set(files)) == 8 and files[0].name == 'cat-oil-0-strength0.5.png'
+    assert all(Image.open(f).size == (80, 40) for f in files)
+    everything = edit.edit_all(collection, paths[:1])
+    assert [e.effect for e in everything] == ['oil', 'snow'] and everything[0].name == 'cat-oil-0.png'
+    with pytest.raises(UserError, match='no picture'):
+        edit.edit_all(collection, [])
+    with pytest.raises(UserError, match="did you mean 'snow'"):
+        edit.edit_all(collection, paths, ['snwo'])
+
+
+def test_a_sheet_shows_the_original_beside_every_result(collection):
+    edits = edit.edit_all(collection, [picture(0)], ['oil', 'snow'], seeds=[0, 1])
+    shown, side = edit.sheet_of(edits, 64), 64
+    left, top = shown.width - 3 * (side + sheet.GAP), shown.height - 2 * (side + sheet.GAP)
+    for row, seed in enumerate((0, 1)):
+        found = [e for e in edits if e.seed == seed]
+        for column, wanted in enumerate((picture(0), found[0].image, found[1].image)):
+            at = left + column * (side + sheet.GAP), top + row * (side + sheet.GAP)
+            assert np.array_equal(shown.crop((*at, at[0] + side, at[1] + side)), wanted), (row, column)
+
+
+def test_the_working_size_is_said_and_a_miniature_says_what_it_is(collection):
+    said = edit.working_words(collection, [picture(0, (400, 200)), picture(1), picture(2)])
+    assert '400 × 200 pixels are edited at' in said and 'no photographs' in said and said.count('returned at') == 2
+
+
+def test_the_package_offers_its_two_names_without_loading_torch():
+    code = (
+        'import sys, collectionlora as c\n'
+        'assert not {"torch", "diffusers", "numpy"} & set(sys.modules)\n'
+        'assert {"Collection", "load_base"} <= set(dir(c)) & set(c.__all__)\n'
+        'from collectionlora.use.edit import Collection, open_base\n'
+        'assert c.Collection is Collection and c.load_base is open_base\n'
+        'assert not hasattr(c, "Colection")'
+    )
+    subprocess.run([sys.executable, '-c', code], check=True)
+    assert (Path(edit.__file__).parents[1] / 'py.typed').is_file()

@@ -206,3 +206,98 @@ def test_optional_reference_is_set_off_and_no_contestant(everything, tmp_path):
     assert [l['reference'] for l in lines] == [False, False, True, True, True, True]
     page = R.render(tmp_path / 'r.html', **everything)
     assert page.count('class="heat"') == 2 and tables.ENCODED in page
+
+
+def judged(method, good, effects=12, images=10):
+    "Rows in which good(effect, image) says whether an edit succeeded."
+    return [
+        Row(method, f'e{e}', 'animal', f'i{i}', 0, f'e{e}' if ok else NONE, ok, 1.0, 0.0, 1.0, 1.0, 8)
+        for e in range(effects)
+        for i in range(images)
+        for ok in [good(e, i)]
+    ]
+
+
+TEACHER = 'teacher, 40 steps × CFG'
+
+
+@pytest.mark.parametrize(
+    'ours, theirs, effects, verdict',
+    [
+        (lambda e, i: i < 5 + e % 2, lambda e, i: i < 9, 12, 'worse than the teachers by 35 points [32, 38].'),
+        (lambda e, i: i < 9, lambda e, i: i < 5 + e % 2, 12, 'better than the teachers by 35 points [32, 38].'),
+        (lambda e, i: i < 8 + e % 2, lambda e, i: i < 9 - e % 2, 12, 'as good as the teachers within 7 points.'),
+        (lambda e, i: i < 10 * (e % 2), lambda e, i: i < 10 - 10 * (e % 2), 4, 'is not decided'),
+        (lambda e, i: i < 9, lambda e, i: i < 8, 1, 'as good as the teacher of this effect: it may be up to'),
+    ],
+)
+def test_the_first_sentence_follows_the_interval(ours, theirs, effects, verdict):
+    rows = (
+        judged(OWN, ours, effects) + judged('teacher alone, 8 steps', ours, effects) + judged(TEACHER, theirs, effects)
+    )
+    said, basis = R.headline(rows, OWN)
+    assert verdict in said and said.count('.') == 1
+    assert f'{10 * effects} edits with each' in basis and 'percentage points of failed edits' in basis
+
+
+def test_the_first_sentence_without_teachers_or_rows():
+    rows = judged(OWN, lambda e, i: i < 8)
+    assert R.headline(rows, OWN) == ('20 % of the edits failed.', 'There are no teachers here to compare with.')
+    assert R.headline([], OWN) == R.headline(rows, 'another') == ('', '')
+    assert R.teachers_among(['base', 'teacher alone, 8 steps', TEACHER]) == TEACHER
+    assert (
+        R.teachers_among(['teacher alone, 8 steps']) == 'teacher alone, 8 steps' and R.teachers_among(['base']) is None
+    )
+
+
+def test_the_verdict_stands_before_the_pictures_and_ours_beside_source_and_target(everything, tmp_path):
+    everything['rows'] += rows(TEACHER, 6)
+    everything['columns'] = columns = ['source', 'target', OTHER, TEACHER, OWN]
+    everything['pictures'] = {
+        (e, 'i0', c): np.full((64, 64, 3), 10 * k, np.uint8) for k, e in enumerate(EFFECTS) for c in columns
+    }
+    page = R.render(tmp_path / 'r.html', **everything)
+    assert page.index('class="verdict"') < page.index('class="budget"') < page.index('<img') < page.index('bad cases')
+    for part in page.split('<div class="three">')[1:]:
+        three, more = part.split('<div class="more">')
+        assert re.findall(r'<figcaption>([^<]*)', three) == ['source', 'target', OWN]
+        assert three.count('<figure class=own>') == 1 and more.split('</section>')[0].count('class=own') == 0
+        assert re.findall(r'<figcaption>([^<]*)', more.split('<div class="edit">')[0]) == [
+            'other &lt;8&gt; steps',
+            TEACHER,
+        ]
+    assert page.index(f'<small>{OWN}</small>') < page.index(f'<small>{TEACHER}</small>')  # ours is the first tile
+
+
+def test_only_the_effects_that_were_asked_about(everything, tmp_path):
+    own = [r for r in everything['rows'] if r.method == OWN]
+    other = [Row(**{**vars(r), 'predicted': 'rain', 'applied': False}) if r.effect == 'hat' else r for r in own]
+    everything['rows'] = [r for r in everything['rows'] if r.method != OWN] + other
+    page = R.render(tmp_path / 'r.html', **{**everything, 'effects': {'hat': EFFECTS['hat']}})
+    gallery = page[page.index('never seen') : page.index('How often did it fail')]
+    assert gallery.count('<h3>') == 1 and gallery.count('<img') == 3 and 'n = 6' in page and 'n = 12' not in page
+    assert 'Bad cases by effect' in page and page.count('<tr><td>rain') == 0
+    heat = page[page.rindex('class="heat"') :].split('</table>')[0]
+    assert heat.count('<tr>') == 2 and 'asked hat, seen rain: 6 of 6' in heat  # what it was taken for has a column
+
+
+def test_a_page_without_an_oracle_begins_with_distances(everything, tmp_path):
+    lines = [
+        dict(method=m, effect=e, distance=d, floor=1.0, ceiling=0.4, n=3, seconds=0.2, nfe=8)
+        for m, far in ((OWN, (0.5, 1.5)), (OTHER, (0.1, 0.1)))
+        for e, d in zip(EFFECTS, far)
+    ]
+    given = {**everything, 'rows': [], 'sizes': {}, 'distances': lines, 'no_oracle': 'No ground truth.'}
+    page = R.render(tmp_path / 'r.html', **given)
+    assert 'nearer to the effect than the unedited pictures, for 1 of 2 effects.' in page
+    one = R.render(tmp_path / 'one.html', **{**given, 'effects': {'hat': EFFECTS['hat']}})
+    assert 'for 1 of 1 effects.' in one and one.count('<td>rain') == 0 and one.count('<img') == 3
+    silent = [{**d, 'ceiling': 2.0} for d in lines]
+    assert 'class="verdict"' not in R.render(tmp_path / 's.html', **{**given, 'distances': silent})
+
+
+def test_lines_of_style_and_template_can_be_read():
+    from collectionlora.judge.page import PAGE, STYLE
+
+    assert max(map(len, (STYLE + PAGE).splitlines())) <= 120 and 'http' not in STYLE
+    assert STYLE.count('{') == STYLE.count('}') and PAGE.count('<section>') == PAGE.count('</section>')

@@ -301,3 +301,18 @@ def test_lines_of_style_and_template_can_be_read():
 
     assert max(map(len, (STYLE + PAGE).splitlines())) <= 120 and 'http' not in STYLE
     assert STYLE.count('{') == STYLE.count('}') and PAGE.count('<section>') == PAGE.count('</section>')
+
+
+def test_an_evaluation_asks_about_the_folders_that_are_given(tmp_path):
+    from collectionlora.core import collection_dir
+    from collectionlora.files.drawn import write_world_effect
+    from collectionlora.judge.evaluate import asked_about, recognisable
+    from collectionlora.use.edit import CollectionFile
+
+    file = CollectionFile(collection_dir() / 'collection.safetensors')
+    lava, pixels = (write_world_effect(tmp_path / id, id, 1, 0) for id in ('lava_creature', 'pixel_art'))
+    assert list(asked_about(file)) == list(file.catalogue) == recognisable(file)
+    told = asked_about(file, [lava])
+    assert list(told) == ['lava_creature'] and set(told['lava_creature']) == {'category', 'description'}
+    with pytest.raises(UserError, match="no effect 'pixel_art' in this collection"):
+        asked_about(file, [lava, pixels])

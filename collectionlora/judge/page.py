@@ -33,7 +33,7 @@ PARTS = """
 .budget{border-radius:0 8px 8px 0;max-width:90ch}
 .edit{display:flex;flex-wrap:wrap;gap:.7rem 1.6rem;margin:.6rem 0 1.2rem}
 .three{display:grid;grid-template-columns:repeat(3,minmax(0,12rem));gap:.5rem;flex:0 1 37rem}
-.more{display:grid;grid-template-columns:repeat(auto-fill,minmax(5.4rem,1fr));gap:.5rem;flex:1 1 18rem}
+.more{display:grid;grid-template-columns:repeat(auto-fill,minmax(5.4rem,1fr));gap:.5rem;flex:1 1 12rem}
 .more{align-content:start}
 .edit figure{margin:0;font-size:.82rem;line-height:1.3}
 .edit img,.edit .none{display:block;width:100%;aspect-ratio:1;border-radius:6px;background:var(--line)}

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..core import check_keys, read_yaml, replacing, rng, sha256_file, sha256_json, UserError, write_yaml
+from ..core import check_keys, read_yaml, replacing, rng, sha256_file, sha256_json, text_lines, UserError, write_yaml
 
 log = logging.getLogger('collectionlora')
 
@@ -377,12 +377,7 @@ def _general_lines(folder) -> list[dict]:
         raise UserError(
             f'{path}: no such file; a general folder has one line {{"image": ..., "prompt": ...}} per entry'
         )
-    try:
-        text = path.read_bytes().decode('utf-8-sig')
-    except UnicodeDecodeError as e:
-        raise UserError(f'{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it again as UTF-8') from e
-    lines = text.split('\n')  # a line of JSON ends at a line feed only; texts may hold every other separator
-    entries = [_entry(Path(folder), s, f'{path} line {n}') for n, s in enumerate(lines, 1) if s.strip()]
+    entries = [_entry(Path(folder), line, f'{path} line {n}') for n, line in text_lines(path)]
     if not entries:
         raise UserError(f'{path}: holds no entries; add one line per image')
     return entries

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..core import check_keys, nearest, replacing, seed_of, UserError
+from ..core import check_keys, nearest, replacing, seed_of, text_lines, UserError
 from ..world.pen import laplacian_energy
 
 # %% ../../nbs/judge/gate.ipynb #5f2d0a08
@@ -73,7 +73,7 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
 def read_rows(path: str | Path) -> list[Row]:
     "Rows of a JSON lines file; UserError names file and line of anything that is no row."
     rows, names = [], [f.name for f in fields(Row)]
-    for n, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for n, line in text_lines(path):
         try:
             d = json.loads(line)
         except json.JSONDecodeError as e:

@@ -82,12 +82,13 @@ def rollout_each(
     x1: Tensor,
     times: Sequence[float],
     exits: Sequence[int],
-    noise_fn: Callable[[int], Tensor],
+    noise_fn: Callable[[int], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """Backward simulation with one exit step per sample: (x_t [B, ...], t [B]), the input of the step to be trained.
 
-    v_fn(x_t, t, rows) predicts the samples `rows` (a prefix slice), noise_fn(k) is fresh noise [B, ...] for times[k],
-    exits must be sorted, largest first. Costs sum(exits) single-sample forwards and builds no graph."""
+    v_fn(x_t, t, rows) predicts the samples `rows` (a prefix slice); noise_fn(k) is fresh noise [B, ...] for times[k],
+    None: the ODE sampler, which draws none. exits must be sorted, largest first. Costs sum(exits) single-sample
+    forwards and builds no graph."""
     if sorted(exits, reverse=True) != list(exits):
         raise UserError('rollout_each: exits must be sorted, largest first')
     x, time_of = x1.clone(), torch.tensor([times[k] for k in exits], dtype=torch.float32, device=x1.device)
@@ -95,6 +96,9 @@ def rollout_each(
         for k in range(exits[0]):
             rows = slice(0, sum(e > k for e in exits))
             t = torch.full((rows.stop,), times[k], dtype=torch.float32, device=x1.device)
-            x0 = to_x0(x[rows], v_fn(x[rows], t, rows), t)
-            x[rows] = add_noise(x0, noise_fn(k + 1)[rows], times[k + 1])
+            v = v_fn(x[rows], t, rows)
+            if noise_fn is None:
+                x[rows] = x[rows] + (times[k + 1] - times[k]) * v
+            else:
+                x[rows] = add_noise(to_x0(x[rows], v, t), noise_fn(k + 1)[rows], times[k + 1])
     return x, time_of

@@ -97,15 +97,18 @@ def sample_few(v_fn: VelocityFn, x1: Tensor, times: Sequence[float], noise_fn: C
 
 
 def rollout(
-    v_fn: VelocityFn, x1: Tensor, times: Sequence[float], exit_step: int, noise_fn: Callable[[int], Tensor]
+    v_fn: VelocityFn, x1: Tensor, times: Sequence[float], exit_step: int, noise_fn: Callable[[int], Tensor] | None
 ) -> Tensor:
-    """The state x_t at times[exit_step] that `sample_few` would reach, without gradient: the input of the step that is
-    then taken with gradient (backward simulation with early exit). Costs exit_step forwards; exit_step 0 is x1."""
+    """The state x_t at times[exit_step] that `sample_few` would reach, or without noise_fn `sample_ode`: the input of
+    the step that is then taken with gradient (backward simulation with early exit). Builds no graph and costs
+    exit_step forwards; exit_step 0 is x1."""
     if not 0 <= exit_step < len(times):
         raise UserError(f'rollout: exit_step is {exit_step}; the schedule has steps 0 to {len(times) - 1}.')
     if exit_step == 0:
         return x1
     with torch.no_grad():
+        if noise_fn is None:
+            return sample_ode(v_fn, x1, times[: exit_step + 1])
         x0 = sample_few(v_fn, x1, times[:exit_step], noise_fn)
         return add_noise(x0, noise_fn(exit_step), times[exit_step])
 

@@ -20,20 +20,22 @@ from collectionlora.bases.pipeline import load_base
 from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import load_state, seed_of, UserError
 from collectionlora.dmd import fake_loss
-from collectionlora.engine import terms
-from collectionlora.engine.looks import show_history
+from collectionlora.engine import rollouts, terms
+from collectionlora.engine.looks import few_step_sample, show_history
 from collectionlora.engine.loop import distill, Training
 from collectionlora.engine.plan import measured_plan, passes
 from collectionlora.engine.pools import load_pools, mixed_pool, mixed_rows, Pool, samples_of
 from collectionlora.engine.settings import PRESETS, resolved, schedule_of, Settings
-from collectionlora.engine.state import Guard, start_from, State
+from collectionlora.engine.state import compare_fingerprints, Guard, start_from, State
 from collectionlora.engine.terms import Engine, fake_update, rate_at
 from collectionlora.files.conditions import ConditionCache
 from collectionlora.files.effects import load_effects, load_general, write_effect, write_general
 from collectionlora.files.header import catalogue, read_header
 from collectionlora.files.lora import read_lora, write_lora
-from collectionlora.flow import few_step_times
+from collectionlora.flow import few_step_times, noise_like
 from collectionlora.teachers import TeacherBank
+from collectionlora.use.edit import load_role
+from collectionlora.use.sampling import Recipe, sample
 
 SMALL = Settings.preset(
     steps=5, batch=3, fake_per_generator=2, fake_warmup=3, rank_student=3, rank_fake=3, ema=0.8, p_switch=0.6, seed=1
@@ -283,6 +285,47 @@ def test_extension_keeps_the_parents_effects(world, tmp_path):
     assert header['collectionlora.sampling']['times'] == schedule_of(resolved(SMALL, base.info['shift']))
 
 
+@pytest.mark.parametrize('sampler', ['ode', 'stochastic'])
+def test_the_sampler_of_rollouts_is_the_sampler_of_use(world, tmp_path, sampler, monkeypatch):
+    "Full rollout, shared rollout, validation and the file's own recipe end in the same picture."
+    s = replace(SMALL, sampler=sampler, few_shift=1.0, steps=1, fake_warmup=0)
+    run(world, s, tmp_path)
+    base, file = world[0], tmp_path / 'collection.safetensors'
+    recipe = Recipe.read(read_header(file), str(file))
+    assert recipe.stochastic == (sampler == 'stochastic') and recipe.steps == SMALL.few_steps
+    role, engine = load_role(base, file, 'student'), engine_of(world, s)
+    cond, seeds = engine.pools[0].student.index([0, 1]), [5, 6]
+    used = sample(base, role, cond, seeds, recipe)
+    looked = few_step_sample(base.backbone, role, cond, engine.times, seeds, sampler=sampler)
+    other = few_step_sample(base.backbone, role, cond, engine.times, seeds, sampler={'ode': 'stochastic'}.get(sampler, 'ode'))
+    assert torch.equal(used, looked) and (used - other).abs().max() > 1e-3
+    draws = iter([noise_like(used.shape, seeds, k) for k in range(s.few_steps)])
+    monkeypatch.setattr(rollouts, 'noise', lambda *_: next(draws))
+    assert torch.allclose(rollouts.full_rollout(engine, cond, None)[-1], used, atol=1e-5)
+    base.backbone.remove(role)
+
+
+def test_the_fake_score_is_pulled_to_the_student(world, roles):
+    "After an update it stands a share of the way nearer to the student than the same update without pull."
+    found = {}
+    for pull in (0.0, 0.25, 1.0):
+        engine = engine_of(world, replace(SMALL, fake_init='student', fake_pull=pull))
+        state = State.fresh(engine.backbone, engine.s)
+        fake_update(engine, state, None, Guard(0))
+        found[pull] = state.fake.detach().clone()
+        student = state.student.detach().clone()
+    assert torch.allclose(found[0.25], found[0.0].lerp(student, 0.25)) and torch.allclose(found[1.0], student)
+    assert not torch.allclose(found[0.0], student)
+
+
+def test_a_checkpoint_from_before_the_setting_was_sampled_stochastically():
+    now = {'settings': asdict(resolved(SMALL, 1.0))}
+    before = {'settings': {k: v for k, v in now['settings'].items() if k != 'sampler'}}
+    with pytest.raises(UserError, match="sampler = 'stochastic', this run has 'ode'"):
+        compare_fingerprints(before, now, 'c.pt')
+    compare_fingerprints(before, {'settings': now['settings'] | {'sampler': 'stochastic'}}, 'c.pt')
+
+
 def test_anchor_first_is_the_anchor_alone(world, tmp_path):
     "Coarse steps have no matching and no fake updates, every step an effect; they resume to the same bits."
     s = replace(SMALL, steps=4, anchor_first=2)
@@ -423,6 +466,9 @@ def test_presets_and_fields_have_help():
         (dict(critic_min=0.5, critic_max=0.4), 'critic_min'),
         (dict(fake_batch='both'), 'fake_batch'),
         (dict(fake_init='zero'), 'fake_init'),
+        (dict(sampler='lcm'), 'sampler'),
+        (dict(fake_pull=0.1), 'fake_pull'),
+        (dict(fake_pull=1.5, fake_init='student'), 'fake_pull'),
         (dict(fake_init='student', rank_fake=4), 'rank_fake 4 equal'),
         (dict(anchor_after_critic=True, anchor_min=0.2), 'anchor'),
         (dict(lr_student=float('nan')), 'lr_student'),

@@ -102,10 +102,14 @@ def test_rollout_each_is_rollout_of_each(n, steps, seed):
     v = lambda x, t, rows=None: (spent.append(len(x)), (x * 1.3).sin() * t[:, None, None])[1]
     x_t, t = dmd.rollout_each(v, x1, times, exits, lambda k: noise[k])
     assert sum(spent) == sum(exits) and not x_t.requires_grad
+    ode, same_t = dmd.rollout_each(v, x1, times, exits, None)
+    assert torch.equal(t, same_t) and not ode.requires_grad
     for i, e in enumerate(exits):
-        assert torch.allclose(
-            x_t[i : i + 1], flow.rollout(v, x1[i : i + 1], times, e, lambda k: noise[k][i : i + 1]), atol=1e-6
-        )
+        one = x1[i : i + 1]
+        alone = flow.rollout(v, one, times, e, lambda k: noise[k][i : i + 1])
+        assert torch.allclose(x_t[i : i + 1], alone, atol=1e-6)
+        euler = flow.sample_ode(v, one, times[: e + 1])
+        assert torch.allclose(ode[i : i + 1], euler, atol=1e-6) and torch.equal(flow.rollout(v, one, times, e, None), euler)
     counts = Counter(exits)
     assert all(
         abs(counts[k] - n / steps) < 2 for k in range(steps)

@@ -97,7 +97,7 @@ def test_files_that_cannot_be_extended(world, parent, tmp_path):
         'empty': header | {'collectionlora.effects': []},
         'times or steps': {k: v for k, v in header.items() if k != 'collectionlora.sampling'},
         'base': header | {'collectionlora.base': {'hash': '0' * 64}},
-        'ODE': header | {'collectionlora.sampling': {'steps': 8, 'stochastic': False}},
+        'guidance': header | {'collectionlora.sampling': {'steps': 8, 'stochastic': False, 'cfg': 4.0}},
     }
     for words, said in broken.items():
         write_lora(tmp_path / 'x.safetensors', read_lora(parent.file), said)

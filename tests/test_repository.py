@@ -1,5 +1,6 @@
 "The repository as a whole: notebooks that teach, nothing that names a machine, nothing unfinished."
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -158,3 +159,10 @@ def test_the_documentation_leads_to_every_notebook_once():
     pages = [page for entry in nav for room in entry.values() for page in (room if isinstance(room, list) else [entry])]
     assert sorted(f'nbs/{path}' for page in pages for path in page.values()) == sorted(map(name, NOTEBOOKS))
     assert [*nav[1]] == ['method'] and [*nav[1]['method'][0].values()] == ['method/00_problem.ipynb']
+
+
+def test_working_effects_are_those_of_the_record():
+    spec = importlib.util.spec_from_file_location('working', ROOT / 'tools' / 'working.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert core.read_json(core.data_dir() / 'working.json') == tool.working(), 'run `python tools/working.py`'

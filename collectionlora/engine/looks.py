@@ -24,7 +24,7 @@ from .state import writing
 from .targets import sample_in_batches
 from ..files.conditions import ConditionCache
 from ..files.effects import EffectSet, load_image
-from ..flow import sample_few
+from ..flow import sample_few, sample_ode
 
 # %% ../../nbs/engine/looks.ipynb #1d9d78a6
 def image_of(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -54,12 +54,23 @@ def compare(x: Tensor, y: Tensor, grid: tuple[int, int]) -> dict[str, float]:
 
 # %% ../../nbs/engine/looks.ipynb #38017297
 def few_step_sample(
-    backbone: Backbone, role, cond: Cond, times: Sequence[float], seeds: Sequence[int], batch: int = 16
+    backbone: Backbone,
+    role,
+    cond: Cond,
+    times: Sequence[float],
+    seeds: Sequence[int],
+    batch: int = 16,
+    sampler: str = 'stochastic',
 ) -> Tensor:
-    "x0 [B, N, C] by the stochastic few-step sampler without guidance; sample i depends on seeds[i] alone."
+    """x0 [B, N, C] in few steps without guidance; sample i depends on seeds[i] alone.
+
+    times: the student's, without the closing 0; sampler: 'ode' or 'stochastic'."""
 
     def draw(c, noise, rows):
-        return sample_few(lambda x, t: backbone.velocity(role, x, t, c), noise(0), times, noise)
+        v_fn = lambda x, t: backbone.velocity(role, x, t, c)
+        if sampler == 'ode':
+            return sample_ode(v_fn, noise(0), [*times, 0.0])
+        return sample_few(v_fn, noise(0), times, noise)
 
     with torch.no_grad():
         return sample_in_batches(backbone, cond, seeds, batch, draw)
@@ -84,13 +95,13 @@ def look_at(cache: ConditionCache, effects: Sequence[EffectSet], n: int) -> Look
     return Look(tuple(s.id for s in picked), tuple(s.source for s in picked), conds, tuple(y))
 
 
-def draw_looks(backbone: Backbone, look: Look, times: Sequence[float], seed: int) -> list[Tensor]:
+def draw_looks(backbone: Backbone, look: Look, times: Sequence[float], seed: int, sampler: str) -> list[Tensor]:
     "The student's few-step samples of all rows, [N, C] each; rows of one shape share their forwards."
     seeds, found = [seed_of(seed, 'validation', i) for i in range(len(look.ids))], [None] * len(look.ids)
     for shape in sorted({c.grids for c in look.conds}):
         rows = [i for i, c in enumerate(look.conds) if c.grids == shape]
         cond = Cond.cat([look.conds[i] for i in rows])
-        x = few_step_sample(backbone, 'student', cond, times, [seeds[i] for i in rows])
+        x = few_step_sample(backbone, 'student', cond, times, [seeds[i] for i in rows], sampler=sampler)
         for i, sample in zip(rows, x):
             found[i] = sample
     return found
@@ -121,11 +132,13 @@ def write_sheet(base: Base, look: Look, samples: Sequence[Tensor], path: Path) -
         contact_sheet([sum(rows[i : i + 4], []) for i in range(0, len(rows), 4)]).save(part, 'PNG')
 
 # %% ../../nbs/engine/looks.ipynb #4dd97d1c
-def validate(base: Base, look: Look, times: Sequence[float], seed: int, path: Path | None) -> dict:
+def validate(
+    base: Base, look: Look, times: Sequence[float], seed: int, path: Path | None, sampler: str = 'stochastic'
+) -> dict:
     """Draws the looks and writes the sheet to `path` (None: nowhere).
 
     Returns detail, contrast and colour against the targets, on average and per effect."""
-    x = draw_looks(base.backbone, look, times, seed)
+    x = draw_looks(base.backbone, look, times, seed, sampler)
     if path:
         write_sheet(base, look, x, path)
     each = {id: [] for id in look.ids}

@@ -25,7 +25,7 @@ from ..core import load_state, nearest, seed_of, sha256_file, sha256_json, UserE
 from .looks import Look, look_at, validate
 from .monitors import diagnose, due, is_best, Watch
 from .parallel import check_scale, join, Ranks, save_together
-from .pools import load_pools, Pool, samples_of
+from .pools import load_pools, Pool, Rehearsal, samples_of
 from .rollouts import Engine
 from .settings import resolved, schedule_of, Settings
 from .state import Diverged, Guard, Interruption, State, telling_what_helps, weights_of, writing
@@ -70,11 +70,12 @@ def fingerprint_of(base: Base, bank, effects, general, s: Settings) -> dict:
         'order of effects': ', '.join(e.id for e in effects),
     }
     latents = lambda e: [sha256_file(p) for p in sorted((e.folder / 'latents').glob('*'))]
+    made_of = lambda e: e.hash if isinstance(e, Rehearsal) else sha256_json([e.hash, latents(e)])
     return dict(
         settings=settings,
         data=data,
         numerics=base.backbone.numerics,
-        effects={e.id: sha256_json([e.hash, latents(e)]) for e in effects},
+        effects={e.id: made_of(e) for e in effects},
         teachers={e.id: bank.shas[e.id] for e in effects},
     )
 
@@ -94,7 +95,8 @@ def catalogue_entry(e: EffectSet, teacher: str) -> dict:
 
 def parents_of(bank, effects, inherited: Sequence[dict], start: str | None) -> list[dict]:
     "The files that a collection comes from: the LoRA that it started from (its hash, if any), and the teachers."
-    parents = [{'sha256': bank.shas[e.id], 'kind': 'teacher', 'effect': e.id} for e in effects]
+    learnt = [e for e in effects if not isinstance(e, Rehearsal)]
+    parents = [{'sha256': bank.shas[e.id], 'kind': 'teacher', 'effect': e.id} for e in learnt]
     if start is not None:
         parents.insert(0, {'sha256': start, 'kind': 'start', 'effects': [e['id'] for e in inherited]})
     return parents
@@ -106,9 +108,11 @@ def collection_header(
     """The header of the result: catalogue (a parent collection's effects stay in it), sampler, base, training
     record, parents."""
     inherited = [] if s.init == 'zero' else read_header(s.init).get('collectionlora.effects', [])
-    entries = {e['id']: e for e in inherited} | {e.id: catalogue_entry(e, bank.shas[e.id]) for e in effects}
+    learnt = [e for e in effects if not isinstance(e, Rehearsal)]
+    entries = {e['id']: e for e in inherited} | {e.id: catalogue_entry(e, bank.shas[e.id]) for e in learnt}
     start = None if s.init == 'zero' else fingerprint['settings']['init']
-    sampling = {'steps': len(times), 'shift': s.few_shift, 'times': list(times), 'cfg': 1.0, 'stochastic': True}
+    stochastic = s.sampler == 'stochastic'
+    sampling = {'steps': len(times), 'shift': s.few_shift, 'times': list(times), 'cfg': 1.0, 'stochastic': stochastic}
     return {
         'collectionlora.effects': list(entries.values()),
         'collectionlora.parents': parents_of(bank, effects, inherited, start),
@@ -230,7 +234,7 @@ def _validate(t: Training) -> dict:
     sheet = t.out / 'validation' / f'{t.state.step:07d}.png'
     with weights_of(t.base.backbone, 'student', t.state.mean):
         path = None if t.engine.ranks.rank else sheet
-        seen = validate(t.base, t.look, t.engine.times, t.engine.s.seed, path)
+        seen = validate(t.base, t.look, t.engine.times, t.engine.s.seed, path, t.engine.s.sampler)
         if is_best(t.state.history, seen):
             t.publish(t.out / 'best.safetensors')
     return seen
@@ -347,7 +351,8 @@ def distill(
     """Trains the student; yields the monitors of each generator step (recorded ones first), returns the path of the
     LoRA file.
 
-    effects need trigger and description; general: (image, prompt) pairs; bank: may be None where p_switch is 0.
+    effects need trigger and description, a `Rehearsal` among them needs neither; general: (image, prompt) pairs; bank:
+    may be None where p_switch is 0.
     out_folder keeps checkpoints (exact resume), validation sheets and best.safetensors, the weights of the best
     look; file (default out_folder/collection.safetensors) appears at the end. validation: effect sets to look at
     every val_every steps (default: the training effects). look_every: steps between looks at the run's health (0:
@@ -378,7 +383,8 @@ def distill(
             if drop_encoders:
                 base.drop_encoders()
             yield from list(state.history)
-            engine = Engine(backbone, bank, pools, s, times, ranks)
+            plain = frozenset(e.id for e in effects if isinstance(e, Rehearsal))
+            engine = Engine(backbone, bank, pools, s, times, ranks, plain=plain)
             save, publish = writers(base, effects, engine, state, out, fingerprint, keep, save_every)
             ids, often = [e.id for e in effects], (save_every, look, val_every, look_every)
             yield from _train(Training(base, engine, state, ids, out, fingerprint, save, publish, *often))

@@ -28,7 +28,7 @@ class Engine:
 
     s: settings without a None shift (`resolved`); times: the student's noise levels (`schedule_of`); passes: samples
     that went through the transformer, forward only and with a gradient; shared: the rollout that `shared_rollout`
-    keeps."""
+    keeps; plain: the teachers that are asked without guidance, for they are students themselves."""
 
     backbone: Backbone
     bank: TeacherBank | None
@@ -38,6 +38,7 @@ class Engine:
     ranks: Ranks = Ranks()
     passes: dict[str, int] = field(default_factory=lambda: {'forward': 0, 'gradient': 0})
     shared: tuple = (None,)
+    plain: frozenset[str] = frozenset()
 
     def __post_init__(self):
         self.times = list(self.times)
@@ -53,8 +54,9 @@ class Engine:
 
     def guided(self, b, x, t):
         "The guided velocity [n, L, C] of a batch's teacher, both branches in one pass, counted."
-        self.passes['forward'] += len(x) * (1 if self.s.guidance == 1 else 2)
-        return self.backbone.guided(b.role, x, t, b.teacher, b.uncond, self.s.guidance, self.s.rescale)
+        w = 1.0 if b.plain else self.s.guidance
+        self.passes['forward'] += len(x) * (1 if w == 1 else 2)
+        return self.backbone.guided(b.role, x, t, b.teacher, b.uncond, w, self.s.rescale)
 
     def still(self, role):
         """Context for forwards of `role` without gradient: its adapter folded into the weights where that rounds
@@ -93,7 +95,8 @@ def simulate(engine: Engine, cond: Cond, g) -> tuple[Tensor, Tensor]:
     exits = engine.exits(len(cond), g)
     part = lambda rows: cond if rows.stop == len(cond) else cond.index(rows)
     v = lambda x, t, rows: engine.velocity('student', x, t, part(rows))
-    return rollout_each(v, noise(engine, cond, g), engine.times, exits, lambda k: noise(engine, cond, g))
+    fresh = (lambda k: noise(engine, cond, g)) if engine.s.sampler == 'stochastic' else None
+    return rollout_each(v, noise(engine, cond, g), engine.times, exits, fresh)
 
 # %% ../../nbs/engine/rollouts.ipynb #85b39f6d
 def diffuse(engine: Engine, y: Tensor, g) -> tuple[Tensor, Tensor]:
@@ -109,9 +112,12 @@ def full_rollout(engine: Engine, cond: Cond, g) -> Tensor:
     `engine.still('student')`."""
     x, found = noise(engine, cond, g), []
     with torch.no_grad():
-        for k, t in enumerate(engine.times):
-            if k:
-                x = add_noise(found[-1], noise(engine, cond, g), t)
+        for t, after in zip(engine.times, [*engine.times[1:], 0.0]):
             level = torch.full((len(x),), t, device=x.device)
-            found.append(to_x0(x, engine.velocity('student', x, level, cond), level))
+            v = engine.velocity('student', x, level, cond)
+            found.append(to_x0(x, v, level))
+            if engine.s.sampler == 'ode':
+                x = x + (after - t) * v
+            elif after:
+                x = add_noise(found[-1], noise(engine, cond, g), after)
     return torch.stack(found)

@@ -60,6 +60,7 @@ class Sampler:
     "The few-step sampler of the student, in training and in use."
 
     few_steps: int = knob(8, 'NFE of the student')
+    sampler: str = knob('ode', "'ode': Euler's method; 'stochastic': every step re-noises with fresh noise")
     few_shift: float | None = knob(None, "shift of the student's schedule; None: the base's own")
     one_exit: bool = knob(
         False,
@@ -114,6 +115,9 @@ class Adapters:
         "what the fake score is when matching begins: the 'base' (a LoRA of zeros), "
         "or the 'student' as it is then, of equal rank",
     )
+    fake_pull: float = knob(
+        0.0, "share of the way to the student's weights that the fake score goes after each of its updates"
+    )
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,7 @@ PAPER = dict(
     fake_batch='same',
     fake_targets=0.0,
     balanced=False,
+    sampler='stochastic',
     few_shift=3.0,
     critic_shift=3.0,
     critic_min=0.0,
@@ -234,7 +239,7 @@ def _typed(name: str, value, default):
 
 # %% ../../nbs/engine/settings.ipynb #f21e88d3
 SHARES = tuple(
-    'fake_targets p_switch tau_max tau_min critic_min critic_max fake_min fake_max anchor_min anchor_max'.split()
+    'fake_targets fake_pull p_switch tau_max tau_min critic_min critic_max fake_min fake_max anchor_min anchor_max'.split()
 )
 NOT_NEGATIVE = tuple(
     'rollbacks seed fake_warmup anchor_first weight_bs weight_ts weight_fm normaliser_eps detail_power lr_warmup '
@@ -259,6 +264,7 @@ def _ranges(s) -> list[tuple[bool, str]]:
         *((v is not None and v <= 0, f'{n} is {v}; give a positive number') for n, v in values(LARGER_THAN_0)),
         *((not 0 <= v <= 1, _outside(n, v)) for n, v in values(SHARES)),
         (s.fake_batch not in ('same', 'mixed'), f"fake_batch is {s.fake_batch!r}; give 'same' or 'mixed'"),
+        (s.sampler not in ('ode', 'stochastic'), f"sampler is {s.sampler!r}; give 'ode' or 'stochastic'"),
         (s.fake_init not in ('base', 'student'), f"fake_init is {s.fake_init!r}; give 'base' or 'student'"),
         (not all(0 <= b < 1 for b in (*s.betas, s.ema)), f'betas {s.betas} and ema {s.ema} lie in [0, 1)'),
     ]
@@ -308,6 +314,10 @@ def _term_rules(s) -> list[tuple[bool, str]]:
         (
             s.fake_init == 'student' and s.rank_fake != s.rank_student,
             f"fake_init 'student' needs rank_fake {s.rank_fake} equal to rank_student {s.rank_student}",
+        ),
+        (
+            s.fake_pull > 0 and s.fake_init != 'student',
+            "fake_pull goes to the student's weights, which only fake_init 'student' starts from; set it",
         ),
     ]
 

@@ -35,13 +35,14 @@ from ..flow import add_noise, to_x0, velocity
 @dataclass(frozen=True)
 class Batch:
     """What one generator update reads: conditions of student and teacher, the empty prompt, the teacher's role,
-    targets or None."""
+    targets or None, and whether the teacher is asked without guidance."""
 
     student: Cond
     teacher: Cond
     uncond: Cond
     role: str
     y: Tensor | None
+    plain: bool = False
 
 
 def lanes(engine: Engine, route: int = 0) -> range:
@@ -55,7 +56,8 @@ def _rows(engine: Engine, pool: Pool, rows: Sequence[int], id: str | None) -> Ba
     student, uncond = pool.student.index(rows).to(device), pool.uncond.index(rows).to(device)
     if id is None:
         return Batch(student, student, uncond, 'base', None)
-    return Batch(student, pool.teacher.index(rows).to(device), uncond, engine.bank.use(id), pool.y[rows].to(device))
+    teacher, y = pool.teacher.index(rows).to(device), pool.y[rows].to(device)
+    return Batch(student, teacher, uncond, engine.bank.use(id), y, id in engine.plain)
 
 
 def batch_of(engine: Engine, id: str | None, step: int, route: int = 0) -> Batch:
@@ -350,6 +352,8 @@ def fake_update(engine: Engine, state: State, id: str | None, guard: Guard) -> N
     guard.check(state.step, 'loss', 'fake', loss)
     guard.check(state.step, 'norm', 'fake', grad.norm().item())
     apply_gradient(state.fake, grad, state.opt_fake, s.lr_fake * rate_at(s, state.step, k) / 2**state.slower, s)
+    if s.fake_pull:
+        state.fake.data.lerp_(state.student.data, s.fake_pull)
     state.recent.append(loss)
     state.fakes += 1
 

@@ -273,7 +273,9 @@ def moved(
             b = few_rows(engine, id, 0, rows)
             seeds = [seed_of(seed, 'moved', id, k) for k in range(len(b.y))]
             with engine.still('student'):
-                x = few_step_sample(engine.backbone, 'student', b.student, engine.times, seeds)
+                x = few_step_sample(
+                    engine.backbone, 'student', b.student, engine.times, seeds, sampler=engine.s.sampler
+                )
             found.append((x, b.y.cpu(), b.student.grids[0]))
     return found
 
@@ -306,12 +308,15 @@ def look_at_terms(engine: Engine, ids: Sequence[str], rows: int, size: float = 0
     )
 
 # %% ../../nbs/judge/studies.ipynb #5f2d1732
-def judged(stage: Stage, items: Sequence, oracle, few_steps: int = 8, opinion=None) -> dict[str, float]:
+def judged(
+    stage: Stage, items: Sequence, oracle, few_steps: int = 8, opinion=None, sampler: str = 'stochastic'
+) -> dict[str, float]:
     """The student on the backbone, judged on items of `evaluate.held_out`: distance, recognised, bad (BCR), detail.
 
     All are means; with an opinion also clip and perceptual (see `second_opinion`)."""
     prompts = {e.id: student_prompt(e.trigger, e.description, e.category) for e in stage.sets}
-    method = Method('student', lambda e: 'student', prompts.get, Recipe.few(few_steps))
+    recipe = Recipe(few_steps, stochastic=sampler == 'stochastic')
+    method = Method('student', lambda e: 'student', prompts.get, recipe)
     made, seconds = run_method(stage.base, method, items)
     pictures = [np.asarray(o.image) if o.image is not None else None for o in made]
     rows = [r for r in judge('student', items, pictures, oracle, seconds, few_steps) if r.valid]

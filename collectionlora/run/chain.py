@@ -150,7 +150,8 @@ def _noise_levels(collection: Path, given: dict) -> dict:
     from collectionlora.use.extend import recipe_of, shift_of
 
     recipe = recipe_of(collection)
-    own = dict(few_steps=recipe.steps, few_shift=shift_of(recipe.times) if recipe.times else recipe.shift)
+    times = recipe.times if recipe.stochastic else recipe.times[:-1]
+    own = dict(few_steps=recipe.steps, few_shift=shift_of(times) if times else recipe.shift)
     for name, v in own.items():
         asked = given.get(name, 0 if v is None else v)
         if not isinstance(asked, (int, float)):
@@ -159,7 +160,7 @@ def _noise_levels(collection: Path, given: dict) -> dict:
         if v is not None and abs(asked - v) > 1e-3:
             said = f'is sampled with {name} {v:g}, the settings ask for {asked}'
             raise UserError(f'{collection}: {said}; leave it out')
-    return own
+    return {**own, 'sampler': 'stochastic' if recipe.stochastic else 'ode'}
 
 
 def _stream(general: Path | None, s) -> list:

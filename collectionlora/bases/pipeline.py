@@ -241,8 +241,9 @@ class Pictures(Parts):
         areas = {self.info['vae_area'], self.info['condition_area']}
         if not all(_fits(a, image.width / image.height) for a in areas):
             most = max(r for r in range(1, MOST_LONG) if all(_fits(a, r) for a in areas))
+            name = f'{image.filename}: ' if getattr(image, 'filename', '') else ''
             raise UserError(
-                f'a picture of {image.width} × {image.height} pixels is too long and narrow for this base, '
+                f'{name}a picture of {image.width} × {image.height} pixels is too long and narrow for this base, '
                 f'which works on {min(areas):,} pixels in blocks of 32; crop it to {most} : 1 or less'
             )
         w, h = _dimensions(self.info['vae_area'] if area is None else area, image.width / image.height)

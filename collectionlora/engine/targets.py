@@ -20,6 +20,7 @@ from ..bases.backbone import Backbone, Cond
 from ..core import bar, read_json, replacing, seed_of, sha256_json, UserError, write_json
 from ..files.conditions import ConditionCache
 from ..files.effects import copy_manifest, copy_source, EffectSet, load_effect, put_in_place
+from ..files.pictures import shown_size
 from ..flow import noise_like, ode_times, sample_ode
 from ..teachers import TeacherBank
 
@@ -93,8 +94,7 @@ def _write_target(part: Path, stem: str, latent: Tensor, image: Image.Image, sou
     "Writes a latent, then its picture, at the size of its source as it is shown (cameras may store it lying)."
     with replacing(part / 'latents' / f'{stem}.safetensors') as file:
         save_file({'x0': latent.contiguous()}, file)
-    with Image.open(source) as opened:
-        size = opened.size if opened.getexif().get(0x0112, 1) < 5 else opened.size[::-1]
+    size = shown_size(source)
     with replacing(part / 'target' / f'{stem}.png') as file:
         (image if image.size == size else image.resize(size, Image.LANCZOS)).save(file, 'PNG')
 

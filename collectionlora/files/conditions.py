@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..bases.backbone import Cond
 from ..bases.pipeline import Base
 from ..core import bar, replacing, sha256_file, UserError
-from .effects import load_image
+from .pictures import converted, load_image, shown_size
 
 # %% ../../nbs/files/conditions.ipynb #ab000007
 class _Memory:
@@ -114,7 +114,7 @@ class _Encoder(_Entries):
         stat = os.stat(path)
         key = (str(path), stat.st_mtime_ns, stat.st_size)
         if key not in self._shas:
-            self._shas[key] = sha256_file(path)
+            self._shas[key] = sha256_file(path) + (' as sRGB' if converted(path) else '')
         return self._shas[key]
 
     def _key(self, path, prompt: str | None, flip: bool) -> str:
@@ -129,8 +129,7 @@ class _Encoder(_Entries):
 
     def _shape(self, path: Path, prompt: str | None) -> tuple:
         "What requests must share to be encoded together without padding."
-        with Image.open(path) as im:
-            size = im.size, im.getexif().get(0x0112, 1) > 4
+        size = shown_size(path)
         return (size, None) if prompt is None else (size, len(self.base.pipe.tokenizer(prompt)['input_ids']))
 
     def _encode(self, asked: Sequence[tuple[Path, str | None]], flip: bool) -> None:

@@ -3,9 +3,16 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from collectionlora.core import sha256_file, UserError
+from collectionlora.engine.ahead import AheadBank
+from collectionlora.engine.looks import few_step_sample
+from collectionlora.engine.loop import learning_roles, prepare
+from collectionlora.engine.parallel import Ranks
+from collectionlora.engine.rollouts import Engine
 from collectionlora.engine.settings import resolved, schedule_of, Settings
+from collectionlora.engine.terms import gradients
 from collectionlora.files.header import catalogue, read_header
 from collectionlora.files.lora import read_lora, write_lora
 from collectionlora.flow import few_step_times
@@ -140,9 +147,12 @@ def test_what_was_lost_is_measured_per_old_effect_and_nothing_by_the_parent_itse
     )
     (line,) = ext.regressions(base, parent, child, known)
     assert line['id'] == 'one' and line['drift'] > 0 and line['distance_before'] != line['distance_after']
+    assert line['to'] == 'targets'
     (same,) = ext.regressions(base, parent, parent.file, unknown)
+    natural = same.pop('distance_before')
+    assert natural == same.pop('distance_after') > 0  # other noise gives other samples
     assert (
-        same == {'id': 'one', 'n': 3, 'drift': 0.0, 'detail_before': 1.0, 'detail_after': 1.0}
+        same == {'id': 'one', 'n': 3, 'drift': 0.0, 'to': 'parent', 'detail_before': 1.0, 'detail_after': 1.0}
         and 'looked_at' not in base.backbone.roles
     )
     with pytest.raises(UserError, match="'one': no pictures"):
@@ -161,3 +171,84 @@ def test_a_foreign_lora_without_a_catalogue_can_still_be_a_start(world, tmp_path
         tmp_path / 'out',
     )
     assert read_header(tmp_path / 'out' / 'collection.safetensors')['collectionlora.parents'][0]['effects'] == []
+
+
+@pytest.fixture(scope='module')
+def rehearsal(world, parent):
+    base, _, _, general, cache = world
+    pictures = ext.rehearsed_on(parent, [], [p for p, _ in general], 3)
+    (found,) = ext.rehearsals(base, parent, cache, pictures, groups=4)
+    return found
+
+
+def test_old_effects_are_rehearsed_by_what_the_parent_itself_draws(world, parent, rehearsal):
+    base, _, _, general, cache = world
+    assert len(rehearsal) == 3 and 'rehearsed' not in base.backbone.roles
+    for row, (picture, _) in zip(rehearsal.samples, general):
+        assert row.source == picture and row.student == row.teacher == parent.prompt('one')
+    ext.load_role(base, parent.file, 'again')
+    seeds = [ext.seed_of('rehearsal', 0, 'one', i) for i in range(3)]
+    cond = cache.cond([(r.source, r.student) for r in rehearsal.samples])
+    again = few_step_sample(base.backbone, 'again', cond, parent.times, seeds, sampler=parent.sampler)
+    base.backbone.remove('again')
+    assert torch.equal(torch.stack([r.target for r in rehearsal.samples]), again)
+    with pytest.raises(UserError, match="'one': no pictures to rehearse"):
+        ext.rehearsals(base, parent, cache, {'one': []})
+
+
+def test_old_pictures_come_first_and_those_to_look_at_are_spared(world, parent):
+    one, general = world[2][0], ['a', 'b', 'c']
+    assert ext.rehearsed_on(parent, [], general, 9, spared=1) == {'one': ['b', 'c']}
+    assert ext.rehearsed_on(parent, [], general, 9, spared=7) == {'one': general}
+    assert ext.rehearsed_on(parent, [one], general, 2, spared=1)['one'] == [*one.sources[1:], 'b', 'c'][:2]
+
+
+@pytest.mark.parametrize('guidance', [1.0, 4.0])
+def test_rehearsal_pulls_at_nothing_before_the_student_has_moved(world, parent, rehearsal, guidance):
+    base, bank, (_, two), general, cache = world
+    few = dict(SHORT, rank_fake=3, fake_init='student', guidance=guidance, weight_ts=1.0, weight_fm=0.0)
+    s = resolved(ext.child_settings(parent, few), base.info['shift'])
+    own = AheadBank(base.backbone, {rehearsal.id: parent.file}, role='own')
+    with learning_roles(base.backbone):
+        pools = prepare(base, [rehearsal], general, cache, s)
+        base.backbone.flat('fake').data.copy_(base.backbone.flat('student').data)
+        norms = {}
+        for plain in (True, False):
+            named = frozenset([rehearsal.id] if plain else [])
+            engine = Engine(base.backbone, own, pools, s, schedule_of(s), Ranks(), plain=named)
+            norms[plain] = [g.norm().item() for g, _, _ in gradients(engine, [rehearsal.id], 0).values()]
+    own.close()
+    assert max(norms[True]) < 1e-5 and (max(norms[False]) > 1e-3) == (guidance != 1)
+
+
+def test_a_rehearsed_child_keeps_the_entries_of_its_parent(world, parent, rehearsal, tmp_path):
+    base, bank, (_, two), general, cache = world
+    both = AheadBank(base.backbone, {'two': bank.files['two'], rehearsal.id: parent.file}, role='both')
+    s = ext.child_settings(parent, dict(SHORT, rank_fake=3, fake_init='student', p_switch=1.0))
+    history = run((base, both, [*ext.family(parent, [two]), rehearsal], general, cache), s, tmp_path)
+    both.close()
+    child = tmp_path / 'collection.safetensors'
+    entries, header = {e['id']: e for e in catalogue(child)}, read_header(child)
+    assert list(entries) == ['one', 'two'] and entries['one'] == parent.entries['one']
+    kinds = [(p['kind'], p.get('effect')) for p in header['collectionlora.parents']]
+    assert kinds == [('start', None), ('teacher', 'two')]
+    assert {h['effect'] for h in history} == {'two', rehearsal.id}
+
+
+def a_line(id, **more):
+    same = dict(n=4, to='parent', drift=0.1, distance_before=1.0, distance_after=1.0, detail_before=1, detail_after=1)
+    return same | dict(id=id) | more
+
+
+def test_only_a_change_beyond_the_bound_is_warned_of():
+    fine = [a_line('a', distance_after=1.2), a_line('b', distance_after=0.2)]
+    assert ext.warning(fine, True) == '' and [r[''] for r in ext.table(fine)] == ['', '']
+    worse = [*fine, a_line('c', distance_after=1.3)]
+    assert '1 of 3' in ext.warning(worse, True) and 'c (distance 1.00 → 1.30)' in ext.warning(worse, True)
+    assert 'rehearse the old effects' in ext.warning(worse, False)
+    assert [l['id'] for l in ext.worst_first(worse)] == ['c', 'a', 'b']
+    judged = lambda was, now, n: a_line('j', distance_after=9.0, bad_before=was, bad_after=now, judged=n)
+    assert ext.beyond(judged(0.25, 0.5, 4)) == ''  # one picture more is chance
+    assert ext.beyond(judged(0.25, 0.75, 4)) == 'bad cases 25% → 75%'
+    assert ext.beyond(judged(0.5, 0.6, 40)) == '' and ext.beyond(judged(0.5, 0.7, 40))
+    assert ext.worst_first([*worse, judged(0.2, 0.6, 20)])[0]['id'] == 'j'

@@ -109,6 +109,7 @@ VALUES: dict[str, Callable[[Row], float | None]] = {
     'score': lambda r: r.subject if r.applied else 0.0,
     'kept': lambda r: r.subject if r.applied else None,
     'distance': lambda r: None if np.isnan(r.distance) else r.distance,
+    'log_distance': lambda r: None if np.isnan(r.distance) else float(np.log(max(r.distance, 1e-3))),
     'laplacian': lambda r: None if np.isnan(r.laplacian) else r.laplacian,
     'seconds': lambda r: r.seconds,
     'nfe': lambda r: float(r.nfe),

@@ -87,10 +87,11 @@ def run_notebook(path: Path, to: Path, values: dict, out: Path, run: str) -> Non
         'MPLBACKEND': 'module://matplotlib_inline.backend_inline',
         'PYTHONWARNINGS': 'ignore:IProgress not found',
     }
+    literal = lambda p: str(p).replace('{', '{{').replace('}', '}}')  # papermill formats paths with the parameters
     with environment(**told), interrupts_go_to_the_kernel():
         papermill.execute_notebook(
-            str(path),
-            str(to),
+            literal(path),
+            literal(to),
             parameters=values,
             kernel_name='python3',
             language='python',

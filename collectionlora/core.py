@@ -165,7 +165,8 @@ def replacing(path):
     "Yields a temporary path in `path`'s folder that takes `path`'s place on success and is removed on failure."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}.part')
+    name = path.name if len(os.fsencode(path.name)) < 200 else f'{sha256_json(path.name)[:16]}{path.suffix[:9]}'
+    part = path.with_name(f'.{Path(name).stem}.{os.getpid()}{Path(name).suffix}.part')  # a name has at most 255 bytes
     try:
         yield part
         os.replace(part, path)
@@ -177,7 +178,7 @@ def replacing(path):
 def folder_lock(folder):
     "Holds `folder` for one run; `UserError` if another run holds it. A run that the holder starts shares its lock."
     folder = Path(folder)
-    if str(folder.resolve()) in os.environ.get('COLLECTIONLORA_HELD', '').split(os.pathsep):
+    if str(folder.resolve()) == os.environ.get('COLLECTIONLORA_HELD'):
         yield folder
         return
     import filelock

@@ -11,6 +11,7 @@ __all__ = ['Picture', 'Effect', 'CollectionFile', 'load_role', 'open_base', 'fre
 import base64
 import io
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -270,11 +271,15 @@ class Edit:
 
 
 def names_of(pictures: Sequence[Picture]) -> list[str]:
-    "Different names for pictures: of their files, without ending (a second cat is cat-2), or picture1, picture2."
+    """Different names for pictures: of their files, without ending (a second cat is cat-2), or picture1, picture2.
+
+    A name of over 120 bytes is cut there, for effects and seeds follow in the names of results."""
     seen: dict[str, int] = {}
     names = []
     for k, p in enumerate(pictures, 1):
         stem = Path(p).stem if isinstance(p, (str, Path)) else f'picture{k}'
+        while len(os.fsencode(stem)) > 120:
+            stem = stem[:-1]
         seen[stem] = seen.get(stem, 0) + 1
         names.append(stem if seen[stem] == 1 else f'{stem}-{seen[stem]}')
     return names

@@ -219,8 +219,13 @@ def test_a_finished_file_shows_and_explains_itself(base, tmp_path):
     assert 'presented' not in base.backbone.roles
 
 
-def test_same_picture_through_the_stock_pipeline(base, file, collection):
-    pipe = plain_pipeline(base.folder, file)
+@pytest.mark.parametrize('stochastic', [True, False])
+def test_same_picture_through_the_stock_pipeline(base, tmp_path, stochastic):
+    file = collection_file(
+        tmp_path / 'c.safetensors', base, **{'collectionlora.sampling': SAMPLING | {'stochastic': stochastic}}
+    )
+    pipe, collection = plain_pipeline(base.folder, file), edit.Collection(base, file)
+    assert pipe.scheduler.config.stochastic_sampling == stochastic
     image, prompt = picture(7), collection.prompt('snow')
     h, w = base.size(image)
     with torch.random.fork_rng(devices=[]):
@@ -239,6 +244,7 @@ def test_same_picture_through_the_stock_pipeline(base, file, collection):
     assert np.abs(theirs - ours).max() < 1e-5
     bare = edit.generate(base, 'base', [image], [prompt], [11], collection.recipe)[0].latents
     assert (bare - made[0]).abs().max() > 1e-3  # the LoRA was there
+    collection.close()
 
 
 def test_irregular_times_need_sigmas(base, tmp_path):

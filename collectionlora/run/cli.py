@@ -13,6 +13,7 @@ __all__ = ['HELP', 'STYLE', 'app', 'Effects', 'File', 'To', 'Out', 'BaseOption',
 
 # %% ../../nbs/run/cli.ipynb #44fafe97
 import functools
+import gc
 import inspect as source
 import json
 from pathlib import Path
@@ -102,6 +103,7 @@ def command(name: str | None = None, of: typer.Typer = app, epilog: str = '', **
 
 def main() -> None:
     "The console script."
+    gc.set_threshold(200_000, 50, 50)
     app()
 
 # %% ../../nbs/run/cli.ipynb #91e1d0e3

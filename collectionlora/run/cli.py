@@ -16,6 +16,7 @@ import functools
 import gc
 import inspect as source
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -63,7 +64,9 @@ def root(
         bool, option('--version', help='Print the version.', callback=_show_version, is_eager=True)
     ] = False,
 ):
-    pass
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what the terminal's encoding lacks
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
 
 # %% ../../nbs/run/cli.ipynb #177afc81
 def _say(text: str, style: str = 'red') -> None:
@@ -176,7 +179,7 @@ def grid(title: str, columns, rows) -> Table:
     "A rich table."
     from collectionlora.files.card import printable
 
-    table = Table(*columns, title=escape(title), title_justify='left')
+    table = Table(*columns, title=escape(printable(title)), title_justify='left')
     for row in rows:
         table.add_row(*(escape(printable(str(cell))) for cell in row))
     return table

@@ -177,6 +177,7 @@ lines = st.one_of(
     asked('edit', FILE, WORD, options=('-c', '--seeds', '--strength', '--size', '--device')),
     asked('run', FILE, '--list', options=('-p', '--seed', '--name')),
     st.sampled_from(experiments).flatmap(lambda e: asked('run', e, '--list', options=('-p',))),
+    asked('adopt', FILE, FILE, options=('--prompt', '--category', '--id')),
     asked('runs', 'list', FILE),
     asked('runs', 'show', FILE),
     asked('runs', 'compare', FILE, FILE),

@@ -27,11 +27,17 @@ def _per_sample_mean(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1).reshape(-1, *[1] * (x.ndim - 1))
 
 
+def _normalised(difference: Tensor, error: Tensor, eps: float) -> Tensor:
+    "difference / (mean|error| + eps); with eps 0 a sample without error gets 0, as in the authors' code, not NaN."
+    ratio = difference / (_per_sample_mean(error.abs()) + eps)
+    return ratio if eps else torch.nan_to_num(ratio)
+
+
 def gradient(x0: Tensor, x0_fake: Tensor, x0_real: Tensor, eps: float = 1e-6) -> Tensor:
     """Eq. 1 in x0 space, `(x0_fake - x0_real) / (mean|x0 - x0_real| + eps)`; all [B, ...], the mean per sample.
 
     x0 is the student's sample, x0_fake and x0_real the two denoised versions of its re-noised state."""
-    return (x0_fake - x0_real) / (_per_sample_mean((x0 - x0_real).abs()) + eps)
+    return _normalised(x0_fake - x0_real, x0 - x0_real, eps)
 
 
 def pseudo_target_loss(x0: Tensor, grad: Tensor) -> Tensor:
@@ -48,7 +54,7 @@ def velocity_gradient(v: Tensor, v_fake: Tensor, v_real: Tensor, eps: float = 1e
     """Eq. 1 from velocities, `(v_real - v_fake) / (mean|v_real - v| + eps)`; equal to `gradient` at every t > 0.
 
     v = noise - x0 is the velocity of the re-noised student sample; v_fake and v_real are predictions there; all [B, ...]."""
-    return (v_real - v_fake) / (_per_sample_mean((v_real - v).abs()) + eps)
+    return _normalised(v_real - v_fake, v_real - v, eps)
 
 
 def fake_loss(v_fake: Tensor, x0: Tensor, eps: Tensor) -> Tensor:

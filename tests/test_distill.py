@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from collectionlora import aop, c2fdo
+from collectionlora import aop, c2fdo, dmd
 from collectionlora.bases.pipeline import load_base
 from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import load_state, seed_of, UserError
@@ -439,7 +439,28 @@ def test_quirk_weights_and_optimiser_in_bf16(world, tmp_path):
 
 
 def test_quirk_normaliser_has_no_eps():
+    "A sample that equals its target has neither numerator nor denominator: theirs turns that NaN into 0, and so do we."
     assert AUTHORS.normaliser_eps == 0
+    x = torch.randn(2, 3, 4)
+    fake = torch.randn(2, 3, 4)
+    x_real = torch.stack([x[0], torch.randn(3, 4)])
+    x_fake = torch.stack([x[0], fake[1]])
+    for g in (dmd.gradient(x, x_fake, x_real, 0.0), dmd.velocity_gradient(x, x_fake, x_real, 0.0)):
+        assert g.isfinite().all() and not g[0].any() and g[1].any()
+
+
+def test_paper_has_nothing_that_no_source_has():
+    paper = Settings.preset('paper')
+    assert not paper.rescale and {rate_at(paper, k, k) for k in (0, 7, 4999)} == {1.0}
+
+
+def test_a_fake_score_on_one_stream_is_warmed_up_on_all(world, tmp_path, monkeypatch):
+    from collectionlora.engine import loop
+
+    seen, true = [], loop.fake_update
+    monkeypatch.setattr(loop, 'fake_update', lambda e, s, id, g: (seen.append(id), true(e, s, id, g)))
+    run(world, replace(SMALL, steps=1, fake_warmup=12, fake_batch='same', fake_targets=0.0), tmp_path)
+    assert {'one', 'two', None} == set(seen[:12]) and len(set(seen[12:])) == 1 and len(seen) == 14
 
 
 def test_presets_and_fields_have_help():

@@ -186,6 +186,15 @@ class Training:
         then = timetable(self.ids, (s.steps - n) * s.routes, s.seed, s.p_switch, s.route_every, s.balanced)
         return first + then
 
+    def fake_streams(self, step_stream: str | None) -> Callable[[int], str | None]:
+        """Stream of a fake update by its number, for a fake score that trains on one stream at a time: in warm-up
+        drawn for each update like those of the generator, afterwards the present step's."""
+        s = self.engine.s
+        if s.fake_batch == 'mixed' or self.state.fakes >= s.fake_warmup:
+            return lambda k: step_stream
+        drawn = timetable(self.ids, s.fake_warmup, seed_of(s.seed, 'warm-up'), s.p_switch, 1, s.balanced)
+        return lambda k: drawn[k] if k < s.fake_warmup else step_stream
+
 
 def fakes_by(s: Settings, step: int) -> int:
     "How many fake updates precede the end of the generator step numbered `step` from 0."
@@ -248,11 +257,12 @@ def _step(t: Training, stop: Interruption, table: Sequence[str | None]) -> dict:
     coming = [id for id in [*now, *after] if id]
     if engine.bank:
         engine.bank.expect(coming)
+    stream = t.fake_streams(now[0])
     while state.fakes < fakes_by(s, state.step):
         if engine.bank and coming:
             engine.bank.move(coming[0])
         with stop.unit(), engine.in_step(), telling_what_helps(s):
-            fake_update(engine, state, now[0], guard)
+            fake_update(engine, state, stream(state.fakes), guard)
     with stop.unit(), engine.in_step(), telling_what_helps(s):
         watch, info = _watch(t, now[0]), dict(step=state.step + 1, effect=now if s.routes > 1 else now[0])
         info |= generator_update(engine, state, now, guard)

@@ -32,7 +32,9 @@ class Updates:
     fake_per_generator: int = knob(5, 'fake-score updates per generator update')
     fake_warmup: int = knob(100, 'fake-score updates before the first generator update')
     fake_batch: str = knob(
-        'mixed', "what the fake score trains on: 'same' stream and effect as the step's, or all 'mixed'"
+        'mixed',
+        "what the fake score trains on: 'same' stream and effect as the step's (in warm-up one drawn for each update), "
+        "or all 'mixed'",
     )
     fake_targets: float = knob(0.5, "share of the fake score's effect samples that are target-simulated")
     shared_rollout: bool = knob(
@@ -172,9 +174,9 @@ PAPER = dict(
     tau_max=0.75,
     tau_min=0.5,
     guidance=4.0,
-    rescale=True,
     rank_student=128,
     rank_fake=128,
+    lr_warmup=0,
     lr_student=1e-4,
     lr_fake=1e-4,
     betas=(0.9, 0.999),
@@ -185,13 +187,11 @@ PAPER = dict(
 # %% ../../nbs/engine/settings.ipynb #0bc6b612
 AUTHORS = PAPER | dict(
     route_every=4,
-    lr_warmup=0,
     weight_decay=0.01,
     truncate_times=True,
     tau_max=0.9,
     tau_min=0.75,
     guidance=5.0,
-    rescale=False,
     anchor_after_critic=True,
     normaliser_eps=0.0,
     low_precision=True,

@@ -12,6 +12,7 @@ from collectionlora.core import UserError
 from collectionlora.files.dialects import Lora
 from collectionlora.files.effects import write_effect
 from collectionlora.files.header import catalogue, read_header
+from collectionlora.files.workflow import simple_sigmas
 from collectionlora.files.lora import read_lora, write_lora
 from collectionlora.judge.evaluate import held_out
 from collectionlora.judge.gate import read_rows
@@ -89,9 +90,8 @@ def test_a_distillation_leaves_a_file_that_shows_and_explains_itself(tmp_path):
     assert all(e['trigger'] in card and e['thumbnail'] in page for e in entries)
     nodes = {n['class_type']: n['inputs'] for n in json.loads((tmp_path / 'c.comfyui.json').read_text()).values()}
     times = read_header(tmp_path / 'c.safetensors')['collectionlora.sampling']['times']
-    assert [float(s) for s in nodes['ManualSigmas']['sigmas'].split(',')] == pytest.approx(
-        [*times, 0], abs=1e-5
-    ) and nodes['KSamplerSelect']['sampler_name'] == 'lcm'
+    made = simple_sigmas(nodes['ModelSamplingAuraFlow']['shift'], nodes['BasicScheduler']['steps'])
+    assert made == pytest.approx(times, abs=1e-5) and nodes['KSamplerSelect']['sampler_name'] == 'lcm'
     again = execute.execute('distill', tmp_path / 'bare', 'c', dict(steps=1, val_every=0, pictures=0))['metrics']
     assert again['lora'] == record['metrics']['lora'] and not any(
         'thumbnail' in e for e in catalogue(tmp_path / 'bare' / 'c.safetensors')

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_HEADER', 'MAX_PARTS', 'MAX_METADATA', 'REFERENCE', 'ITEM', 'SCHEMA_VERSION', 'EFFECT_SCHEMA', 'HEADER_SCHEMA',
-           'OWN', 'UNTRUSTED', 'Entry', 'Table', 'parse_json', 'read_table', 'violation', 'decode_metadata',
-           'read_header', 'catalogue', 'usage_hint', 'modelspec', 'encode_metadata', 'header_digest', 'write_table',
-           'file_sha256', 'verify']
+           'OWN', 'COVERS', 'HUB', 'UNTRUSTED', 'Entry', 'Table', 'parse_json', 'read_table', 'violation',
+           'decode_metadata', 'read_header', 'catalogue', 'usage_hint', 'modelspec', 'base_identity', 'encode_metadata',
+           'header_digest', 'write_table', 'file_sha256', 'verify']
 
 # %% ../../nbs/files/header.ipynb #82c7b3d6
 import hashlib
@@ -357,11 +357,21 @@ def _title(effects: list[dict]) -> str | None:
     return f'Collection of {len(effects)} effects' if effects else None
 
 
+def _description(effects: list[dict]) -> str | None:
+    "What a file is, for programs that show one text: its effects and how to ask for one."
+    names = ', '.join(e['id'] for e in effects[:20]) + (f' and {len(effects) - 20} more' if len(effects) > 20 else '')
+    return f'Effects for Qwen-Image-Edit: {names}. Ask for one by its trigger.' if effects else None
+
+
+COVERS = 4  # thumbnails that are repeated for programs which look for cover pictures
+
+
 def modelspec(header: dict) -> dict:
     "ModelSpec and `ss_*` fields that other programs display, derived from the `collectionlora.*` fields of a header."
     effects, sampling = header.get('collectionlora.effects') or [], header.get('collectionlora.sampling')
     triggers = [e['trigger'] for e in effects if e.get('trigger')]
     shown = [t for i, t in enumerate(triggers) if len(', '.join(triggers[: i + 1])) <= 2000]
+    shots = [e['thumbnail'] for e in effects if str(e.get('thumbnail', '')).startswith('data:image/')][:COVERS]
     out = {
         'modelspec.sai_model_spec': '1.0.1',
         'modelspec.architecture': 'Qwen-Image-Edit-Plus/lora',
@@ -371,9 +381,28 @@ def modelspec(header: dict) -> dict:
         'modelspec.usage_hint': usage_hint(sampling) if sampling else None,
         'modelspec.merged_from': ', '.join(p['sha256'] for p in header.get('collectionlora.parents') or []) or None,
         'modelspec.tags': ', '.join(sorted({e['category'] for e in effects})) or None,
+        'modelspec.description': _description(effects),
+        'modelspec.thumbnail': shots[0] if shots else None,
+        'ssmd_cover_images': [s.partition(',')[2] for s in shots] or None,
+        'ss_base_model_version': 'qwen_image_edit' if effects else None,
         'ss_tag_frequency': {'effects': dict.fromkeys(triggers, 1)} if triggers else None,
     }
     return {k: v for k, v in out.items() if v is not None}
+
+# %% ../../nbs/files/header.ipynb #283eb05b
+HUB = {f'Qwen-Image-Edit{v}': f'Qwen/Qwen-Image-Edit{v}' for v in ('', '-2509', '-2511')}
+
+
+def base_identity(folder) -> dict:
+    "`id`, and `repo` and `revision` where they are known, of the base in a folder: what a header says of it."
+    parts = Path(folder).absolute().parts
+    for k, part in enumerate(parts):
+        owner, *name = part.removeprefix('models--').split('--')
+        if part.startswith('models--') and name:
+            told = {'id': '--'.join(name), 'repo': f'{owner}/{"--".join(name)}'}
+            after = parts[k + 1 : k + 3]
+            return told | ({'revision': after[1]} if len(after) == 2 and after[0] == 'snapshots' else {})
+    return {'id': parts[-1]} | ({'repo': HUB[parts[-1]]} if parts[-1] in HUB else {})
 
 # %% ../../nbs/files/header.ipynb #a4f4ffad
 def _encoded(key: str, value) -> str:
@@ -435,6 +464,8 @@ def write_table(path, tensors: Iterable[tuple[str, str, tuple, Callable]], metad
     tensors = sorted(tensors, key=lambda t: t[0])
     table = _laid_out(tensors)
     meta = metadata | ({f'collectionlora.{k}_sha256': '0' * 64 for k in ('payload', 'header')} if sign else {})
+    if sign and 'modelspec.sai_model_spec' in meta:
+        meta['modelspec.hash_sha256'] = '0x' + '0' * 64  # ModelSpec 1.0.1: of all bytes behind the header
     if sum(len(k.encode()) + len(v.encode()) for k, v in meta.items()) > MAX_METADATA:
         raise UserError(
             f'{path}: the header metadata would exceed {MAX_METADATA} bytes; shorten descriptions or drop thumbnails.'
@@ -450,6 +481,8 @@ def write_table(path, tensors: Iterable[tuple[str, str, tuple, Callable]], metad
             f.write(data)
         if sign:
             meta['collectionlora.payload_sha256'] = payload.hexdigest()
+            if 'modelspec.hash_sha256' in meta:
+                meta['modelspec.hash_sha256'] = '0x' + payload.hexdigest()
             meta['collectionlora.header_sha256'] = header_digest(meta, table)
         f.seek(0)
         f.write(struct.pack('<Q', start) + _pack(meta, table))

@@ -613,6 +613,14 @@ def convert(
             help="With --base: layers that may be absent, e.g. '*_mod.1'; may be repeated.",
         ),
     ] = None,
+    without: Annotated[
+        Optional[list[str]],
+        option(
+            '--without',
+            metavar='PATTERN',
+            help="Leave modules out and say what share of the change they held: 'modulation', or e.g. '*.attn.to_q'.",
+        ),
+    ] = None,
 ):
     "Write a LoRA in another dialect, or any dialect in the canonical one that loads everywhere."
     _not_itself(file, to)
@@ -622,7 +630,10 @@ def convert(
     kinds = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
     if dtype is not None:
         core.check_keys([dtype], kinds, '--dtype: number formats')
-    rewrite(file, to, dialect, kinds.get(dtype), alpha=alpha, modules=_layers(base), allow_missing=allow_missing or ())
+    reading = dict(alpha=alpha, modules=_layers(base), allow_missing=allow_missing or ())
+    said = rewrite(file, to, dialect, kinds.get(dtype), without=without or (), **reading)
+    if left := said.get('left_out'):
+        _say(f'left out {left["modules"]} modules, {left["share"]:.1%} of the squared norm of all changes', 'yellow')
     _say(f'wrote {to} ({dialect})', 'green')
 
 # %% ../../nbs/run/cli.ipynb #8945456b

@@ -12,8 +12,8 @@ from collectionlora.core import UserError
 from collectionlora.files.dialects import Lora
 from collectionlora.files.effects import write_effect
 from collectionlora.files.header import catalogue, read_header
-from collectionlora.files.workflow import simple_sigmas
 from collectionlora.files.lora import read_lora, write_lora
+from collectionlora.files.workflow import simple_sigmas
 from collectionlora.judge.evaluate import held_out
 from collectionlora.judge.gate import read_rows
 from collectionlora.judge.tables import by_method, REFERENCES

@@ -454,6 +454,34 @@ def test_paper_has_nothing_that_no_source_has():
     assert not paper.rescale and {rate_at(paper, k, k) for k in (0, 7, 4999)} == {1.0}
 
 
+@pytest.fixture
+def pull(monkeypatch):
+    "A further term, on the general stream only: the size of the student's velocity."
+
+    def size(engine, b, g, earlier):
+        return engine.velocity('student', b.student.source, torch.ones(len(b.student)), b.student).square().mean(), {}
+
+    monkeypatch.setitem(terms.TERMS, 'pull', terms.Term(size, general=True, effects=False))
+    return replace(SMALL, further={'pull': 0.1})
+
+
+def test_a_further_term_needs_no_other_file(world, roles, pull):
+    "A term in TERMS and its weight in `further`: computed and planned for; a run without it stays as it was."
+    s = pull
+    with_it, without = (terms.gradients(engine_of(world, x), [None], 0) for x in (s, SMALL))
+    assert {*with_it} == {*without, 'pull'} and torch.equal(with_it['bs'][0], without['bs'][0])
+    assert 'pull' not in terms.gradients(engine_of(world, s), ['one'], 0)
+    assert passes(s)['gradient'] == pytest.approx(passes(SMALL)['gradient'] + SMALL.batch * (1 - SMALL.p_switch))
+
+
+def test_a_further_term_is_shown_and_its_name_is_checked(world, pull, tmp_path):
+    history = run(world, pull, tmp_path)
+    assert all(('loss_pull' in h) == (h['effect'] is None) for h in history)
+    assert any('loss_pull' in h for h in history)
+    with pytest.raises(UserError, match="further has the term 'pul'.*did you mean 'pull'"):
+        run(world, replace(pull, further={'pul': 1.0}), tmp_path / 'other')
+
+
 def test_a_fake_score_on_one_stream_is_warmed_up_on_all(world, tmp_path, monkeypatch):
     from collectionlora.engine import loop
 
@@ -488,6 +516,8 @@ def test_presets_and_fields_have_help():
         (dict(fake_batch='both'), 'fake_batch'),
         (dict(fake_init='zero'), 'fake_init'),
         (dict(sampler='lcm'), 'sampler'),
+        (dict(further={'near': -1}), 'near'),
+        (dict(further=[1]), 'further'),
         (dict(fake_pull=0.1), 'fake_pull'),
         (dict(fake_pull=1.5, fake_init='student'), 'fake_pull'),
         (dict(fake_init='student', rank_fake=4), 'rank_fake 4 equal'),

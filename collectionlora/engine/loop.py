@@ -30,10 +30,10 @@ from .rollouts import Engine
 from .settings import resolved, schedule_of, Settings
 from .state import Diverged, Guard, Interruption, State, telling_what_helps, weights_of, writing
 from .state import latest_checkpoint, save_checkpoint, start_from
-from .terms import fake_update, few_rows, generator_update
+from .terms import check_terms, fake_update, few_rows, generator_update
 from ..files.conditions import ConditionCache
 from ..files.effects import EffectSet
-from ..files.header import read_header
+from ..files.header import base_identity, read_header
 from ..files.lora import read_lora, write_lora
 from ..pdsr import timetable
 from ..teachers import TeacherBank
@@ -41,6 +41,7 @@ from ..teachers import TeacherBank
 # %% ../../nbs/engine/loop.ipynb #8c562477
 def check_inputs(effects, general, bank, s: Settings) -> None:
     "Raises UserError if effects, general data, teachers and settings do not fit together."
+    check_terms(s)
     if s.p_switch > 0 and not effects:
         raise UserError('distill: p_switch is above 0 but there are no effects; give some or set p_switch to 0')
     if s.p_switch < 1 and not general:
@@ -117,7 +118,7 @@ def collection_header(
         'collectionlora.effects': list(entries.values()),
         'collectionlora.parents': parents_of(bank, effects, inherited, start),
         'collectionlora.sampling': sampling,
-        'collectionlora.base': {'hash': base.hash, 'id': base.folder.name},
+        'collectionlora.base': {'hash': base.hash, **base_identity(base.folder)},
         'collectionlora.train': {
             'settings': fingerprint['settings'],
             'step': state.step,

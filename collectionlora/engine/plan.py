@@ -16,14 +16,23 @@ from ..bases.pipeline import Base
 from .pools import samples_of
 from .settings import Settings
 from .state import telling_what_helps
+from .terms import Term, TERMS
 from ..files.conditions import ConditionCache
 
 # %% ../../nbs/engine/plan.ipynb #05515bf0
+def _further(s: Settings) -> list[tuple[Term, float]]:
+    "The further terms that have a weight, and the share of samples on which each runs."
+    shares = lambda term: s.p_switch * term.effects + (1 - s.p_switch) * term.general
+    return [(TERMS[k], shares(TERMS[k])) for k, w in s.further.items() if w]
+
+
 def passes(s: Settings) -> dict[str, float]:
     "Expected samples through the transformer per cycle (one generator update and its fake updates): forward, gradient."
     rolled, scored, e, n = (s.few_steps - 1) / 2, 1 + (1 if s.guidance == 1 else 2), s.p_switch, s.fake_per_generator
     bs, ts, fm = (float(bool(w)) for w in (s.weight_bs, s.weight_ts, s.weight_fm))
     generator = dict(forward=(rolled + scored) * bs + e * ts * scored, gradient=bs + e * (ts + fm))
+    for term, share in _further(s):
+        generator = dict(forward=generator['forward'] + share * term.forward, gradient=generator['gradient'] + share)
     targets = e * s.fake_targets * ts
     if s.shared_rollout:
         sampled = s.few_steps * (1 - targets) / n + targets
@@ -110,6 +119,7 @@ def memory(base: Base, s: Settings, cond: Cond, conditions: int, role: str) -> d
     weights = base.backbone.flat(role).nbytes
     fake = weights * s.rank_fake // s.rank_student
     terms = sum(map(bool, (s.weight_bs, s.weight_ts, s.weight_fm))) if s.p_switch else 1
+    terms += len(_further(s))
     return {
         'frozen base': frozen,
         'student: weights, mean, two moments, gradients': weights * (4 + terms),

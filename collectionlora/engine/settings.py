@@ -80,6 +80,9 @@ class Losses:
     weight_bs: float = knob(1.0, 'weight of matching from backward simulation')
     weight_ts: float = knob(1.0, 'weight of matching from target simulation')
     weight_fm: float = knob(1.0, 'weight of trajectory anchoring')
+    further: dict = field(
+        default_factory=dict, metadata=dict(help='weights of further loss terms, by their names in engine.terms.TERMS')
+    )
     detail_power: float = knob(
         0.0,
         "weight t^-power of the student's step in matching; 0: Eq. 1 as it is, 1: late steps count like early ones",
@@ -225,10 +228,20 @@ POSITIVE = ('steps', 'batch', 'fake_per_generator', 'route_every', 'routes', 'fe
 WHOLE = (*POSITIVE, 'rollbacks', 'seed', 'fake_warmup', 'anchor_first', 'lr_warmup')
 
 
+def _weights(value) -> dict[str, float] | None:
+    "Names and weights of further terms; None if it is something else."
+    number = lambda w: type(w) in (int, float) and math.isfinite(w)
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) and number(w) for k, w in value.items()):
+        return None
+    return {k: float(w) for k, w in value.items()}
+
+
 def _typed(name: str, value, default):
     "`value` of a settings field in its own type; None or NaN if it is none. Numbers given as whole numbers are fine."
     if name == 'betas':
         return tuple(float(b) for b in value) if isinstance(value, (list, tuple)) and len(value) == 2 else None
+    if name == 'further':
+        return _weights(value)
     if isinstance(default, (bool, str)):
         return value if type(value) is type(default) else None
     if name in WHOLE:
@@ -261,6 +274,7 @@ def _ranges(s) -> list[tuple[bool, str]]:
     return [
         *((v < 1, f'{n} is {v}; give at least 1') for n, v in values(POSITIVE)),
         *((v < 0, f'{n} is {v}; give 0 or more') for n, v in values(NOT_NEGATIVE)),
+        *((w < 0, f'further: the weight of {k!r} is {w}; give 0 or more') for k, w in s.further.items()),
         *((v is not None and v <= 0, f'{n} is {v}; give a positive number') for n, v in values(LARGER_THAN_0)),
         *((not 0 <= v <= 1, _outside(n, v)) for n, v in values(SHARES)),
         (s.fake_batch not in ('same', 'mixed'), f"fake_batch is {s.fake_batch!r}; give 'same' or 'mixed'"),
@@ -295,7 +309,7 @@ def _term_rules(s) -> list[tuple[bool, str]]:
     effects = s.p_switch > 0
     return [
         (
-            s.p_switch < 1 and s.weight_bs == 0,
+            s.p_switch < 1 and s.weight_bs == 0 and not any(s.further.values()),
             'weight_bs is 0, but the general stream has no other term; set p_switch to 1',
         ),
         (
@@ -310,7 +324,10 @@ def _term_rules(s) -> list[tuple[bool, str]]:
             s.anchor_first >= s.steps,
             f'anchor_first is {s.anchor_first} of {s.steps} steps, so matching never begins; lower it',
         ),
-        (effects and s.weight_bs == s.weight_ts == s.weight_fm == 0, 'all weights are 0; nothing would be learnt'),
+        (
+            effects and s.weight_bs == s.weight_ts == s.weight_fm == 0 and not any(s.further.values()),
+            'all weights are 0; nothing would be learnt',
+        ),
         (
             s.fake_init == 'student' and s.rank_fake != s.rank_student,
             f"fake_init 'student' needs rank_fake {s.rank_fake} equal to rank_student {s.rank_student}",

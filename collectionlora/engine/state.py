@@ -13,7 +13,7 @@ import statistics
 import sys
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, MISSING
 from pathlib import Path
 
 import torch
@@ -101,7 +101,15 @@ def _short(value) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else 'none' if value is None else repr(value)
 
 
-BEFORE = {'settings': {'sampler': 'stochastic', 'fake_pull': 0.0}}  # what a run had before there was a setting for it
+BEFORE = {'sampler': 'stochastic'}  # what a run had before there was a setting for it, where it is not the default
+
+
+def _unsaid(part: str, wanted: dict) -> dict:
+    "What a checkpoint means that lacks settings: those that were added after it was written."
+    if part != 'settings':
+        return {}
+    unset = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(Settings)}
+    return {k: v for k, v in {**unset, **BEFORE}.items() if k in wanted}
 
 
 def compare_fingerprints(saved: dict, wanted: dict, path) -> None:
@@ -109,9 +117,7 @@ def compare_fingerprints(saved: dict, wanted: dict, path) -> None:
     cosine."""
     flexible = {'steps'} if not wanted['settings']['lr_cosine'] else set()
     for part in wanted:
-        now = wanted[part]
-        before = {k: v for k, v in BEFORE.get(part, {}).items() if k in now}
-        was = {**before, **saved.get(part, {})}
+        now, was = wanted[part], {**_unsaid(part, wanted[part]), **saved.get(part, {})}
         for name in sorted({*was, *now} - flexible):
             if was.get(name) != now.get(name):
                 raise UserError(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'Batch', 'lanes', 'batch_of', 'few_rows', 'match', 'simulated_backward', 'simulated_from_target', 'anchored',
-           'anchor_times', 'Term', 'active', 'terms', 'flat_gradient', 'summed', 'Part', 'monitors', 'gradients',
-           'fake_rows', 'starts', 'own_samples', 'cycle_of', 'shared_samples', 'fake_samples', 'fake_score_loss',
-           'rate_at', 'in_stage', 'student_rate', 'apply_gradient', 'fake_update', 'guarded', 'generator_update']
+           'anchor_times', 'Term', 'weight_of', 'active', 'check_terms', 'terms', 'flat_gradient', 'summed', 'Part',
+           'monitors', 'gradients', 'fake_rows', 'starts', 'own_samples', 'cycle_of', 'shared_samples', 'fake_samples',
+           'fake_score_loss', 'rate_at', 'in_stage', 'student_rate', 'apply_gradient', 'fake_update', 'guarded',
+           'generator_update']
 
 # %% ../../nbs/engine/terms.ipynb #9f0948ff
 import math
@@ -21,7 +22,7 @@ from torch import nn, Tensor
 
 from ..bases.backbone import Backbone, Cond
 from ..c2fdo import anchor_loss, doubly_shifted
-from ..core import rng, seed_of
+from ..core import nearest, rng, seed_of, UserError
 from ..dmd import fake_loss, pseudo_target_loss, velocity_gradient
 from .looks import compare
 from .parallel import drawn
@@ -124,25 +125,43 @@ def anchor_times(engine: Engine, n: int, t_critic: Tensor | None, g) -> Tensor:
 class Term:
     """A loss term of the student.
 
-    weight: its weight under settings; loss: the function of (engine, batch, generator, earlier); general: it also
-    runs on the general stream; coarse: it also runs during `anchor_first`."""
+    loss: the function of (engine, batch, generator, earlier); weight: its weight under settings, by default that in
+    `Settings.further`; effects, general: whether it runs on effects and on the general stream; coarse: it also runs
+    during `anchor_first`; forward: forward passes per sample beside the one with gradient, for the plan."""
 
-    weight: Callable[[Settings], float]
     loss: Callable[..., tuple[Tensor, dict]]
+    weight: Callable[[Settings], float] | None = None
+    effects: bool = True
     general: bool = False
     coarse: bool = False
+    forward: int = 1
 
 
 TERMS = {
-    'bs': Term(lambda s: s.weight_bs, simulated_backward, general=True),
-    'ts': Term(lambda s: s.weight_ts, simulated_from_target),
-    'fm': Term(lambda s: s.weight_fm, anchored, coarse=True),
+    'bs': Term(simulated_backward, lambda s: s.weight_bs, general=True),
+    'ts': Term(simulated_from_target, lambda s: s.weight_ts),
+    'fm': Term(anchored, lambda s: s.weight_fm, coarse=True),
 }
+
+
+def weight_of(name: str, s: Settings) -> float:
+    "The weight of a term under settings."
+    own = TERMS[name].weight
+    return own(s) if own else s.further.get(name, 0.0)
 
 
 def active(s: Settings, coarse: bool = False) -> dict[str, Term]:
     "The terms whose weight is not 0; while `coarse`, only those of the coarse stage."
-    return {k: term for k, term in TERMS.items() if term.weight(s) and (term.coarse or not coarse)}
+    return {k: term for k, term in TERMS.items() if weight_of(k, s) and (term.coarse or not coarse)}
+
+
+def check_terms(s: Settings) -> None:
+    "Raises UserError if `further` names a term that there is not, or one whose weight has a setting of its own."
+    mine = [k for k, term in TERMS.items() if term.weight is None]
+    for name in s.further:
+        if name not in mine:
+            have = nearest(name, mine) if mine else 'there are none beside bs, ts and fm'
+            raise UserError(f'settings: further has the term {name!r}, which engine.terms.TERMS does not; {have}')
 
 
 def terms(engine: Engine, b: Batch, g, coarse: bool = False) -> Generator[tuple[str, Tensor, dict], None, None]:
@@ -150,9 +169,9 @@ def terms(engine: Engine, b: Batch, g, coarse: bool = False) -> Generator[tuple[
     computed."""
     earlier = {}
     for name, term in active(engine.s, coarse).items():
-        if b.y is not None or term.general:
+        if term.general if b.y is None else term.effects:
             loss, earlier[name] = term.loss(engine, b, g, earlier)
-            yield name, term.weight(engine.s) * loss, earlier[name]
+            yield name, weight_of(name, engine.s) * loss, earlier[name]
 
 # %% ../../nbs/engine/terms.ipynb #8dd3cd72
 def flat_gradient(backbone: Backbone, loss: Tensor, role: str) -> Tensor:
@@ -225,7 +244,8 @@ def gradients(engine: Engine, ids: Sequence[str | None], step: int) -> dict[str,
             found.append(Part.of(name, route, b, loss, seen, away=ranks.world > 1))
     parts = [p for seen in ranks.gather(found) for p in seen]
     mine = lambda k: grads.pop(k) if k in grads else torch.zeros_like(engine.backbone.flat('student'))
-    asked = [k for k, term in active(s, coarse).items() if term.general or any(ids)]
+    runs = lambda term: term.general and None in ids or term.effects and any(ids)
+    asked = [k for k, term in active(s, coarse).items() if runs(term)]
     return {k: (ranks.sum_(mine(k)), *monitors([p for p in parts if p.term == k])) for k in asked}
 
 # %% ../../nbs/engine/terms.ipynb #e169f95f

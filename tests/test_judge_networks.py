@@ -271,3 +271,25 @@ def test_nano_encoders_have_the_same_interface(pictures):
         v = encoder.embed(pictures)
         assert v.shape == (4, 64) and np.allclose(encoder.embed(pictures, batch=1), v, atol=BOUND)
     assert Prepare(64, 'letterbox')(pictures[0]).shape == (3, 64, 64)
+
+
+def test_openais_archives_open_only_with_their_published_hash(tmp_path, monkeypatch, pictures):
+    open_clip = pytest.importorskip('open_clip')
+    from open_clip.pretrained import get_pretrained_url
+
+    published = networks.listed()['openai']['files']
+    for name, digest in published.items():
+        assert f'/{digest}/{name}' in get_pretrained_url(name.removesuffix('.pt'), 'openai')
+    vision = dict(image_size=64, layers=2, width=64, head_width=64, patch_size=16)
+    model = shaken(
+        open_clip.model.CLIP(32, vision, dict(context_length=8, vocab_size=50, width=32, heads=2, layers=1), True)
+    )
+    file = tmp_path / 'ViT-B-32.pt'
+    torch.jit.trace_module(model, {'encode_image': torch.zeros(1, 3, 64, 64)}, check_trace=False).save(file)
+    with pytest.raises(UserError, match='not the file that OpenAI published'):
+        networks.open_encoder(file)
+    monkeypatch.setattr(networks, 'listed', lambda: {'openai': {'files': {file.name: networks.sha256_file(file)}}})
+    encoder = networks.open_encoder(file)
+    with torch.no_grad():
+        theirs = unit(model.encode_image(torch.from_numpy(np.stack([encoder.prepare(p) for p in pictures]))))
+    assert np.abs(theirs - encoder.embed(pictures)).max() < BOUND

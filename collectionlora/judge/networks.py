@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'RENAMED', 'SIZES', 'TOWERS', 'SHIPPED', 'weight_files', 'weights_hash', 'from_open_clip', 'clip_of',
-           'read_state', 'clip_encoder', 'dino_encoder', 'tower_of', 'export_dreamsim', 'Tower', 'Ensemble',
-           'dreamsim_encoder', 'exported_encoder', 'open_encoder']
+           'read_state', 'openai_state', 'clip_encoder', 'dino_encoder', 'tower_of', 'export_dreamsim', 'Tower',
+           'Ensemble', 'dreamsim_encoder', 'exported_encoder', 'open_encoder']
 
-# %% ../../nbs/judge/networks.ipynb #7d66394d
+# %% ../../nbs/judge/networks.ipynb #074462bb
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from ..core import nearest, read_json, replacing, sha256_file, sha256_json, UserError
+from .locked import listed
 from .metrics import Encoder, IMAGENET, OPENAI, Prepare
 
 # %% ../../nbs/judge/networks.ipynb #cdf98af8
@@ -154,7 +155,7 @@ def clip_of(state: Mapping[str, torch.Tensor], quick_gelu: bool, heads: int | No
     model.load_state_dict({k: v.float() for k, v in state.items()})
     return model.eval()
 
-# %% ../../nbs/judge/networks.ipynb #5ca32608
+# %% ../../nbs/judge/networks.ipynb #7de5f28b
 def read_state(path: str | Path) -> dict:
     "The tensors in a .safetensors, .bin, .pth or .pt file. Raises UserError for anything else; no code is run."
     from safetensors.torch import load_file
@@ -172,6 +173,14 @@ def read_state(path: str | Path) -> dict:
         raise UserError(f'{path}: cannot be read as weights ({" ".join(str(e).split())[:160]}); copy it again') from e
     state = state.get('state_dict', state)
     return {k.removeprefix('module.'): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+
+
+def openai_state(path: str | Path, published: Mapping[str, str]) -> dict:
+    "Tensors of one of OpenAI's archives; `published`: file name -> sha256. Raises UserError for any other bytes."
+    path = Path(path)
+    if not path.is_file() or sha256_file(path) != published[path.name]:
+        raise UserError(f'{path}: is not the file that OpenAI published under this name; copy it again')
+    return dict(torch.jit.load(path, map_location='cpu').state_dict())
 
 # %% ../../nbs/judge/networks.ipynb #43d6fc80
 def _open_clip_folder(folder: Path) -> tuple[Path, dict]:
@@ -205,7 +214,7 @@ def _hf_clip(folder: Path):
     saved = read_json(file) if file.is_file() else {}
     return model, tuple(saved.get('image_mean', OPENAI[0])), tuple(saved.get('image_std', OPENAI[1]))
 
-# %% ../../nbs/judge/networks.ipynb #2b5cab46
+# %% ../../nbs/judge/networks.ipynb #ad199775
 SIZES = {384: 's', 768: 'b', 1024: 'l', 1280: 'h'}
 
 
@@ -226,9 +235,11 @@ def clip_encoder(path: str | Path, quick_gelu: bool | None = None, way: str = ''
         if path.is_dir():
             file, told = _open_clip_folder(path)
             about, quick_gelu = about | told, told['quick_gelu']
+        published = listed()['openai']['files']
+        quick_gelu = True if file.name in published else quick_gelu
         if quick_gelu is None:
             raise UserError(f'{path}: does not say its activation; give quick_gelu=True for OpenAI weights, else False')
-        state = from_open_clip(read_state(file))
+        state = from_open_clip(openai_state(file, published) if file.name in published else read_state(file))
         if 'visual_projection.weight' not in state:
             raise UserError(f'{file}: holds no image tower of CLIP; give a file with the names of open_clip')
         model, path = clip_of(state, quick_gelu, about['heads']), file
@@ -403,7 +414,7 @@ def exported_encoder(file: str | Path, metric: str, prepare: Prepare, distance: 
 
     return Encoder(metric, file.stem, prepare, sha256_file(file), forward, distance)
 
-# %% ../../nbs/judge/networks.ipynb #fc76f9ce
+# %% ../../nbs/judge/networks.ipynb #86fa850f
 SHIPPED = {'nano': 'image', 'nano-place': 'place'}
 
 
@@ -418,6 +429,8 @@ def open_encoder(path: str | Path, device: str = 'cpu') -> Encoder:
         raise UserError(
             f'{path}: no such folder or file of weights; {nearest(path.name, SHIPPED)} Nothing is downloaded.'
         )
+    if path.name in listed()['openai']['files']:
+        return clip_encoder(path, device=device)
     if path.is_file():
         return dreamsim_encoder(path, device)
     if (path / 'open_clip_config.json').is_file():

@@ -34,7 +34,7 @@ def pick_effects(n: int, seed: int, least: float = 0.0) -> list[str]:
     for id in known:
         families.setdefault(world.EFFECTS[id].family, []).append(id)
     order = rng('families', seed).permutation(sorted(families))
-    turns = [list(rng('effects of', seed, f).permutation(families[f])) for f in order]
+    turns = [world.in_turn(families[f], rng('effects of', seed, f)) for f in order]
     rounds = [[str(ids[k]) for ids in turns if k < len(ids)] for k in range(max(map(len, turns)))]
     return [id for r in rounds for id in r][:n]
 

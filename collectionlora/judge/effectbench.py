@@ -28,7 +28,7 @@ def bench_effects(n, seed=0):
     families = {}
     for e in world.EFFECTS.values():
         families.setdefault(e.family, []).append(e.id)
-    dealt = [[str(x) for x in rng('effectbench family', seed, f).permutation(ids)] for f, ids in families.items()]
+    dealt = [world.in_turn(ids, rng('effectbench family', seed, f)) for f, ids in families.items()]
     return [ids[k] for k in range(max(map(len, dealt))) for ids in dealt if k < len(ids)][:n]
 
 

@@ -27,7 +27,7 @@ from collectionlora.world.figures import (
 )
 from .pen import blur, hsv, layer, LENS, luminance, N, over, Pen, texture
 from .places import light_of, PLACES, SCENE_PLACES, weathered
-from .styles import LOOKS, spotlights, throw_particles
+from .styles import DRAWN_STYLES, LOOKS, spotlights, throw_particles
 from .things import BODYWEAR, HEADWEAR, PROPS
 
 # %% ../../nbs/world/draw.ipynb #eec84b8f
@@ -147,7 +147,7 @@ def draw_scene(r, category, stratum='train'):
         frame=None,
     )
     if stratum == 'ood' and r.random() < 0.25:
-        spec['style'] = dict(kind=pick(r, sorted(LOOKS['style'])), seed=int(r.integers(2**31)))
+        spec['style'] = dict(kind=pick(r, DRAWN_STYLES), seed=int(r.integers(2**31)))
     return spec
 
 # %% ../../nbs/world/draw.ipynb #291e8ee9

@@ -257,6 +257,7 @@ def test_assignments_read_values_as_yaml():
     }
 
 
+FILE = core.collection_dir() / 'collection.safetensors'
 HEAVY = """import sys
 from collectionlora.run.cli import app
 try: app(sys.argv[1:])
@@ -275,6 +276,7 @@ except SystemExit as e: print({'torch', 'papermill', 'nbformat', 'diffusers'} & 
         (['edit', '--list'], 0),
         (['inspect', core.collection_dir() / 'collection.safetensors'], 0),
         (['inspect', core.collection_dir() / 'collection.safetensors', '--json'], 0),
+        (['inspect', core.collection_dir() / 'collection.safetensors', '--base', 'nano'], 0),
         (['inspect', 'absent.safetensors'], 2),
         (['runs', 'show', 'no_such/run'], 2),
     ],
@@ -282,6 +284,38 @@ except SystemExit as e: print({'torch', 'papermill', 'nbformat', 'diffusers'} & 
 def test_what_needs_no_weights_loads_neither_torch_nor_papermill(args, code):
     done = subprocess.run([sys.executable, '-c', HEAVY, *map(str, args)], capture_output=True, text=True)
     assert (done.stdout.splitlines() or [''])[-1] == f'light {code}', done.stdout[-300:] + done.stderr
+
+
+@pytest.mark.parametrize(
+    'args', [['--help'], ['info'], ['inspect', FILE], ['inspect', FILE, '--base', 'nano'], ['runs', 'list']]
+)
+def test_commands_that_read_a_file_start_at_once(args):
+    "At most .7 CPU-seconds on a machine of its own; twice that where others share its caches. Best of three."
+
+    def seconds():
+        before = os.times()
+        subprocess.run(
+            [Path(sys.executable).with_name('collectionlora'), *map(str, args)], capture_output=True, check=True
+        )
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    assert min(seconds() for _ in range(3)) < 1.4
+
+
+def test_the_layers_of_a_base_follow_from_its_config(tmp_path):
+    from collectionlora.bases.slots import layer_sizes
+    from collectionlora.files.checked import config_layers
+
+    said = core.read_json(core.nano_dir() / 'transformer' / 'config.json')
+    for k, more in enumerate(({}, dict(num_layers=60, num_attention_heads=24, attention_head_dim=128))):
+        core.write_json(tmp_path / str(k) / 'transformer' / 'config.json', said | more)
+        assert list(config_layers(tmp_path / str(k)).items()) == list(layer_sizes(tmp_path / str(k)).items())
+    for text, answer in (('[]', 'holds list'), ('{', 'not valid JSON')):
+        (tmp_path / '0' / 'transformer' / 'config.json').write_text(text)
+        assert answer in core.refusal(config_layers, tmp_path / '0')
+    core.write_json(tmp_path / '0' / 'transformer' / 'config.json', said | {'_class_name': 'Other'})
+    assert config_layers(tmp_path / '0') is None
 
 
 def test_the_version_is_told():

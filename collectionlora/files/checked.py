@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'FLOATS', 'INTS', 'FOREIGN_WIDTHS', 'BY_PREFIX', 'BY_STYLE', 'Payload', 'guess_producer', 'content_sha256',
-           'Checked', 'check_file', 'report_of', 'inspect_file']
+           'Checked', 'config_layers', 'check_file', 'report_of', 'inspect_file']
 
 # %% ../../nbs/files/checked.ipynb #b38cef62
 import fnmatch
@@ -14,11 +14,12 @@ import logging
 import math
 import mmap
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..core import UserError
+from ..core import read_json, UserError
 from .dialects import Dialect, DIALECTS, group_keys, key_names, TOP
 from .family import check_base, known_faults
 from .header import decode_metadata, read_table, verify
@@ -269,6 +270,31 @@ def _read(path, modules, allow_missing, alpha, base, check) -> Checked:
     meta = _meta(path, table, dialect, strength)
     meta |= dict(missing=missing, header=header, notes=notes + strength.notes)
     return Checked(payload, keys, made, shapes, ranks, strength.scales, meta)
+
+# %% ../../nbs/files/checked.ipynb #2e164c32
+def config_layers(folder) -> dict[str, tuple[int, int]] | None:
+    """Dotted name -> (in, out) of the Linears of the blocks of a Qwen-Image transformer, from its config alone.
+
+    None for another class of transformer. Raises `UserError` if the folder of the pipeline has no such config."""
+    path = Path(folder) / 'transformer' / 'config.json'
+    if not path.is_file():
+        raise UserError(f'{path}: no such file; give the folder of a Qwen-Image-Edit pipeline.')
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f'{path}: must hold the settings of a transformer, but holds {type(config).__name__}')
+    asked = ('num_attention_heads', 'attention_head_dim', 'num_layers')
+    if config.get('_class_name') != 'QwenImageTransformer2DModel' or not all(type(config.get(k)) is int for k in asked):
+        return None
+    heads, dim, blocks = (config[k] for k in asked)
+    d = heads * dim
+    square = ('to_q', 'to_k', 'to_v', 'add_k_proj', 'add_v_proj', 'add_q_proj', 'to_out.0', 'to_add_out')
+    attention = {f'attn.{leaf}': (d, d) for leaf in square}
+    sides = {
+        s: {f'{s}_mod.1': (d, 6 * d), f'{s}_mlp.net.0.proj': (d, 4 * d), f'{s}_mlp.net.2': (4 * d, d)}
+        for s in ('img', 'txt')
+    }
+    block = {'img_mod.1': sides['img'].pop('img_mod.1'), **attention, **sides['img'], **sides['txt']}
+    return {f'transformer_blocks.{b}.{leaf}': size for b in range(blocks) for leaf, size in block.items()}
 
 # %% ../../nbs/files/checked.ipynb #fc7b9589
 def check_file(path, modules=None, allow_missing=(), alpha=None, base=None, check=True) -> Checked:

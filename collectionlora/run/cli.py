@@ -521,9 +521,14 @@ def _layers(base: str | None) -> dict | None:
     "The layers of the base that an option names, None without one."
     if base is None:
         return None
+    from collectionlora.files.checked import config_layers
+
+    folder = core.nano_dir() if base == 'nano' else base
+    if (known := config_layers(folder)) is not None:
+        return known
     from collectionlora.bases.slots import layer_sizes  # torch
 
-    return layer_sizes(core.nano_dir() if base == 'nano' else base)
+    return layer_sizes(folder)
 
 
 def _gallery(file: Path, html: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.special import ndtri, stdtr, stdtrit
 
 from ..core import rng, UserError
-from .gate import defined, numbers, Row, VALUES
+from .gate import defined, numbers, Row, value_of
 
 # %% ../../nbs/judge/statistics.ipynb #5f2d0b08
 def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -184,8 +184,8 @@ def differences(a: Sequence[Row], b: Sequence[Row], value: str) -> list[tuple[Ro
             f'{a[0].method!r} and {b[0].method!r} were not evaluated on the same (run, effect, image, seed), '
             f'for example {odd}; evaluate both with the same settings'
         )
-    of = VALUES[value]
-    both = [(left[k], of(left[k]), of(right[k])) for k in left if left[k].valid and right[k].valid]
+    valid = [k for k in left if left[k].valid and right[k].valid]
+    both = [(left[k], value_of(left[k], value), value_of(right[k], value)) for k in valid]
     return [(r, x - y) for r, x, y in both if x is not None and y is not None]
 
 # %% ../../nbs/judge/statistics.ipynb #5f2d0b34

@@ -1,15 +1,30 @@
-"Navigation of the documentation: the front page, then the rooms of nbs/ in the order in which they are read, then the log."
+"""The documentation, as MkDocs' hook: it is built from copies of the notebooks, without what readers need not see.
 
+Navigation: the front page, then the rooms of nbs/ in the order in which they are read, the log, and a reference that is
+made from the docstrings. Nothing is loaded from elsewhere: formulas are set by the MathJax of jupyter-server-mathjax."""
+
+import json
+import os
+import re
+import shutil
 from pathlib import Path
 
-import nbformat
-
+ROOT = Path(__file__).parents[1]
 ROOMS = ('method', 'engine', 'bases', 'world', 'files', 'judge', 'use', 'run', 'experiments', 'analysis')
+HIDDEN = re.compile(r'#\s*\|\s*(hide|default_exp)\b')
+NO_INPUT = re.compile(r'#\s*\|\s*hide_input\b')
+DIRECTIVE = re.compile(r'\A(#\s*\|[^\n]*\n)+')
+LINK = re.compile(r'\]\(((?:[\w./-]+/)?[\w-]+)\.(ipynb|md)((?:#[^)]*)?)\)')
+MATHJAX = """<script type="text/x-mathjax-config">
+MathJax.Hub.Config({"HTML-CSS": {availableFonts: [], webFont: "STIX-Web", imageFont: null}, showMathMenu: false});
+</script><script src="UPmathjax/MathJax.js?config=TeX-AMS-MML_HTMLorMML-full,Safe"></script>"""
+OUTSIDE = re.compile(r'\[([^\]]*)\]\(((?:\.\./)+[\w./-]*)\)')
 
 
 def title(notebook: Path) -> str:
     "The first heading of a notebook."
-    return nbformat.read(notebook, 4).cells[0].source.splitlines()[0].removeprefix('# ')
+    first = json.loads(notebook.read_text())['cells'][0]['source']
+    return ''.join(first).splitlines()[0].removeprefix('# ')
 
 
 def navigation(nbs: Path) -> list:
@@ -24,7 +39,108 @@ def navigation(nbs: Path) -> list:
     ]
 
 
+def linked(text: str, page: Path, nbs: Path) -> str:
+    "Markdown of a page whose links to notebooks lead to their pages; a link out of `nbs` becomes the plain name."
+
+    def inside(link):
+        target = (page.parent / f'{link[1]}.{link[2]}').resolve()
+        return f']({link[1]}.html{link[3]})' if target.is_file() and target.is_relative_to(nbs) else link[0]
+
+    def outside(link):
+        target = (page.parent / link[2]).resolve()
+        return link[0] if target.is_relative_to(nbs) else f'{link[1]} (`{os.path.relpath(target, ROOT)}`)'
+
+    return OUTSIDE.sub(outside, LINK.sub(inside, text))
+
+
+def written(output: dict, page: Path, nbs: Path) -> dict:
+    "An output with the links of its Markdown, if it has any, as in `linked`."
+    data = output.get('data', {})
+    if 'text/markdown' not in data:
+        return output
+    return {**output, 'data': {**data, 'text/markdown': linked(''.join(data['text/markdown']), page, nbs)}}
+
+
+def shown(notebook: dict, page: Path, nbs: Path) -> dict:
+    "A notebook as its page shows it: without hidden cells and directives of nbdev, with links that lead to pages."
+    cells = []
+    for cell in notebook['cells']:
+        text = ''.join(cell['source'])
+        if HIDDEN.match(text):
+            continue
+        if cell['cell_type'] == 'markdown':
+            cells.append({**cell, 'source': linked(text, page, nbs)})
+        else:
+            outputs = [written(o, page, nbs) for o in cell['outputs'] if o.get('name') != 'stderr']
+            tags = {'tags': ['hide_input']} if NO_INPUT.match(text) else {}
+            cells.append({**cell, 'source': DIRECTIVE.sub('', text), 'outputs': outputs, 'metadata': tags})
+    return {**notebook, 'cells': cells}
+
+
+def reference(package: Path, to: Path) -> list:
+    "Writes a page for every room of the package, its public names with their docstrings; returns their navigation."
+    to.mkdir(parents=True, exist_ok=True)
+    rooms = {'method': sorted(p for p in package.glob('[a-z]*.py'))}
+    rooms |= {r: sorted((package / r).glob('[a-z]*.py')) for r in ROOMS if (package / r).is_dir()}
+    pages = []
+    for room, files in rooms.items():
+        names = ['.'.join(f.relative_to(package.parent).with_suffix('').parts) for f in files]
+        text = '\n\n'.join([f'# {room}', *(f'::: {name}' for name in names)])
+        (to / f'{room}.md').write_text(text + '\n')
+        pages.append({room: f'reference/{room}.md'})
+    return pages
+
+
+def copies(nbs: Path, to: Path) -> None:
+    "Writes every notebook as it is shown below `to`, a fresh folder."
+    shutil.rmtree(to, ignore_errors=True)
+    for page in [*nbs.glob('*.ipynb'), *nbs.glob('*/*.ipynb')]:
+        if not page.parent.name.startswith(('.', '_')):
+            copy = to / page.relative_to(nbs)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(json.dumps(shown(json.loads(page.read_text()), page, nbs), ensure_ascii=False))
+
+
 def on_config(config):
     "MkDocs calls this before it reads the pages."
-    config['nav'] = navigation(Path(config['docs_dir']))
+    nbs, docs = ROOT / 'nbs', ROOT / '_proc' / 'docs'
+    copies(nbs, docs)
+    shutil.copyfile(ROOT / 'tools' / 'docs.css', docs / 'docs.css')
+    config['nav'] = [*navigation(nbs), {'reference': reference(ROOT / 'collectionlora', docs / 'reference')}]
+    config['docs_dir'] = str(docs)
     return config
+
+
+def on_post_page(output: str, page, config) -> str:
+    "Formulas are set by the copy of MathJax in the site, and no script of elsewhere is asked."
+    up = '../' * page.url.count('/')
+    output = output.replace('<script src=""> </script>', MATHJAX.replace('UP', up))
+    return re.sub(r'<script type="module">(?:(?!</script>).)*mermaid.*?</script>', '', output, flags=re.S)
+
+
+def on_post_build(config) -> None:
+    "Puts MathJax into the site, and stops if a link leads nowhere."
+    import jupyter_server_mathjax
+
+    site = Path(config['site_dir'])
+    shutil.copytree(Path(jupyter_server_mathjax.__file__).parent / 'static', site / 'mathjax', dirs_exist_ok=True)
+    if broken := dead_links(site):
+        raise SystemExit('links that lead nowhere:\n' + '\n'.join(f'{page}: {link}' for page, link in broken))
+
+
+def dead_links(site: Path) -> list[tuple[str, str]]:
+    "(page, link) of every link, picture and script in a built site that is not there, or lies elsewhere on the web."
+    found = []
+    for page in site.rglob('*.html'):
+        if 'mathjax' in page.relative_to(site).parts:
+            continue
+        for tag, link in re.findall(r'<(a|img|script|link)\b[^>]*?\b(?:href|src)="([^"#?]+)', page.read_text()):
+            if re.match(r'(https?:)?//', link):
+                here = tag == 'a' or 'canonical' in link
+            elif re.match(r'[a-z]+:', link):
+                here = True
+            else:
+                here = (page.parent / link).exists() or (site / link.lstrip('/')).exists()
+            if not here:
+                found.append((str(page.relative_to(site)), link))
+    return found

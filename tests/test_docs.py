@@ -1,0 +1,89 @@
+"The documentation's hook: what a page shows, where its links lead, and that nothing of elsewhere is asked."
+
+import json
+import runpy
+
+import pytest
+
+from collectionlora.core import notebooks_dir
+
+ROOT = notebooks_dir().parents[1]
+TOOL = ROOT / 'tools' / 'rooms.py'
+
+
+@pytest.fixture(scope='module')
+def rooms():
+    return runpy.run_path(str(TOOL))
+
+
+def cell(kind, text, **more):
+    return dict(cell_type=kind, source=text, metadata={}, **({} if kind == 'markdown' else dict(outputs=[]) | more))
+
+
+@pytest.fixture
+def nbs(tmp_path):
+    for name in ('nbs/method/a.ipynb', 'nbs/use/b.ipynb', 'results/README.md'):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('{}')
+    return tmp_path / 'nbs'
+
+
+@pytest.mark.parametrize(
+    'text, there',
+    [
+        ('see [b](../use/b.ipynb#part)', 'see [b](../use/b.html#part)'),
+        ('see [no page](../use/c.ipynb)', 'see [no page](../use/c.ipynb)'),
+        ('[the web](https://arxiv.org/abs/1.ipynb)', '[the web](https://arxiv.org/abs/1.ipynb)'),
+    ],
+)
+def test_links_between_notebooks_lead_to_pages(rooms, nbs, text, there):
+    assert rooms['linked'](text, nbs / 'method' / 'a.ipynb', nbs) == there
+
+
+def test_a_link_out_of_the_notebooks_is_a_plain_name(rooms, nbs):
+    said = rooms['linked']('[the list](../../results/README.md)', nbs / 'method' / 'a.ipynb', nbs)
+    assert said.startswith('the list (`') and said.endswith('results/README.md`)')
+
+
+def test_hidden_cells_directives_and_warnings_are_not_shown(rooms, nbs):
+    said = {'output_type': 'display_data', 'data': {'text/markdown': ['[b](../use/b.ipynb)']}}
+    cells = [
+        cell('code', '#| default_exp use.x'),
+        cell('code', '#| hide\nx = 1'),
+        cell('code', '#| export\ndef f(): ...'),
+        cell('code', '#| hide_input\nf()', outputs=[said, {'output_type': 'stream', 'name': 'stderr', 'text': 'oh'}]),
+    ]
+    shown = rooms['shown'](dict(cells=cells), nbs / 'method' / 'a.ipynb', nbs)['cells']
+    assert [c['source'] for c in shown] == ['def f(): ...', 'f()']
+    assert shown[1]['metadata'] == {'tags': ['hide_input']} and shown[0]['metadata'] == {}
+    assert [o['data']['text/markdown'] for o in shown[1]['outputs']] == ['[b](../use/b.html)']
+
+
+def test_dead_links_and_scripts_of_elsewhere_are_found(rooms, tmp_path):
+    (tmp_path / 'a.html').write_text(
+        '<a href="b.html#x">b</a><a href="c.html">c</a><a href="https://w.org">w</a><a href="mailto:x@y">m</a>'
+        '<script src="https://cdn.org/x.js"></script><img src="/b.html">'
+    )
+    (tmp_path / 'b.html').write_text('')
+    assert rooms['dead_links'](tmp_path) == [('a.html', 'c.html'), ('a.html', 'https://cdn.org/x.js')]
+
+
+def test_every_room_has_a_page_of_reference(rooms, tmp_path):
+    pages = rooms['reference'](ROOT / 'collectionlora', tmp_path)
+    assert [room for page in pages for room in page][:3] == ['method', 'engine', 'bases']
+    text = (tmp_path / 'use.md').read_text()
+    assert '::: collectionlora.use.edit' in text and '::: collectionlora.dmd' in (tmp_path / 'method.md').read_text()
+
+
+def test_no_notebook_of_this_repository_links_to_a_page_that_is_not_there(rooms):
+    nbs, lost = ROOT / 'nbs', []
+    for page in [*nbs.glob('*.ipynb'), *nbs.glob('*/*.ipynb')]:
+        for c in json.loads(page.read_text())['cells']:
+            if c['cell_type'] == 'markdown':
+                lost += [(page.name, l) for l in rooms['LINK'].findall(''.join(c['source'])) if not found(page, l)]
+    assert not lost
+
+
+def found(page, link):
+    return (page.parent / f'{link[0]}.{link[1]}').is_file()

@@ -8,6 +8,7 @@ from PIL import Image
 
 from collectionlora.core import nano_dir, UserError
 from collectionlora.files.adopt import adopt
+from collectionlora.files.effects import load_effects
 from collectionlora.files.pictures import load_image
 from collectionlora.run.execute import execute
 
@@ -178,3 +179,17 @@ def test_a_mistake_is_one_sentence(name, content, words, tmp_path):
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='no known layout'):
         adopt(tmp_path / 'empty', tmp_path / 'e')
+
+
+@pytest.mark.parametrize('layout', LAYOUTS, ids=lambda f: f.__name__)
+def test_where_an_effect_is_wanted_such_a_data_set_is_recognised(layout, tmp_path):
+    layout(tmp_path / 'data')
+    with pytest.raises(UserError, match='collectionlora adopt .*data'):
+        load_effects(tmp_path / 'data')
+
+
+def test_captions_inside_an_effect_are_called_that(tmp_path):
+    effect = adopt(two_folders(tmp_path / 'data'), tmp_path / 'e', category='animal')
+    captions(effect.folder / 'target', ['a'])
+    with pytest.raises(UserError, match='a.txt: is a caption beside pictures.*collectionlora adopt'):
+        load_effects(effect.folder)

@@ -256,6 +256,31 @@ def test_conditions_made_before_colours_were_converted_are_made_again(tmp_path, 
     assert cache._sha(tmp_path / 'b.png').endswith(' as sRGB')
 
 
+def test_a_damaged_picture_is_one_sentence_or_is_read(tmp_path):
+    buffers = []
+    for kind, more in (
+        ('PNG', dict(icc_profile=profile(P3))),
+        ('JPEG', {}),
+        ('WEBP', {}),
+        ('TIFF', {}),
+        ('GIF', {}),
+        ('AVIF', {}),
+    ):
+        buffers.append(io.BytesIO())
+        chart().save(buffers[-1], kind, **more)
+    r = np.random.default_rng(0)
+    for k in range(300):
+        raw = bytearray(buffers[k % len(buffers)].getvalue())
+        for at in r.integers(0, len(raw), r.integers(1, 6)):
+            raw[at] = r.integers(256)
+        (tmp_path / 'a').write_bytes(raw[: r.integers(1, len(raw))] if k % 5 == 0 else raw)
+        for read in (load_image, shown_size, converted):
+            try:
+                read(tmp_path / 'a')
+            except UserError as e:
+                assert '\n' not in str(e) and str(tmp_path / 'a') in str(e)
+
+
 # ---- sizes
 
 REFUSED = [(640, 40), (40, 640), (5000, 1), (1, 5000), (1, 16)]

@@ -10,6 +10,7 @@ __all__ = ['log', 'IMAGE_SUFFIXES', 'REFUSED', 'HDR', 'SRGB', 'ADOBE', 'PRIMARIE
 import io
 import logging
 import struct
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -195,32 +196,39 @@ def _head(path) -> bytes:
         return f.read(HEAD)
 
 
-def load_image(path) -> Image.Image:
-    """The picture in a file, upright and sRGB, with its file's name as `filename`.
-
-    `UserError` if it is absent, cut off or no image, or as `to_rgb` says."""
+@contextmanager
+def _opening(path):
+    "Opens a picture; whatever is wrong with the file is a `UserError` with its name."
     try:
         with Image.open(path) as image:
-            image.load()
-            _say_parts(image, path)
-            made = to_rgb(image, path, _head(path))
+            yield image
     except UserError:
         raise
     except FileNotFoundError as e:
         raise UserError(f'{path}: no such file') from e
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
-        raise UserError(f'{path}: cannot be read as an image ({e}); export it again') from e
+    except Exception as e:  # decoders of damaged files raise whatever they please
+        raise UserError(f'{path}: cannot be read as an image ({" ".join(str(e).split())}); export it again') from e
+
+
+def load_image(path) -> Image.Image:
+    """The picture in a file, upright and sRGB, with its file's name as `filename`.
+
+    `UserError` if it is absent, cut off or no image, or as `to_rgb` says."""
+    with _opening(path) as image:
+        image.load()
+        _say_parts(image, path)
+        made = to_rgb(image, path, _head(path))
     made.filename = str(path)
     return made
 
 
 def shown_size(path) -> tuple[int, int]:
-    "(width, height) of the picture in a file as it is shown: cameras may store it lying."
-    with Image.open(path) as image:
+    "(width, height) of the picture in a file as it is shown: cameras may store it lying. `UserError` as `load_image`."
+    with _opening(path) as image:
         return image.size if image.getexif().get(0x0112, 1) < 5 else image.size[::-1]
 
 
 def converted(path) -> bool:
-    "Whether `load_image` changes the colours of a file. Raises `UserError` as it does."
-    with Image.open(path) as image:
+    "Whether `load_image` changes the colours of a file. `UserError` as `load_image`."
+    with _opening(path) as image:
         return colours(image, _head(path), path) is not None

@@ -926,3 +926,6 @@ def compare_runs(first: Run, second: Run, every: Every = False):
             Console().print(grid(title, ('', first, second), shown + rest))
     for picture in [p for f in files for p in pictures_of(f)]:
         print(short_path(picture))
+
+# %% ../../nbs/run/cli.ipynb #a5c5e9c7
+from . import judging  # noqa: E402, F401

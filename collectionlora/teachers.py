@@ -19,6 +19,7 @@ from .core import bar, nearest, sha256_file, UserError
 from .files.dialects import Lora
 from .files.header import read_header
 from .files.lora import read_lora
+from .files.weights import loras_in
 from .flow import shift_time, velocity
 
 # %% ../nbs/method/03_teachers.ipynb #1a6e23f3
@@ -55,7 +56,7 @@ def teacher_files(paths, effects=None) -> dict[str, Path]:
 
     Raises `UserError` if one is missing, none is there, or there are two."""
     found = {}
-    for file in [f for p in map(Path, paths) for f in (sorted(p.glob('*.safetensors')) if p.is_dir() else [p])]:
+    for file in [f for p in map(Path, paths) for f in (loras_in(p) if p.is_dir() else [p])]:
         id = _effect_of(file, effects)
         if id in found:
             raise UserError(f'{file}: a second teacher for effect {id!r} beside {found[id]}; name one of them')

@@ -271,6 +271,7 @@ LOOKALIKES = {
     'utf-16': ('Repository not found'.encode('utf-16'), 'Repository not found'),
     'empty': (b'', 'empty'),
     'pickle': (b'\x80\x02}q\x00.' + bytes(20), 'pickle'),
+    'resource fork': (b'\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X' + bytes(60), 'resource fork'),
     'gzip': (b'\x1f\x8b\x08\x00' + bytes(20), 'gzip archive'),
     'seven': (b'7z\xbc\xaf\x27\x1c' + bytes(20), '7z archive'),
     'gguf': (b'GGUF' + bytes(40), 'GGUF'),
@@ -550,6 +551,18 @@ def test_names_are_compared_in_one_unicode_form(forms, tmp_path):
     manifest = json.dumps({'image': f'images/{asked}', 'prompt': 'p'}).encode()
     ((path, _),) = load_general(general(tmp_path / 'g', manifest, picture))
     assert path.is_file()
+
+
+def test_upper_case_endings_and_hidden_files_of_macos_in_folders_of_loras(tmp_path):
+    from collectionlora.teachers import teacher_files
+
+    save(tmp_path / 'Candy.SAFETENSORS', named())
+    for name in ('._Candy.SAFETENSORS', '._adapter_config.json', '.DS_Store'):
+        (tmp_path / name).write_bytes(b'\x00\x05\x16\x07\x00\x02\x00\x00' + bytes(80))
+    assert find_weights(tmp_path)[0].name == 'Candy.SAFETENSORS'
+    assert list(teacher_files([tmp_path])) == ['Candy']
+    (tmp_path / 'adapter_config.json').write_text(PEFT)
+    assert scale_of(tmp_path / 'Candy.SAFETENSORS') == 4  # the one LoRA of the folder
 
 
 def test_one_name_in_two_forms_is_no_pair_of_names(tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JOIN', 'LFS', 'PAGE', 'TEXT', 'KINDS', 'ARCHIVES', 'WEIGHT_NAMES', 'SHARD', 'CONFIGS', 'one_line', 'what_it_is',
-           'check_whole', 'configs_beside', 'find_weights']
+           'check_whole', 'loras_in', 'configs_beside', 'find_weights']
 
 # %% ../../nbs/files/weights.ipynb #2edb10af
 import json
@@ -104,6 +104,7 @@ KINDS = (
     (b'%PDF', 'is a PDF'),
     (b'\x89HDF', 'is an HDF5 file'),
     (b'\x93NUMPY', 'is a NumPy array'),
+    (b'\x00\x05\x16\x07', 'is a resource fork, which macOS puts beside a file'),
 )
 ARCHIVES = (
     (b'\x1f\x8b', 'gzip'),
@@ -157,10 +158,16 @@ def check_whole(path: Path) -> None:
             )
 
 
+def loras_in(folder) -> list[Path]:
+    "The .safetensors files of a folder in order, whatever the case of their ending; hidden ones do not count."
+    files = sorted(p for p in Path(folder).iterdir() if p.is_file() and not p.name.startswith('.'))
+    return [p for p in files if p.suffix.lower() == '.safetensors']
+
+
 def _in_folder(folder: Path) -> Path:
     "The one LoRA file that a trainer's folder holds. Raises `UserError` for shards, for none and for several."
-    files = sorted(p for p in folder.iterdir() if p.is_file())
-    loras = [p for p in files if p.suffix.lower() == '.safetensors']
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith('.'))
+    loras = loras_in(folder)
     index = next((p for p in files if p.name.lower().endswith('.safetensors.index.json')), None)
     shards = [p for p in loras if (m := SHARD.fullmatch(p.name)) and int(m[3]) > 1]
     if shards or index and not loras:
@@ -184,7 +191,7 @@ def configs_beside(file) -> tuple[list[Path], list[tuple[Path, str | None]]]:
     for config in (file.parent / name for name in CONFIGS):
         if not config.is_file():
             continue
-        loras = [p.name for p in file.parent.glob('*') if p.suffix.lower() == '.safetensors' and p.is_file()]
+        loras = [p.name for p in loras_in(file.parent)]
         stems = ('adapter_model', 'model') if config.parent != file.parent else ('adapter_model',)
         names = [f'{stem}.{end}' for stem in stems for end in ('safetensors', 'bin')]
         owner = next((n for n in names if (file.parent / n).is_file()), None)

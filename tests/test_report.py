@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -145,10 +146,14 @@ def test_verdict_follows_the_contrast():
     a, b = many('a', [9, 10] * 6), many('b', [5, 7] * 6)
     [(c, p)] = tables.contrasts(a + b, 'a', ['b'])
     assert 'fewer bad cases than b' in R.verdict(c, p) and '-35 points [-38, -32]' in R.verdict(c, p)
+    assert R.comparison(c) == dict(other='b', difference='-35', interval='-38 ... -32', said='better')
     [(c, p)] = tables.contrasts(a + b, 'b', ['a'])
-    assert 'more bad cases than a' in R.verdict(c, p)
+    assert 'more bad cases than a' in R.verdict(c, p) and R.comparison(c)['said'] == 'worse'
     [(c, p)] = tables.contrasts(a + many('c', [10, 9] * 6), 'a', ['c'])
     assert R.verdict(c, p).startswith('No difference') and '80 % power' in R.verdict(c, p)
+    said = lambda low, high: R.comparison(replace(c, low=low, high=high))['said']
+    assert said(-0.05, 0.08) == 'as good, within 8 points' and said(-0.4, 0.3) == 'not decided'
+    assert said(float('nan'), float('nan')) == 'one effect says nothing about others'
 
 
 def test_small_pictures_are_lossless_and_large_ones_small():

@@ -121,7 +121,12 @@ effect, or in which the picture is too far from the effect's true targets.</p>
 if not l.reference %}<div class="tile{{ ' own' if l.method == own }}">
 <small>{{ l.method }}</small><b>{{ l.bcr.value }}</b><small>bad cases [{{ l.bcr.interval }}], n = {{ l.n }}<br>
 {{ l.nfe }} evaluations per image</small></div>{% endfor %}</div>
-{% if verdicts %}<ul>{% for v in verdicts %}<li><p>{{ v }}</p></li>{% endfor %}</ul>{% endif %}</section>
+{% if comparisons %}<div class="scroll"><table class="main small"><thead><tr><th>{{ own }} against
+<th>bad cases, points<th>95 % interval<th>in words</thead>
+<tbody>{% for c in comparisons %}<tr><td>{{ c.other }}<td>{{ c.difference }}<td
+class="w">{{ c.interval }}<td>{{ c.said }}{% endfor %}</tbody></table></div>
+<details><summary>Each comparison with its test</summary><ul>{% for v in verdicts %}<li><p>{{ v }}</p></li>
+{% endfor %}</ul></details>{% endif %}</section>
 <section><h2>The table</h2><p>Bad cases and subject score come from one decision about each picture:
 score = (1 − bad-case rate) × mean subject kept where the effect is there. Intervals are at 95 % and treat effects, not
 images, as the sample ({{ how }}). Distance is to the effect's true targets, in units of their own distance from each

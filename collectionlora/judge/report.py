@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLOSE', 'PAPER_STEPS', 'image_uri', 'show_bytes', 'show_seconds', 'main_table', 'effect_table', 'teachers_among',
-           'standing', 'headline', 'budget_words', 'budget_of', 'name_of', 'verdict', 'confusion_table', 'provenance',
-           'costs_of', 'gallery', 'asked_rows', 'measured', 'unmeasured', 'render']
+           'standing', 'headline', 'budget_words', 'budget_of', 'name_of', 'verdict', 'comparison', 'confusion_table',
+           'provenance', 'costs_of', 'gallery', 'asked_rows', 'measured', 'unmeasured', 'render']
 
 # %% ../../nbs/judge/report.ipynb #5f2d1a03
 import base64
@@ -221,6 +221,19 @@ def verdict(c: Contrast, p: float, level: float = 0.05) -> str:
         said += f' A true difference of about {100 * c.mde:.0f} points would have been found with 80 % power.'
     return said
 
+
+def comparison(c: Contrast) -> dict[str, str]:
+    "A BCR contrast as a line of a table: other method, difference and its interval in points, and what it means."
+    low, size, high = (f'{100 * v:+.0f}' for v in (c.low, c.difference, c.high))
+    most = math.ceil(max(-100 * c.low, 100 * c.high)) if finite(c.low) else 0
+    if not finite(c.low):
+        said, interval = 'one effect says nothing about others', ''
+    elif c.low > 0 or c.high < 0:
+        said, interval = 'worse' if c.low > 0 else 'better', f'{low} ... {high}'
+    else:
+        said, interval = f'as good, within {most} points' if most <= CLOSE else 'not decided', f'{low} ... {high}'
+    return dict(other=c.b, difference=size, interval=interval, said=said)
+
 # %% ../../nbs/judge/report.ipynb #5f2d1a29
 def confusion_table(rows: Sequence[Row], effects: Sequence[str]) -> str:
     "HTML of one method's confusion matrix: asked effect by recognised effect, last column none."
@@ -313,10 +326,11 @@ def measured(rows: Sequence[Row], own: str, effects: Sequence[str], sizes: Mappi
     contestants, groups = [l['method'] for l in lines if not l['reference']], by_method(rows)
     check_keys([own], contestants, 'own method of the report')
     first, basis = headline(rows, own, seed)
-    verdicts = [verdict(c, p) for c, p in contrasts(rows, own, [m for m in contestants if m != own], seed=seed)]
+    tested = contrasts(rows, own, [m for m in contestants if m != own], seed=seed)
     return dict(
         lines=lines,
-        verdicts=verdicts,
+        verdicts=[verdict(c, p) for c, p in tested],
+        comparisons=[comparison(c) for c, _ in tested],
         contestants=contestants,
         how=lines[0]['how'],
         per_effect=effect_table(rows, effects, contestants),
@@ -332,7 +346,7 @@ def unmeasured(distances: Sequence[Mapping], own: str) -> dict:
     told = [d for d in mine if d['ceiling'] < d['floor']]
     near = sum(d['distance'] < d['floor'] for d in told)
     said = f'The outputs are nearer to the effect than the unedited pictures, for {near} of {len(told)} effects.'
-    nothing = dict(lines=[], verdicts=[], contestants=[], how='', per_effect=[], heats=[])
+    nothing = dict(lines=[], verdicts=[], comparisons=[], contestants=[], how='', per_effect=[], heats=[])
     basis = 'No oracle knows these effects, so this is a distance and no judgement.'
     return nothing | dict(headline=said if told else '', basis=basis)
 

@@ -9,7 +9,7 @@ __all__ = ['VERSION', 'STRATA', 'BENCH', 'METHOD', 'COPY', 'TO_SOURCE', 'GEOMETR
            'verdict_columns', 'vlm_cases', 'control_cases', 'controls', 'score', 'columns', 'table', 'contrasts',
            'save_scores', 'load_scores']
 
-# %% ../../nbs/judge/bench.ipynb #a6df4db4
+# %% ../../nbs/judge/bench.ipynb #ec793b46
 import csv
 import re
 import shutil
@@ -31,6 +31,7 @@ from collectionlora.core import (
     replacing,
     rng,
     sha256_file,
+    sha256_folder,
     sha256_json,
     UserError,
     write_json,
@@ -401,17 +402,21 @@ def geometry_columns(files: Sequence, sources: Sequence[Path], cache: Cache | No
     clean = lambda v: None if np.isnan(v) else float(v)
     return [dict(zip(GEOMETRY, map(clean, known[key]))) if key else {} for key in keys]
 
-# %% ../../nbs/judge/bench.ipynb #4793462e
-def oracle_columns(bench: Sequence[Item], files: Sequence, oracle) -> list[dict]:
-    "Per item {bcr, score} by the world's oracle, which needs the items' ground truth."
+# %% ../../nbs/judge/bench.ipynb #1b494b89
+def oracle_columns(bench: Sequence[Item], files: Sequence, oracle, cache: Cache | None = None) -> list[dict]:
+    "Per item {bcr, score} by the world's oracle, which needs the items' ground truth; kept by pictures and the world's code."
     out = []
-    for item, file in zip(bar(bench, desc='oracle'), files):
-        if file is None:
-            out.append({})
-            continue
-        found = oracle.score(np.asarray(load_image(file)), item.spec, item.effect)
-        ok = bool(found['applied'])
-        out.append(dict(bcr=float(not ok), score=float(np.clip(found['subject'], 0, 1)) if ok else 0.0))
+    name = sha256_json(['oracle', sorted(oracle.ids), sha256_folder(Path(world.__file__).parent, ('.pyc',))])
+    keys = [f and sha256_json([key_of(f), i.effect, i.spec]) for f, i in zip(files, bench)]
+    known = dict(cache.get(name, [k for k in keys if k])) if cache else {}
+    for item, file, key in zip(bar(bench, desc='oracle'), files, keys):
+        if file is not None and key not in known:
+            found = oracle.score(np.asarray(load_image(file)), item.spec, item.effect)
+            ok = bool(found['applied'])
+            known[key] = np.float32([not ok, np.clip(found['subject'], 0, 1) if ok else 0])
+            if cache:
+                cache.put(name, {key: known[key]})
+        out.append(dict(zip(('bcr', 'score'), map(float, known[key]))) if file is not None else {})
     return out
 
 

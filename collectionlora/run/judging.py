@@ -146,7 +146,7 @@ def run_bench(
     for name, n in rooms.paint(loaded.base, found, rooms.items(folder, manifest), manifest, out, batch).items():
         print(f'{name}: {n} painted now, {manifest["instructions"] - n} were there')
 
-# %% ../../nbs/run/judging.ipynb #006a712d
+# %% ../../nbs/run/judging.ipynb #2d360494
 def _judge(url: str, model: str, key_name: str, per_minute: float, budget: int):
     from collectionlora.judge.vlm import Judge
 
@@ -172,12 +172,14 @@ def _asked_gate(run, folder: Path, manifest: dict, found: dict):
     return gate
 
 
-def _oracle_gate(manifest: dict):
-    from collectionlora import world
+def _oracle_gate(manifest: dict, cache):
+    "The world's oracle, as tolerant of what the nano base's autoencoder loses as the report's."
     from collectionlora.judge.bench import oracle_columns
+    from collectionlora.judge.evaluate import oracle_for
+    from collectionlora.use.edit import open_base
 
-    oracle = world.Oracle([e['id'] for e in manifest['effects']])
-    return lambda method, bench, files: oracle_columns(bench, files, oracle)
+    oracle = oracle_for(open_base('nano'), [e['id'] for e in manifest['effects']])
+    return lambda method, bench, files: oracle_columns(bench, files, oracle, cache)
 
 # %% ../../nbs/run/judging.ipynb #8beff346
 def _report_judge(run, folder: Path, manifest: dict, verdicts: dict, out: Path) -> None:
@@ -225,7 +227,7 @@ def _estimate(run, folder: Path, manifest: dict, out: Path) -> None:
         f'{run.judge.model}: {n} to {2 * n} questions for {methods} methods, {len(run.answers.known)} answers are kept; nothing was asked'
     )
 
-# %% ../../nbs/run/judging.ipynb #2b770813
+# %% ../../nbs/run/judging.ipynb #e324c1f7
 @command(
     'score',
     of=bench,
@@ -255,6 +257,9 @@ def score_bench(
     per_minute: Annotated[float, option(min=0.01, help='Most questions a minute.')] = 120,
     budget: Annotated[int, option(min=0, help='Most tokens of this run, 0: any.')] = 0,
     dry_run: Annotated[bool, option('--dry-run', help='With --judge: count the questions and ask none.')] = False,
+    geometry: Annotated[
+        bool, option('--geometry/--no-geometry', help='Shift, zoom and colour drift against the source.')
+    ] = True,
     seed: Seed = 0,
     device: Device = 'cpu',
 ):
@@ -266,16 +271,18 @@ def score_bench(
 
     manifest, verdicts, gate = rooms.load(folder), {}, None
     truth = all('spec' in m for images in manifest['images'].values() for m in images)
+    if not made.is_dir():
+        raise UserError(f'{made}: no such folder; paint with `collectionlora bench run {folder} --out {made}`')
+    cache = Cache(made / 'scores/cache.sqlite')
     if judge:
         run = Run(_judge(judge, model, key_name, per_minute, budget), Answers(made / 'scores/answers.jsonl'), seed)
         if dry_run:
             return _estimate(run, folder, manifest, made)
         gate = _asked_gate(run, folder, manifest, verdicts)
     elif truth:
-        gate = _oracle_gate(manifest)
+        gate = _oracle_gate(manifest, cache)
     encoders = [open_encoder(e, device) for e in encoder or ('nano', 'nano-place')]
-    (made / 'scores').mkdir(exist_ok=True)
-    rows, about = rooms.score(folder, made, encoders, gate, cache=Cache(made / 'scores/cache.sqlite'))
+    rows, about = rooms.score(folder, made, encoders, gate, geometry, cache)
     gate_name = model if judge else 'the oracle' if truth else None
     print(rooms.save_scores(made, rows, about | dict(gate=gate_name)))
     if judge:

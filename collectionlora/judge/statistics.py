@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANY', 'wilson', 't_interval', 'by_effect', 'crossed', 'two_way_bootstrap', 'Estimate', 'estimate', 'Contrast',
-           'show_p', 'mde', 'holm', 'newcombe', 'differences', 'paired']
+           'show_p', 'mde', 'holm', 'newcombe', 'differences', 'paired', 'verdict']
 
 # %% ../../nbs/judge/statistics.ipynb #5f2d0b03
 from collections.abc import Sequence
@@ -211,3 +211,29 @@ def paired(a: Sequence[Row], b: Sequence[Row], value: str = 'bcr', seed: int = 0
         boot = two_way_bootstrap(crossed(diffs), seed)
         two_way = tuple(float(q) for q in np.quantile(boot, [0.5 - level / 2, 0.5 + level / 2]))
     return Contrast(value, *names, mid, low, high, p, len(diffs), n, two_way, mde(sd, n))
+
+# %% ../../nbs/judge/statistics.ipynb #4ee732c6
+def verdict(
+    difference: float, low: float, high: float, better: str = 'lower', unit: str = 'points', digits: int = 0
+) -> str:
+    """A difference a - b and its interval in plain words: 'better by 7 points [3, 11]', 'worse by ...', or 'no clear
+    difference (-3 points [-9, +4])' where the interval holds 0.
+
+    better: 'lower' or 'higher', which of the quantity is better; the numbers are in `unit`, so multiply shares by 100
+    for points. More digits than `digits` are shown where a clear bound would be rounded to 0. NaN bounds give no
+    verdict. Raises `UserError` for another `better` and for low > high."""
+    if better not in ('lower', 'higher'):
+        raise UserError(f"verdict: better is {better!r}; give 'lower' or 'higher'")
+    if low > high:
+        raise UserError(f'verdict: the interval [{low}, {high}] has its bounds in the wrong order')
+    signed = lambda v: f'{v:+.{digits}f}' if round(v, digits) else f'{0:.{digits}f}'
+    named = f' {unit}' if unit else ''
+    if np.isnan(low) or np.isnan(high):
+        return f'not decided ({signed(difference)}{named}, without an interval)'
+    if low <= 0 <= high:
+        return f'no clear difference ({signed(difference)}{named} [{signed(low)}, {signed(high)}])'
+    near, size, far = sorted(abs(v) for v in (low, difference, high))
+    while digits < 6 and round(near, digits) == 0:
+        digits += 1
+    word = 'better' if (high < 0) == (better == 'lower') else 'worse'
+    return f'{word} by {size:.{digits}f}{named} [{near:.{digits}f}, {far:.{digits}f}]'

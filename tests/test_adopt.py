@@ -8,7 +8,7 @@ from PIL import Image
 
 from collectionlora.core import nano_dir, UserError
 from collectionlora.files.adopt import adopt
-from collectionlora.files.effects import load_effects
+from collectionlora.files.effects import images_among, load_effects, load_general
 from collectionlora.files.pictures import load_image
 from collectionlora.run.execute import execute
 
@@ -193,3 +193,21 @@ def test_captions_inside_an_effect_are_called_that(tmp_path):
     captions(effect.folder / 'target', ['a'])
     with pytest.raises(UserError, match='a.txt: is a caption beside pictures.*collectionlora adopt'):
         load_effects(effect.folder)
+
+
+def test_captions_do_not_hinder_editing_a_folder_of_pictures(tmp_path):
+    pictures(tmp_path, ['a.png', 'b.png'])
+    captions(tmp_path, ['a', 'b'])
+    assert [p.name for p in images_among([tmp_path])] == ['a.png', 'b.png']
+
+
+@pytest.mark.parametrize('half', ['\\ud800', '\\udfff'])
+def test_half_of_a_character_is_refused_with_its_place(half, tmp_path):
+    effect = adopt(two_folders(tmp_path / 'data'), tmp_path / 'e')
+    (effect.folder / 'effect.yaml').write_text(f'id: a\ncategory: animal\nprompt: "make {half}"\n')
+    with pytest.raises(UserError, match="effect.yaml: 'prompt' holds half of a character"):
+        load_effects(effect.folder)
+    pictures(tmp_path / 'g', ['a.png'])
+    (tmp_path / 'g' / 'manifest.jsonl').write_text(f'{{"image": "a.png", "prompt": "make {half}"}}\n')
+    with pytest.raises(UserError, match='line 1: prompt .* holds half of a character'):
+        load_general(tmp_path / 'g')

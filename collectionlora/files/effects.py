@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'MANIFEST_KEYS', 'CAPTION_SUFFIXES', 'FOREIGN', 'GENERAL_KEYS', 'same_form', 'existing', 'EffectSet',
-           'images_among', 'load_effect', 'check_unique', 'effect_folders', 'load_effects', 'copy_source',
+           'is_unicode', 'images_among', 'load_effect', 'check_unique', 'effect_folders', 'load_effects', 'copy_source',
            'copy_manifest', 'put_in_place', 'write_effect', 'load_general', 'general_pictures', 'write_general',
            'borrow']
 
@@ -106,10 +106,17 @@ class EffectSet:
         return f'EffectSet({self.id!r}, {self.category}, {count}, {self.prompt!r})'
 
 # %% ../../nbs/files/effects.ipynb #08411f94
+def is_unicode(text: str) -> bool:
+    "Whether a text can be written as UTF-8; JSON and YAML can escape halves of characters, which no tokenizer takes."
+    return not any('\ud800' <= c <= '\udfff' for c in text)
+
+
 def _check_text(path: Path, key: str, value) -> None:
     "Raises `UserError` unless a field of the manifest at `path` holds text."
     if not isinstance(value, str):
         raise UserError(f'{path}: {key!r} must be text, got {value!r}; put it in quotes')
+    if not is_unicode(value):
+        raise UserError(f'{path}: {key!r} holds half of a character ({value!a}); write it again')
     if not value.strip():
         fix = (
             'give the instruction that the teacher is trained with'
@@ -154,13 +161,15 @@ def _looks_foreign(folder: Path) -> bool:
     return bool(endings & {*IMAGE_SUFFIXES}) and bool(endings & {*CAPTION_SUFFIXES, *FOREIGN})
 
 
-def _images_in(folder: Path) -> dict[str, Path]:
-    "Stem -> image path, sorted; hidden files do not count."
+def _images_in(folder: Path, captions: bool = False) -> dict[str, Path]:
+    "Stem -> image path, sorted; hidden files do not count, and neither do `captions` beside pictures where allowed."
     if not folder.is_dir():
         raise UserError(f'{folder}: no such folder; an effect has source/ and target/ with images of the same names')
     found = {}
     for p in sorted(p for p in folder.iterdir() if not p.name.startswith('.') and p.name != 'Thumbs.db'):
         if p.suffix.lower() in CAPTION_SUFFIXES and any(p.with_suffix(s).is_file() for s in IMAGE_SUFFIXES):
+            if captions:
+                continue
             raise UserError(
                 f'{p}: is a caption beside pictures, as other trainers have them; {_adoption(folder.parent)}'
             )
@@ -175,7 +184,9 @@ def _images_in(folder: Path) -> dict[str, Path]:
 # %% ../../nbs/files/effects.ipynb #ac24778e
 def images_among(paths) -> list[Path]:
     "The pictures among `paths`, files or folders of them, each opened once. Raises `UserError` for what is none."
-    found = [p for path in map(Path, paths) for p in (_images_in(path).values() if path.is_dir() else [path])]
+    found = [
+        p for path in map(Path, paths) for p in (_images_in(path, captions=True).values() if path.is_dir() else [path])
+    ]
     for p in found:
         load_image(p)
     return found
@@ -350,6 +361,8 @@ def _entry(folder: Path, line: str, where: str) -> dict:
     for key in ('image', 'prompt'):
         if not (isinstance(entry.get(key), str) and entry[key].strip()):
             raise UserError(f'{where}: {key!r} is missing or empty; give it')
+    if not is_unicode(entry['prompt']):
+        raise UserError(f'{where}: prompt {entry["prompt"]!a} holds half of a character; write it again')
     image = existing(folder, entry['image'])
     if image is None:
         raise UserError(f'{where}: image {entry["image"]!r} does not exist')

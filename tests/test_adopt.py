@@ -112,10 +112,53 @@ def two_folders(d):
     return d
 
 
+def ai_toolkit_inside(d):
+    "No configuration: targets and captions in the folder itself, controls in a folder inside."
+    pictures(d, ['a.png', 'b.png', 'c.png'], 50)
+    pictures(d / 'control', ['a.png', 'b.png', 'c.png'])
+    captions(d, ['a', 'b', 'c'])
+    return d
+
+
+def odd_names(d):
+    "No configuration and no telling names: the pictures with captions are the targets."
+    pictures(d / 'dancing', ['a.png', 'b.png', 'c.png'], 50)
+    pictures(d / 'standing', ['a.png', 'b.png', 'c.png'])
+    captions(d / 'dancing', ['a', 'b', 'c'])
+    return d
+
+
+def simpletuner_config(d):
+    "The trainer's config.json names the list of backends."
+    simpletuner(d)
+    (d / 'config').mkdir()
+    (d / 'multidatabackend.json').rename(d / 'config' / 'backends.json')
+    text = (d / 'config' / 'backends.json').read_text().replace('/datasets/', f'{d}/')
+    (d / 'config' / 'backends.json').write_text(text)
+    (d / 'config' / 'config.json').write_text(json.dumps({'data_backend_config': 'config/qwen/backends.json'}))
+    return d / 'config' / 'config.json'
+
+
+def train_folder(d):
+    "An image folder whose list lies with the pictures in train/."
+    diffusers(d / 'train')
+    return d
+
+
+def reference_images(d):
+    "Names as SimpleTuner's quickstart has them, without its configuration."
+    pictures(d / 'edited-images', ['a.png', 'b.png', 'c.png'], 50)
+    pictures(d / 'reference-images-a', ['a.png', 'b.png', 'c.png'])
+    pictures(d / 'reference-images-b', ['a.png', 'b.png', 'c.png'], 99)
+    captions(d / 'edited-images', ['a', 'b', 'c'])
+    return d
+
+
+MORE = [ai_toolkit_inside, odd_names, simpletuner_config, train_folder, reference_images]
 LAYOUTS = [ai_toolkit, musubi_folders, musubi_lines, simpletuner, diffsynth, diffusers, two_folders]
 
 
-@pytest.mark.parametrize('layout', LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize('layout', LAYOUTS + MORE, ids=lambda f: f.__name__)
 def test_a_layout_becomes_an_effect(layout, tmp_path):
     effect = adopt(layout(tmp_path / 'data'), tmp_path / 'my effect!', category='animal')
     assert (effect.id, effect.category, effect.prompt, len(effect)) == ('my-effect', 'animal', 'make it lighter', 3)

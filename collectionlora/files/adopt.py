@@ -71,17 +71,19 @@ def _caption(target: Path, sides: Sides) -> str | None:
     return text.replace('[trigger]', word or '').strip() or None
 
 
-def _pictures(folder: Path) -> dict[str, Path]:
-    "Name without ending -> picture, below a folder; hidden files do not count."
+def _pictures(folder: Path, apart: Path | None = None) -> dict[str, Path]:
+    "Name without ending -> picture, below a folder but not below `apart`; hidden files do not count."
     if not folder.is_dir():
         raise UserError(f'{folder}: no such folder; give the folder of the pictures')
-    found = sorted(p for p in folder.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith('.'))
+    inside = (p for p in folder.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith('.'))
+    found = sorted(p for p in inside if apart is None or apart not in p.parents)
     return {same_form(p.relative_to(folder).with_suffix('').as_posix()): p for p in found}
 
 
 def _pairs(sides: Sides) -> list[Pair]:
     "The pairs of two folders: equal names, or the source's with _0, _1 behind it, of which the first counts."
-    targets, sources = _pictures(sides.targets), _pictures(sides.sources)
+    inside = sides.sources if sides.targets in sides.sources.parents else None
+    targets, sources = _pictures(sides.targets, inside), _pictures(sides.sources)
     found, alone = [], []
     for name, target in targets.items():
         numbered = sorted(n for n in sources if re.fullmatch(re.escape(name) + r'_\d+', n) and n not in targets)
@@ -210,16 +212,30 @@ AFTER = (
     'target',
     'targets',
     'edited',
+    'edit',
+    'edits',
     'after',
     'output',
     'outputs',
-    'images',
+    'result',
+    'results',
     'image',
-    'edited-images',
-    'image_directory',
+    'images',
 )
-BEFORE = ('source', 'sources', 'control', 'controls', 'reference', 'input', 'inputs', 'before', 'conditioning', 'cond')
-BEFORE += ('original', 'reference-images', 'control_directory')
+BEFORE = (
+    'source',
+    'sources',
+    'control',
+    'controls',
+    'reference',
+    'references',
+    'ref',
+    'input',
+    'inputs',
+    'before',
+    'cond',
+)
+BEFORE += ('conditioning', 'condition', 'original', 'originals', 'start')
 LAYOUT = 'see "Data sets of other trainers" in the documentation for the layouts that are known'
 
 
@@ -233,30 +249,52 @@ def _configured(file: Path) -> tuple[str, list[Pair]] | None:
     elif ending in ('.yaml', '.yml'):
         name, sides = 'ai-toolkit', _ai_toolkit(file, parse_yaml(read_text(file), str(file)))
     elif ending == '.json':
-        name, sides = 'SimpleTuner', _simpletuner(file, read_json(file))
+        found = read_json(file)
+        if isinstance(found, dict) and found.get('data_backend_config'):
+            return _configured(_there(found['data_backend_config'], file))
+        name, sides = 'SimpleTuner', _simpletuner(file, found)
     else:
         return None
     pairs = [p for s in sides for p in (_listed(s) if isinstance(s, Path) else _pairs(s))]
     return (name, pairs) if pairs else None
 
+# %% ../../nbs/files/adopt.ipynb #6d7fa5bd
+def _sides_by_name(folder: Path) -> Sides | None:
+    "The two folders of a data set without configuration: by their names, else by which pictures have captions."
+    endings = r'[ _-]*(images?|pictures?|directory|dir|folder|path)?[ _-]*\d*$'
+    plain = lambda p: re.sub(endings, '', p.name.lower()) or p.name.lower()
+    inside = [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith('.') and _pictures(p)]
+    before = [p for p in inside if plain(p) in BEFORE]
+    after = [p for p in inside if p not in before and (plain(p) in AFTER or any(p.rglob('*.txt')))]
+    if not after and before and any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.iterdir()):
+        after = [folder]
+    before = before or [p for p in inside if p not in after]
+    if len(after) != 1 or not before:
+        return None
+    return Sides(after[0], _first(before, 'folders of control pictures', folder))
+
 
 def _in_folder(folder: Path) -> tuple[str, list[Pair]]:
     "(layout, pairs) of a folder."
     endings = ('.toml', '.yaml', '.yml', '.json', '.jsonl', '.csv')
-    known = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix.lower() in endings]
+    near = [
+        *sorted(folder.iterdir()),
+        *(q for p in sorted(folder.iterdir()) if p.is_dir() for q in sorted(p.iterdir())),
+    ]
+    known = [p for p in near if p.suffix.lower() in endings and p.is_file() and not p.name.startswith('.')]
     for file in sorted(known, key=lambda p: endings.index(p.suffix.lower())):
         if found := _configured(file):
             return found
-    inside = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()}
-    after, before = ([inside[n] for n in names if n in inside] for names in (AFTER, BEFORE))
-    if len(after) != 1 or len(before) != 1:
-        raise UserError(
-            f"{folder}: no known layout; give the trainer's configuration file, or a folder with the subfolders target "
-            f'(edited pictures, captions beside them) and control (what they were made from); {LAYOUT}'
-        )
-    return 'two folders', _pairs(Sides(after[0], before[0]))
+    if sides := _sides_by_name(folder):
+        return 'two folders', _pairs(sides)
+    if any(p.suffix.lower() == '.parquet' for p in near):
+        raise UserError(f'{folder}: holds Parquet files; save their pictures as files with a metadata.jsonl first')
+    raise UserError(
+        f"{folder}: no known layout; give the trainer's configuration file, or a folder with the subfolders target "
+        f'(edited pictures, captions beside them) and control (what they were made from); {LAYOUT}'
+    )
 
-
+# %% ../../nbs/files/adopt.ipynb #d7836daa
 def listing(path) -> tuple[str, list[Pair]]:
     "(layout, pairs) of a data set: its folder, configuration or list. Raises `UserError` where none is recognised."
     path = Path(path)

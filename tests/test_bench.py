@@ -210,3 +210,55 @@ def test_what_is_wrong_is_said(own, tmp_path):
     with pytest.raises(UserError, match="there is no picture 'animal/b.png'; did you mean 'animal/a.png'"):
         bench.make(tmp_path / 'photos', [root / 'effects/red'], tmp_path / 'x')
     assert not (tmp_path / 'x').exists()
+
+
+STAND_IN = """
+import numpy as np, torch
+from PIL import Image
+
+class EditRewardInferencer:
+    "Stands in for the real model: redness gained, and a fixed deviation."
+    def __init__(self, config_path, checkpoint_path, device): pass
+    def reward(self, prompts, image_src, image_paths):
+        red = lambda p: float(np.asarray(Image.open(p).convert('RGB'), float)[..., 0].mean())
+        return torch.tensor([[red(b) - red(a), np.log(0.5)] for a, b in zip(image_src, image_paths)])
+"""
+
+
+def test_a_reward_model_in_a_process_of_its_own_becomes_columns(own, tmp_path):
+    import shutil
+    import sys
+
+    root, _ = own
+    made, call = tmp_path / 'made', lambda *words: CliRunner().invoke(app, [str(w) for w in words])
+    shutil.copytree(root / 'made', made)
+    (tmp_path / 'repository').mkdir()
+    assert (
+        'holds no EditReward'
+        in call('bench', 'worker', '--repository', tmp_path / 'repository', '-o', tmp_path / 'w').stderr
+    )
+    (tmp_path / 'repository/EditReward.py').write_text(STAND_IN)
+    told = call(
+        'bench', 'worker', '--repository', tmp_path / 'repository', '-o', tmp_path / 'w', '--python', sys.executable
+    )
+    assert told.exit_code == 0
+    ask = (
+        'bench',
+        'reward',
+        root / 'bench',
+        made,
+        '--worker',
+        tmp_path / 'w',
+        '--checkpoint',
+        'stand-in',
+        '--config',
+        'none',
+    )
+    done = call(*ask, '--device', 'cpu')
+    assert done.exit_code == 0 and re.search(r'\d+ scored, 0 failed', done.output), done.output
+    rows, _ = bench.score(root / 'bench', made, [], geometry=False)
+    lines = {line['method']: line for line in bench.table(rows)}
+    mu, sigma = 'EditReward mu[stand-in; source]', 'EditReward sigma[stand-in; source]'
+    assert lines[bench.COPY][mu].value == 0 and lines['good'][sigma].value == pytest.approx(0.5)
+    reds = [r.values[mu] for r in rows if r.method == 'good' and r.effect == 'red']
+    assert len(reds) == 3 and min(reds) > 20

@@ -6,10 +6,10 @@
 __all__ = ['VERSION', 'STRATA', 'BENCH', 'METHOD', 'COPY', 'TO_SOURCE', 'GEOMETRY', 'photographs', 'strata_of', 'held_out',
            'make', 'load', 'write_training', 'world_inputs', 'slug', 'items', 'painted_file', 'paint', 'Scored',
            'outputs_of', 'scales', 'style_columns', 'source_columns', 'geometry_columns', 'oracle_columns',
-           'verdict_columns', 'vlm_cases', 'control_cases', 'controls', 'score', 'columns', 'table', 'contrasts',
-           'save_scores', 'load_scores']
+           'verdict_columns', 'vlm_cases', 'reward_rows', 'reward_columns', 'control_cases', 'controls', 'score',
+           'columns', 'table', 'contrasts', 'save_scores', 'load_scores']
 
-# %% ../../nbs/judge/bench.ipynb #ec793b46
+# %% ../../nbs/judge/bench.ipynb #ceedce99
 import csv
 import re
 import shutil
@@ -51,6 +51,7 @@ from collectionlora.judge.metrics import (
     to_source,
 )
 from .registration import colour_drift, register
+from .reward import read_rewards
 
 # %% ../../nbs/judge/bench.ipynb #d9c6e6b7
 VERSION = 1
@@ -446,6 +447,28 @@ def vlm_cases(folder: str | Path, manifest: dict, bench: Sequence[Item], files: 
             )
     return made
 
+# %% ../../nbs/judge/bench.ipynb #ce0252d4
+def reward_rows(folder: str | Path, out: str | Path) -> dict[str, list[dict | None]]:
+    "method -> a line of `reward.reward_row` per item, None where a sample failed; the unedited source is a method, too."
+    from collectionlora.judge.reward import reward_row
+
+    folder, manifest = Path(folder), load(folder)
+    bench, at = items(folder, manifest), _sources(folder, manifest)
+    prompts, sources = {e['id']: e['prompt'] for e in manifest['effects']}, [at[i.category, i.image] for i in bench]
+    shown = outputs_of(out, bench, manifest) | {COPY: sources}
+    row = lambda i, s, f: f and reward_row(prompts[i.effect], s, f)
+    return {m: [row(*three) for three in zip(bench, sources, files)] for m, files in shown.items()}
+
+
+def reward_columns(rows: Sequence[dict | None], known: Mapping) -> list[dict]:
+    "Per item {EditReward mu, sigma} of the rewards that are known; {} for the others."
+    out = []
+    for row in rows:
+        r = known.get(row['id']) if row else None
+        name = f'[{Path(r.checkpoint).name}; {SOURCE}]' if r else ''
+        out.append({f'EditReward mu{name}': r.mu, f'EditReward sigma{name}': r.sigma} if r and r.valid else {})
+    return out
+
 # %% ../../nbs/judge/bench.ipynb #2569c271
 def control_cases(folder: str | Path, manifest: dict) -> list[tuple]:
     "[(vlm.Case, whether the effect is there)] with known answers, three for every effect of a bench with several."
@@ -475,7 +498,7 @@ def controls(run, folder: str | Path, manifest: dict) -> dict:
     right = len(cases) - len(wrong)
     return dict(share=right / len(cases), n=len(cases), right=right, wrong=wrong)
 
-# %% ../../nbs/judge/bench.ipynb #3317844e
+# %% ../../nbs/judge/bench.ipynb #e20ea284
 def score(
     folder: str | Path,
     out: str | Path,
@@ -493,11 +516,13 @@ def score(
     shown = outputs_of(out, bench, manifest) | {COPY: sources}
     style = [e for e in encoders if e.metric not in TO_SOURCE]
     known = {e.id: scales(e, folder, manifest, cache) for e in style}
-    rows = []
+    rewards = read_rewards(Path(out) / 'scores/rewards.jsonl')
+    asked, rows = reward_rows(folder, out) if rewards else {}, []
     for method, files in shown.items():
         parts = [style_columns(e, bench, files, known[e.id], cache) for e in style]
         parts += [source_columns(e, files, sources, cache) for e in encoders if e.metric in TO_SOURCE]
         parts += [geometry_columns(files, sources, cache)] if geometry else []
+        parts += [reward_columns(asked[method], rewards)] if rewards else []
         judged = gate(method, bench, files) if gate else [None] * len(bench)
         for k, item in enumerate(bench):
             valid = files[k] is not None and judged[k] != {}

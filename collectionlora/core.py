@@ -7,10 +7,10 @@ __all__ = ['DECIMAL', 'FLOAT', 'DISPUTED', 'OTHERWISE', 'PACKAGES', 'UserError',
            'in_checkout', 'repo_root', 'data_dir', 'nano_dir', 'collection_dir', 'notebooks_dir', 'results_dir',
            'plain', 'sha256_json', 'sha256_file', 'sha256_folder', 'seed_of', 'rng', 'replacing', 'folder_lock',
            'save_state', 'load_state', 'read_text', 'text_lines', 'yaml_text', 'parse_yaml', 'read_yaml', 'write_yaml',
-           'read_json', 'write_json', 'bar', 'versions', 'hardware', 'command', 'run_info', 'save_run']
+           'read_json', 'write_json', 'bar', 'versions', 'hardware', 'command', 'run_info', 'is_run', 'read_run',
+           'save_run']
 
 # %% ../nbs/run/core.ipynb #7d0f1b17
-import copy
 import difflib
 import hashlib
 import json
@@ -463,6 +463,23 @@ def run_info(parameters: dict, seed: int, inputs: dict) -> dict:
         'command': command(),
     }
     return {'run': {'parameters': plain(parameters), 'seed': seed, 'inputs': dict(inputs)}, 'meta': meta}
+
+
+def is_run(record) -> bool:
+    "Whether a JSON value has the blocks of a run's record."
+    run = record.get('run') if isinstance(record, dict) else None
+    if not isinstance(run, dict) or not isinstance(record.get('status'), str) or 'seed' not in run:
+        return False
+    blocks = [run.get('parameters'), run.get('inputs', {}), *(record.get(k, {}) for k in ('meta', 'metrics', 'cost'))]
+    return all(isinstance(b, dict) for b in blocks)
+
+
+def read_run(path) -> dict:
+    "The record of a run. Raises `UserError` if the file is absent, no JSON, or not what a run writes."
+    record = read_json(path)
+    if not is_run(record):
+        raise UserError(f'{path}: is no record of a run; name another file, or move this one away')
+    return record
 
 
 def save_run(path, info: dict, metrics: dict, cost: dict) -> dict:

@@ -399,6 +399,20 @@ def test_runs_are_listed_shown_and_compared(tmp_path, monkeypatch):
     assert call('runs', 'list', tmp_path / 'absent').exit_code == 2
 
 
+@pytest.mark.parametrize(
+    'text',
+    ['{"status": "finished", "run": 3}', '{"status": 1}', '{"status": "x", "run": {"seed": 0, "parameters": []}}'],
+)
+def test_json_that_only_begins_like_a_record_is_none(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.json').write_text(text)
+    record_of(tmp_path / 'b.json')
+    for args in (['show', 'a.json'], ['compare', 'b.json', 'a.json']):
+        done = call('runs', *args)
+        assert done.exit_code == 2 and 'a.json: is no record of a run' in done.output
+    assert call('runs', 'list', '.').exit_code == 0 and 'a  ' not in call('runs', 'list', '.').output
+
+
 def test_five_hundred_runs_are_listed_at_once(tmp_path):
     import time
 

@@ -106,6 +106,14 @@ def test_the_sampler_is_chosen_in_one_place():
     assert '`lcm`' in model_card(info())
 
 
+def test_a_closing_zero_in_the_header_changes_nothing():
+    with_zero = info()
+    with_zero['sampling'] = with_zero['sampling'] | {'times': [*grid_times(3, 8), 0.0], 'stochastic': False}
+    without = info()
+    without['sampling'] = without['sampling'] | {'stochastic': False}
+    assert comfyui_workflow(with_zero) == comfyui_workflow(without) and model_card(with_zero) == model_card(without)
+
+
 def test_diffsynth_makes_the_times_with_the_lightning_scheduler_and_not_by_default():
     assert np.allclose(diffsynth_sigmas(3, 8), grid_times(3, 8), atol=1e-12)
     away = np.abs(np.subtract(diffsynth_default(8), grid_times(3, 8))).max()

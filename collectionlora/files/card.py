@@ -21,6 +21,7 @@ from collectionlora.files.workflow import (  # noqa: F401
     find_effect,
     MODEL_FILES,
     sampler_name,
+    steps_of,
     student_prompt,
     Wire,
 )
@@ -261,8 +262,8 @@ def _use(info: dict) -> list[str]:
         stochastic=bool(sampling.get('stochastic')),
         file=info['file'],
         prompt=printable(student_prompt(info['effects'][0])),
-        times=[round(t, 6) for t in sampling['times']],
-        steps=len(sampling['times']),
+        times=[round(t, 6) for t in steps_of(sampling)],
+        steps=len(steps_of(sampling)),
     )
     return ['## Use', '', '```python', code, '```', '', *_programs(info), '']
 

@@ -913,7 +913,7 @@ def compare_runs(first: Run, second: Run, every: Every = False):
     from collectionlora.run.records import compared, key_numbers, pictures_of, record_file
 
     files = [record_file(n) for n in (first, second)]
-    records = [core.read_json(f) for f in files]
+    records = [core.read_run(f) for f in files]
     sections = compared(*records)
     if not every:
         matter = {k for r in records for k in key_numbers(r.get('metrics', {}), 24)}

@@ -17,6 +17,7 @@ from collectionlora.core import (
     folder_lock,
     plain,
     read_json,
+    read_run,
     run_info,
     RunFailed,
     sha256_file,
@@ -48,7 +49,7 @@ def finished(out_dir, run: str, key: str) -> dict | None:
     out = Path(out_dir)
     if not (out / f'{run}.json').is_file():
         return None
-    record = read_json(out / f'{run}.json')
+    record = read_run(out / f'{run}.json')
     if record.get('status') != 'finished' or record.get('key') != key:
         return None
     intact = all((out / n).is_file() and sha256_file(out / n) == h for n, h in record['outputs'].items())
@@ -86,7 +87,7 @@ def _elsewhere(old, new) -> bool:
 def check_place(out: Path, run: str, key: str, values: dict, hashes: dict, seed: int) -> None:
     "Raises `UserError` if a finished run with other values, another seed or other inputs is where this one would go."
     file = out / f'{run}.json'
-    old = read_json(file) if file.is_file() else {}
+    old = read_run(file) if file.is_file() else {}
     if old.get('status') != 'finished' or old.get('key') == key:
         return
     was, inputs = {**old['run']['parameters'], 'seed': old['run']['seed']}, old['run']['inputs']
@@ -106,7 +107,7 @@ def check_place(out: Path, run: str, key: str, values: dict, hashes: dict, seed:
 def forget_finished(out: Path, run: str, key: str) -> None:
     "Removes the working files (`.<run>`, `.<run>.*`) of a finished run with another key; an unfinished one keeps them."
     file = out / f'{run}.json'
-    old = read_json(file) if file.is_file() else {}
+    old = read_run(file) if file.is_file() else {}
     if old.get('status') != 'finished' or old.get('key') in (None, key):
         return
     for work in [out / f'.{run}', *out.glob(f'.{run}.*')]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..core import nearest, plain, read_json, results_dir, UserError
+from ..core import is_run, nearest, plain, read_json, read_run, results_dir, UserError
 from .execute import differing
 from .signature import declared
 
@@ -31,7 +31,7 @@ def records_in(folder=None) -> dict[str, dict]:
     hidden = lambda p: any(s.startswith('.') for s in p.relative_to(root).parts)
     files = sorted(p for p in root.rglob('*.json') if not hidden(p) and is_record(p))
     found = {p.relative_to(root).with_suffix('').as_posix(): read_json(p) for p in files}
-    return {name: r for name, r in found.items() if 'run' in r}
+    return {name: r for name, r in found.items() if is_run(r)}
 
 
 def record_file(name) -> Path:
@@ -116,7 +116,7 @@ def pictures_of(file: Path) -> list[Path]:
 # %% ../../nbs/run/records.ipynb #75e2f3c2
 def summary(file: Path, every: bool = False) -> dict[str, dict]:
     "A record in sections of short lines: run, parameters, metrics (all of them if `every`), cost and files."
-    record = read_json(file)
+    record = read_run(file)
     meta, metrics = record.get('meta', {}), record.get('metrics', {})
     words = lambda d: {k: v if isinstance(v, str) else json.dumps(plain(v), ensure_ascii=False) for k, v in d.items()}
     about = {k: meta.get(k) for k in ('command', 'commit', 'dirty') if meta.get(k)}

@@ -38,13 +38,14 @@ def to_x0(x_t: Tensor, v: Tensor, t) -> Tensor:
 
 
 def to_eps(x_t: Tensor, v: Tensor, t) -> Tensor:
-    "The noise that the same prediction implies, `eps = x_t + (1 - t) v`."
+    """The noise that the same prediction implies, `eps = x_t + (1 - t) v` (for the lesson and tests; the engine has no
+    use for it)."""
     return x_t + (1 - _like(t, x_t)) * v
 
 # %% ../nbs/method/01_flow.ipynb #3b6ac93d
-def shift_time(t, s: float):
-    "`s t / (1 + (s - 1) t)`: pushes times in [0, 1] towards 1 for s > 1; floats or tensors; 0 and 1 stay."
-    return s * t / (1 + (s - 1) * t)
+def shift_time(t, shift: float):
+    "`k t / (1 + (k - 1) t)` with k = shift: pushes times in [0, 1] towards 1 for k > 1; floats or tensors; 0, 1 stay."
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def few_step_times(n: int = 8, shift: float = 3.0) -> list[float]:
@@ -101,7 +102,7 @@ def rollout(
 ) -> Tensor:
     """The state x_t at times[exit_step] that `sample_few` would reach, or without noise_fn `sample_ode`: the input of
     the step that is then taken with gradient (backward simulation with early exit). Builds no graph and costs
-    exit_step forwards; exit_step 0 is x1."""
+    exit_step forwards; exit_step 0 is x1. For lessons and tests: the engine uses `dmd.rollout_each`."""
     if not 0 <= exit_step < len(times):
         raise UserError(f'rollout: exit_step is {exit_step}; the schedule has steps 0 to {len(times) - 1}.')
     if exit_step == 0:

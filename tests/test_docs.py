@@ -87,3 +87,27 @@ def test_no_notebook_of_this_repository_links_to_a_page_that_is_not_there(rooms)
 
 def found(page, link):
     return (page.parent / f'{link[0]}.{link[1]}').is_file()
+
+
+@pytest.mark.slow
+def test_the_cards_snippet_runs_as_it_stands(tmp_path):
+    import re
+    import shutil
+    import subprocess
+    import sys
+
+    from PIL import Image
+
+    from collectionlora import core, world
+    from collectionlora.files.card import write_card
+
+    file = tmp_path / 'collection.safetensors'
+    shutil.copyfile(core.collection_dir() / file.name, file)
+    card = write_card(file)[0].read_text()
+    drawn = world.render(world.draw_scene(core.rng('snippet', 0), 'animal', 'heldout'))
+    Image.fromarray(drawn).save(tmp_path / 'input.png')
+    (tmp_path / 'snippet.py').write_text(re.search('```python\n(.*?)```', card, re.S)[1])
+    done = subprocess.run([sys.executable, 'snippet.py'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = Image.open(tmp_path / 'output.png')
+    assert made.size == (64, 64) and made.convert('RGB').tobytes() != drawn.tobytes()

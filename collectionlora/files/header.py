@@ -347,7 +347,8 @@ def usage_hint(sampling: dict) -> str:
     "One line of advice for people whose program does not read `collectionlora.sampling`."
     times = [t for t in sampling.get('times') or [] if t > 0]
     advice = f'{len(times) or sampling.get("steps")} steps, CFG {sampling.get("cfg", 1):g}'
-    advice += ', stochastic sampler (LCM in ComfyUI), not Euler' if sampling.get('stochastic') else ''
+    fresh = sampling.get('stochastic', True)
+    advice += ', stochastic sampler (LCM in ComfyUI), not Euler' if fresh else ', Euler sampler without fresh noise'
     return advice + (', sigmas ' + ', '.join(f'{t:.4f}' for t in times) + ', 0' if times else '')
 
 

@@ -41,7 +41,7 @@ def simple_sigmas(shift: float, steps: int) -> list[float]:
 
 def sampler_name(sampling: dict) -> str:
     "ComfyUI's sampler of a recipe: `lcm` adds fresh noise at every step, `euler` solves the ODE."
-    return 'lcm' if sampling.get('stochastic') else 'euler'
+    return 'lcm' if sampling.get('stochastic', True) else 'euler'
 
 # %% ../../nbs/files/workflow.ipynb #90d0026f
 MODEL_FILES = {

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent
 config = configparser.ConfigParser(delimiters=['='], interpolation=None)
 config.read(ROOT / 'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
-requirements = {k: shlex.split(cfg[f'{k}requirements']) for k in ('', 'dev_', 'eval_', 'docs_', 'slurm_')}
+requirements = {k: shlex.split(cfg[f'{k}requirements']) for k in ('', 'dev_', 'eval_', 'docs_', 'slurm_', 'photographs_')}
 
 setup(
     name=cfg['lib_name'],

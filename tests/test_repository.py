@@ -166,3 +166,13 @@ def test_working_effects_are_those_of_the_record():
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     assert core.read_json(core.data_dir() / 'working.json') == tool.working(), 'run `python tools/working.py`'
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'nbs' / 'method').glob('*.ipynb')), ids=lambda p: p.stem)
+def test_lessons_keep_their_outputs(path):
+    "A reader who does not execute anything sees the values and the figures, and no states of progress bars."
+    cells = [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
+    shown = [o for c in cells for o in c['outputs']]
+    kinds = {k for o in shown for k in o.get('data', {})}
+    assert 'text/plain' in kinds and kinds & {'image/png', 'image/jpeg'}, f'execute {path.name} and keep its outputs'
+    assert not any(re.search(r'\d%\|', ''.join(o.get('text', ''))) for o in shown), 'python tools/small_outputs.py'

@@ -1,10 +1,12 @@
 """Makes the pictures in notebooks small: `python tools/small_outputs.py [nbs/a.ipynb ...]`, all notebooks without names.
 
-A PNG output becomes a PNG of 256 colours if it is a drawing and a JPEG if it has pictures. To the eye it stays the same."""
+A PNG output becomes a PNG of 256 colours if it is a drawing and a JPEG if it has pictures. To the eye it stays the same.
+Lines that a progress bar has left are taken out."""
 
 import base64
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -29,11 +31,26 @@ def smallest(png: bytes) -> tuple[str, bytes]:
     return (kind, new.getvalue()) if len(new.getvalue()) < len(png) else ('image/png', png)
 
 
+def without_bars(outputs: list[dict]) -> list[dict]:
+    "A cell's outputs without the states of progress bars, and without streams that held nothing else."
+    kept = []
+    for output in outputs:
+        if output['output_type'] == 'stream':
+            lines = re.split(r'[\r\n]', ''.join(output['text']))
+            words = [line.rstrip() for line in lines if line.strip() and not re.search(r'\d%\|', line)]
+            output = {**output, 'text': [f'{line}\n' for line in words]}
+        if output.get('text') != []:
+            kept.append(output)
+    return kept
+
+
 def shrink(path: Path) -> int:
-    "Rewrites a notebook's PNG outputs; returns by how many bytes the file has shrunk."
+    "Rewrites a notebook's outputs; returns by how many bytes the file has shrunk."
     text = path.read_text(encoding='utf-8')
     notebook = json.loads(text)
     for cell in notebook['cells']:
+        if cell['cell_type'] == 'code' and cell['outputs']:
+            cell['outputs'] = without_bars(cell['outputs'])
         for output in cell.get('outputs', []):
             data = output.get('data', {})
             if 'image/png' in data:

@@ -741,7 +741,8 @@ def test_the_plan_is_measured_and_the_curves_are_drawn(world, straight):
     assert (
         made['seconds'] > 0 and made['fake-score updates'] == SMALL.fake_warmup + SMALL.steps * SMALL.fake_per_generator
     )
-    assert len(show_history(straight[0], smooth=2).axes) == 6
+    drawn = [ax for ax in show_history(straight[0], smooth=2).axes if ax.axison]
+    assert len(drawn) >= 4 and all(ax.lines and ax.get_title() for ax in drawn)  # no empty axes
 
 
 def test_roles_are_gone_afterwards(world, tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PANELS', 'image_of', 'laplacian_energy', 'compare', 'few_step_sample', 'Look', 'look_at', 'draw_looks',
-           'contact_sheet', 'write_sheet', 'validate', 'curve', 'shown', 'show_history']
+           'contact_sheet', 'write_sheet', 'validate', 'curve', 'shown', 'lines_of', 'show_history']
 
 # %% ../../nbs/engine/looks.ipynb #f4dbd443
 import statistics
@@ -182,23 +182,30 @@ def shown(history: Sequence[Mapping], title: str) -> list[str]:
     return [*PANELS[title], *sorted(further - {*PANELS[title]})]
 
 
+def lines_of(history: Sequence[Mapping], title: str, smooth: int) -> list[tuple[str, list, list]]:
+    "(name, steps, values) of the monitors in a panel that a history has."
+    found = [(name, *curve(history, name, smooth)) for name in shown(history, title)]
+    return [line for line in found if line[1]]
+
+
 def show_history(history: Sequence[dict], smooth: int = 1):
-    """Figure of a run: losses, gradient norms, health of the fake score, drift of the student's samples;
-    running means over `smooth` steps."""
+    """Figure of a run, with a panel for everything that its history has: losses, gradient norms, health of the fake
+    score, drift of the student's samples; running means over `smooth` steps."""
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(3, 2, figsize=(10, 7.5), sharex=True)
-    for k, (ax, title) in enumerate(zip(axes.flat, PANELS)):
-        for name in shown(history, title):
-            steps, values = curve(history, name, smooth)
-            if steps:
-                ax.plot(steps, values, 'o-' if name.startswith(('val', 'probe')) else '-', ms=3, lw=1, label=name)
-        ax.set(title=title, yscale='log' if k < 3 else 'linear')
-        if ax.get_legend_handles_labels()[1]:
-            ax.legend(fontsize=7)
-    for ax in axes[-1]:
-        ax.set_xlabel('generator step')
+    panels = {title: lines_of(history, title, smooth) for title in PANELS}
+    panels, logarithmic = {title: lines for title, lines in panels.items() if lines}, [*PANELS][:3]
+    rows = max(1, -(-len(panels) // 2))
+    fig, axes = plt.subplots(rows, 2, figsize=(10, 2.6 * rows), sharex=True, squeeze=False, layout='tight')
+    for ax, (title, lines) in zip(axes.flat, panels.items()):
+        for name, steps, values in lines:
+            dots = len(steps) < 12 or name.startswith(('val', 'probe'))
+            ax.plot(steps, values, 'o-' if dots else '-', ms=3, lw=1, label=name)
+        ax.set(title=title, yscale='log' if title in logarithmic else 'linear', xlabel='generator step')
+        ax.tick_params(labelbottom=True)
+        ax.legend(fontsize=8)
+    for ax in axes.flat[len(panels) :]:
+        ax.axis('off')
     if found := diagnose(history):
         fig.suptitle('; '.join(f.name for f in found), color='tab:red', fontsize=9)
-    fig.tight_layout()
     return fig

@@ -46,7 +46,7 @@ def scaled(picture: Image.Image, side: int) -> Image.Image:
 
 def wrapped(text: str, width: float, font) -> str:
     "A label in lines of at most `width` pixels, broken at spaces and after underscores; a longer word stays whole."
-    lines = ['']
+    lines, text = [''], text.replace('×', 'x')  # which Pillow's own font lacks
     for word in re.findall(r'[^ _]*_|[^ _]+ ?| ', text):
         if lines[-1] and font.getlength(lines[-1] + word.rstrip()) > width:
             lines.append('')

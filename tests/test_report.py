@@ -12,7 +12,7 @@ from PIL import Image
 
 from collectionlora.core import run_info, UserError
 from collectionlora.judge import report as R, tables
-from collectionlora.judge.gate import NONE, Row
+from collectionlora.judge.gate import Metric, METRICS, NONE, Row
 
 OWN, OTHER = 'ours, 8 steps', 'other <8> steps'
 EFFECTS = {
@@ -299,6 +299,14 @@ def test_a_page_without_an_oracle_begins_with_distances(everything, tmp_path):
     assert 'for 1 of 1 effects.' in one and one.count('<td>rain') == 0 and one.count('<img') == 3
     silent = [{**d, 'ceiling': 2.0} for d in lines]
     assert 'class="verdict"' not in R.render(tmp_path / 's.html', **{**given, 'distances': silent})
+
+
+def test_a_further_metric_is_a_column_of_the_table(everything, tmp_path, monkeypatch):
+    monkeypatch.setitem(METRICS, 'drift', Metric('colour drift', 'from the source', lambda item, out, found: 0.0, 3))
+    everything['rows'] = [replace(r, more={'drift': 0.125}) if r.method == OWN else r for r in everything['rows']]
+    page = R.render(tmp_path / 'r.html', **everything)
+    assert '<th title="from the source">colour drift' in page and '<td>0.125' in page
+    assert tables.summary([r for r in everything['rows'] if r.method == OWN])['drift'].value == 0.125
 
 
 def test_lines_of_style_and_template_can_be_read():

@@ -128,15 +128,19 @@ class="w">{{ c.interval }}<td>{{ c.said }}{% endfor %}</tbody></table></div>
 <details><summary>Each comparison with its test</summary><ul>{% for v in verdicts %}<li><p>{{ v }}</p></li>
 {% endfor %}</ul></details>{% endif %}</section>
 <section><h2>The table</h2><p>Bad cases and subject score come from one decision about each picture:
-score = (1 − bad-case rate) × mean subject kept where the effect is there. Intervals are at 95 % and treat effects, not
+score = (1 − bad-case rate) × mean subject kept where the effect is there. Plainly bad is the milder gate: another
+effect or none is seen, the picture is broken, or its subject is gone. Intervals are at 95 % and treat effects, not
 images, as the sample ({{ how }}). Distance is to the effect's true targets, in units of their own distance from each
 other: a true target has about 1. Detail is Laplacian energy in proportion to true targets: 1 is right, lower is blur,
 higher is noise. Lines in italics are reference policies, the floor and the ceiling of the judge.</p>
-<div class="scroll"><table class="main"><thead><tr><th>method<th>bad cases<th>score<th>subject kept<th>distance
-<th>detail<th>other effect<th>evaluations<th>file<th>per image<th>n</tr></thead><tbody>
+<div class="scroll"><table class="main"><thead><tr><th>method<th>bad cases<th>plainly bad<th>score<th>subject kept
+<th>distance
+<th>detail{% for m in metrics %}<th title="{{ m.help }}">{{ m.title }}{% endfor %}
+<th>other effect<th>evaluations<th>file<th>per image<th>n</tr></thead><tbody>
 {% for l in lines %}<tr class="{{ 'ref' if l.reference else 'own' if l.method == own }}"><td>{{ l.method }}
-{% for c in (l.bcr, l.score, l.kept, l.distance, l.laplacian) %}<td>{{ c.value }}<small>{{ c.interval }}</small>
-{% endfor %}<td>{{ l.bleed }}<td>{{ l.nfe }}<td class="w">{{ l.size }}<td class="w">{{ l.seconds }}<td>{{ l.n }}
+{% for c in [l.bcr, l.plainly, l.score, l.kept, l.distance, l.laplacian] + l.more %}<td>{{ c.value }}
+<small>{{ c.interval }}</small>{% endfor %}
+<td>{{ l.bleed }}<td>{{ l.nfe }}<td class="w">{{ l.size }}<td class="w">{{ l.seconds }}<td>{{ l.n }}
 <small>{{ l.effects }} effects{% if l.invalid %}, {{ l.invalid }} invalid{% endif %}</small></tr>
 {% endfor %}</tbody></table></div>
 <details><summary>Bad cases by effect</summary><div class="scroll"><table class="main"><thead><tr><th>effect

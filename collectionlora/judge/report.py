@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..core import check_keys, replacing
 from .charts import charts_of, curves, finite, line_chart, lists, thin, ticks  # noqa: F401
-from .gate import bleed, confusion, NONE, Row
+from .gate import bleed, confusion, METRICS, NONE, Row
 from .page import PAGE, STYLE
 from .statistics import Contrast, Estimate, newcombe, show_p, wilson
 from .tables import by_method, contrasts, ENCODED, REFERENCES, table
@@ -80,6 +80,8 @@ def _line(s: dict, reference: bool, size: int | None) -> dict:
         kept=_cell(s['kept']),
         distance=_cell(s['distance'], 3),
         laplacian=_cell(s['laplacian']),
+        plainly=_cell(s['bad'], percent=True),
+        more=[_cell(s[name], metric.digits) for name, metric in METRICS.items()],
         bleed=f'{100 * s["bleed"]:.0f} %',
         nfe='–' if reference else f'{s["nfe"].value:.0f}',
         size=show_bytes(size),
@@ -413,4 +415,4 @@ def render(
 
 def _filled(**fields) -> str:
     "The template with its fields; a forgotten field is an error."
-    return Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE).render(style=STYLE, **fields)
+    return Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE).render(style=STYLE, metrics=[*METRICS.values()], **fields)

@@ -7,7 +7,7 @@ __all__ = ['VERSION', 'STRATA', 'BENCH', 'METHOD', 'COPY', 'TO_SOURCE', 'GEOMETR
            'make', 'load', 'write_training', 'world_inputs', 'slug', 'items', 'painted_file', 'paint', 'Scored',
            'outputs_of', 'scales', 'style_columns', 'source_columns', 'geometry_columns', 'oracle_columns',
            'verdict_columns', 'vlm_cases', 'reward_rows', 'reward_columns', 'control_cases', 'controls', 'score',
-           'columns', 'table', 'contrasts', 'save_scores', 'load_scores']
+           'columns', 'table', 'contrasts', 'item_rows', 'save_scores', 'load_scores']
 
 # %% ../../nbs/judge/bench.ipynb #ceedce99
 import csv
@@ -584,6 +584,48 @@ def contrasts(rows: Sequence[Scored], method: str, among: Sequence[str] | None =
                 if 'no pair' not in str(e):
                     raise
     return list(zip(found, holm([c.p for c in found])))
+
+# %% ../../nbs/judge/bench.ipynb #fe72d222
+def item_rows(
+    bench: Sequence[Item], shown: Mapping, encoders: Sequence[Encoder] | None = None, run: str = ''
+) -> list[Scored]:
+    """Rows of {method: pictures or None, in the order of the items} with columns by encoders (None: those that ship).
+
+    Style columns compare with the truths of the item's effect on other subjects; DINO's and `nano-place` with the source.
+    Raises UserError for items without truth."""
+    from collectionlora.judge.metrics import nano_encoders
+
+    if any(i.truth is None for i in bench):
+        raise UserError(
+            'columns: an item has no true target; compare with held-out targets of effect folders (`bench make`)'
+        )
+    if encoders is None:
+        place = nano_encoders()['place']
+        encoders = [*nano_encoders().values(), replace(place, metric='DINO', distance=False)]
+    truths, sources = [i.truth for i in bench], [i.source for i in bench]
+    values = {m: [{} for _ in bench] for m in shown}
+    for e in encoders:
+        refs, src = e.embed(truths), e.embed(sources)
+        for method, pictures in shown.items():
+            _compared(e, bench, pictures, refs, src, values[method])
+    who = lambda i: (i.effect, i.category, i.image, i.seed)
+    return [Scored(m, *who(i), shown[m][k] is not None, run, values[m][k]) for m in shown for k, i in enumerate(bench)]
+
+
+def _compared(
+    e: Encoder, bench: Sequence[Item], pictures: Sequence, refs: np.ndarray, src: np.ndarray, values: list[dict]
+) -> None:
+    "Adds an encoder's columns to the values of one method's pictures."
+    at = [k for k, p in enumerate(pictures) if p is not None]
+    for k, v in zip(at, e.embed([pictures[k] for k in at]) if at else []):
+        if e.metric in TO_SOURCE:
+            values[k][f'{e.metric}[{e.name}; {e.prepare.words}; {SOURCE}]'] = float(
+                to_source(e, v[None], src[k : k + 1])[0]
+            )
+            continue
+        others = [j for j, i in enumerate(bench) if i.effect == bench[k].effect and i.image != bench[k].image]
+        others = others or [j for j, i in enumerate(bench) if i.effect == bench[k].effect]
+        values[k][e.spec(aggregation='mean').name] = float(against(e, v[None], refs[others])['mean'][0])
 
 # %% ../../nbs/judge/bench.ipynb #fd4ec368
 def save_scores(out: str | Path, rows: Sequence[Scored], about: dict) -> Path:

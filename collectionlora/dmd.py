@@ -18,7 +18,9 @@ from .flow import add_noise, shift_time, to_x0, velocity
 
 # %% ../nbs/method/04_dmd.ipynb #27b9572a
 def score(x_t: Tensor, x0: Tensor, t) -> Tensor:
-    "The score of the noised distribution, `-(x_t - (1 - t) x0) / t^2`, from a denoiser's estimate x0; t in (0, 1]."
+    """The score of the noised distribution, `-(x_t - (1 - t) x0) / t^2`, from a denoiser's estimate x0; t in (0, 1].
+
+    For the lesson and tests: the engine never divides by t and uses `velocity_gradient`."""
     t = torch.as_tensor(t, dtype=x_t.dtype).reshape(-1, *[1] * (x_t.ndim - 1))
     return -(x_t - (1 - t) * x0) / t**2
 
@@ -46,7 +48,8 @@ def pseudo_target_loss(x0: Tensor, grad: Tensor) -> Tensor:
 
 
 def loss(x0: Tensor, x0_fake: Tensor, x0_real: Tensor, eps: float = 1e-6) -> Tensor:
-    "DMD's generator loss from three clean samples [B, ...] (Eq. 1)."
+    """DMD's generator loss from three clean samples [B, ...] (Eq. 1). For the lesson and tests: the engine uses
+    `velocity_gradient` and `pseudo_target_loss`."""
     return pseudo_target_loss(x0, gradient(x0.detach(), x0_fake, x0_real, eps))
 
 # %% ../nbs/method/04_dmd.ipynb #4a59dfad

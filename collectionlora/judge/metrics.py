@@ -179,12 +179,13 @@ class Cache:
         with self._open() as db:
             db.executemany('insert or replace into vectors values (?, ?, ?)', rows)
 
-# %% ../../nbs/judge/metrics.ipynb #3d235e85
+# %% ../../nbs/judge/metrics.ipynb #232aea4a
 class _Committed(closing):
     "An SQLite connection that is committed on success and closed in any case."
 
     def __init__(self, path):
         super().__init__(sqlite3.connect(path, timeout=60))
+        self.thing.execute('pragma synchronous=off')
 
     def __exit__(self, kind, *error):
         if kind is None:

@@ -206,19 +206,24 @@ def test_old_pictures_come_first_and_those_to_look_at_are_spared(world, parent):
 @pytest.mark.parametrize('guidance', [1.0, 4.0])
 def test_rehearsal_pulls_at_nothing_before_the_student_has_moved(world, parent, rehearsal, guidance):
     base, bank, (_, two), general, cache = world
-    few = dict(SHORT, rank_fake=3, fake_init='student', guidance=guidance, weight_ts=1.0, weight_fm=0.0)
+    few = dict(SHORT, rank_fake=3, fake_init='student', guidance=guidance, weight_fm=0.0)
     s = resolved(ext.child_settings(parent, few), base.info['shift'])
     own = AheadBank(base.backbone, {rehearsal.id: parent.file}, role='own')
     with learning_roles(base.backbone):
         pools = prepare(base, [rehearsal], general, cache, s)
         base.backbone.flat('fake').data.copy_(base.backbone.flat('student').data)
-        norms = {}
+        found = {}
         for plain in (True, False):
             named = frozenset([rehearsal.id] if plain else [])
             engine = Engine(base.backbone, own, pools, s, schedule_of(s), Ranks(), plain=named)
-            norms[plain] = [g.norm().item() for g, _, _ in gradients(engine, [rehearsal.id], 0).values()]
+            found[plain] = {k: g.norm().item() for k, (g, _, _) in gradients(engine, [rehearsal.id], 0).items()}
+        base.backbone.flat('student').data.mul_(1.5)
+        moved = gradients(Engine(base.backbone, own, pools, s, schedule_of(s), Ranks(), plain=named), [None], 0)
+        engine = Engine(base.backbone, own, pools, s, schedule_of(s), Ranks(), plain=frozenset([rehearsal.id]))
+        pull = gradients(engine, [rehearsal.id], 0)['keep'][0].norm().item()
     own.close()
-    assert max(norms[True]) < 1e-5 and (max(norms[False]) > 1e-3) == (guidance != 1)
+    assert [*found[True]] == ['keep'] and found[True]['keep'] < min(1e-5, pull / 100)
+    assert {*found[False]} == {'bs', 'ts'} and {*moved} == {'bs'}  # matching belongs to the other effects
 
 
 def test_a_rehearsed_child_keeps_the_entries_of_its_parent(world, parent, rehearsal, tmp_path):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'Batch', 'lanes', 'batch_of', 'few_rows', 'match', 'simulated_backward', 'simulated_from_target', 'anchored',
-           'anchor_times', 'Term', 'weight_of', 'active', 'check_terms', 'terms', 'flat_gradient', 'summed', 'Part',
-           'monitors', 'gradients', 'fake_rows', 'starts', 'own_samples', 'cycle_of', 'shared_samples', 'fake_samples',
-           'fake_score_loss', 'rate_at', 'in_stage', 'student_rate', 'apply_gradient', 'fake_update', 'guarded',
-           'generator_update']
+           'anchor_times', 'kept', 'Term', 'weight_of', 'active', 'check_terms', 'terms', 'flat_gradient', 'summed',
+           'Part', 'monitors', 'gradients', 'fake_rows', 'starts', 'own_samples', 'cycle_of', 'shared_samples',
+           'fake_samples', 'fake_score_loss', 'rate_at', 'in_stage', 'student_rate', 'apply_gradient', 'fake_update',
+           'guarded', 'generator_update']
 
 # %% ../../nbs/engine/terms.ipynb #9f0948ff
 import math
@@ -120,19 +120,30 @@ def anchor_times(engine: Engine, n: int, t_critic: Tensor | None, g) -> Tensor:
     u = drawn(g, n, lambda n, g: torch.rand(n, generator=g)).to(t_critic.device)
     return doubly_shifted(t_critic, u, s.anchor_shift)
 
+# %% ../../nbs/engine/terms.ipynb #552e9a50
+def kept(engine: Engine, b: Batch, g, earlier: Mapping) -> tuple[Tensor, dict]:
+    "Rehearsal: the student's velocity against its parent's where the student's own rollout stops."
+    with engine.still('student'):
+        x, t = simulate(engine, b.student, g)
+    with torch.no_grad(), engine.still(b.role):
+        wanted = engine.guided(b, x, t)
+    return F.mse_loss(engine.velocity('student', x, t, b.student), wanted), {}
+
 # %% ../../nbs/engine/terms.ipynb #d8f23938
 @dataclass(frozen=True)
 class Term:
     """A loss term of the student.
 
     loss: the function of (engine, batch, generator, earlier); weight: its weight under settings, by default that in
-    `Settings.further`; effects, general: whether it runs on effects and on the general stream; coarse: it also runs
-    during `anchor_first`; forward: forward passes per sample beside the one with gradient, for the plan."""
+    `Settings.further`; effects, general: whether it runs on effects and on the general stream; plain: it runs on
+    rehearsed effects, and only there; coarse: it also runs during `anchor_first`; forward: forward passes per sample
+    beside the one with gradient, for the plan."""
 
     loss: Callable[..., tuple[Tensor, dict]]
     weight: Callable[[Settings], float] | None = None
     effects: bool = True
     general: bool = False
+    plain: bool = False
     coarse: bool = False
     forward: int = 1
 
@@ -141,6 +152,7 @@ TERMS = {
     'bs': Term(simulated_backward, lambda s: s.weight_bs, general=True),
     'ts': Term(simulated_from_target, lambda s: s.weight_ts),
     'fm': Term(anchored, lambda s: s.weight_fm, coarse=True),
+    'keep': Term(kept, plain=True, forward=5),
 }
 
 
@@ -169,7 +181,8 @@ def terms(engine: Engine, b: Batch, g, coarse: bool = False) -> Generator[tuple[
     computed."""
     earlier = {}
     for name, term in active(engine.s, coarse).items():
-        if term.general if b.y is None else term.effects:
+        runs = term.general if b.y is None else term.effects
+        if runs and term.plain == b.plain:
             loss, earlier[name] = term.loss(engine, b, g, earlier)
             yield name, weight_of(name, engine.s) * loss, earlier[name]
 
@@ -244,8 +257,7 @@ def gradients(engine: Engine, ids: Sequence[str | None], step: int) -> dict[str,
             found.append(Part.of(name, route, b, loss, seen, away=ranks.world > 1))
     parts = [p for seen in ranks.gather(found) for p in seen]
     mine = lambda k: grads.pop(k) if k in grads else torch.zeros_like(engine.backbone.flat('student'))
-    runs = lambda term: term.general and None in ids or term.effects and any(ids)
-    asked = [k for k, term in active(s, coarse).items() if runs(term)]
+    asked = [k for k in active(s, coarse) if any(p.term == k for p in parts)]
     return {k: (ranks.sum_(mine(k)), *monitors([p for p in parts if p.term == k])) for k in asked}
 
 # %% ../../nbs/engine/terms.ipynb #e169f95f
@@ -255,6 +267,7 @@ def fake_rows(engine: Engine, id: str | None, update: int) -> tuple[Cond, Tensor
     s, r = engine.s, rng(engine.s.seed, 'fake rows', update)
     if s.fake_batch == 'mixed':
         pool, p_effect, weights = mixed_pool(engine.pools, s.p_switch, r)
+        weights = {k: w for k, w in weights.items() if k not in engine.plain} or weights
         rows, k = mixed_rows(pool, s.batch, p_effect, weights, engine.fake_targets, r)
     else:
         pool = choose_pool(engine.pools, r, id)

@@ -62,7 +62,7 @@ def base_of(record: Mapping) -> str:
 # %% ../nbs/method/10_scaling.ipynb #2e515a08
 PLANNED = (10, 20, 50, 100, 180)  # the paper's Table 4
 METHODS = {  # row of Table 4 -> how `evaluate` names that method, without its sampler
-    'Base': 'teacher',
+    "bank of teachers (the paper's Base)": 'teacher',
     'Base+Lightning': 'teacher + acceleration',
     'All in 1 (FM) + Lightning': 'all-in-one FM + acceleration',
     'All in 1 (Ours)': 'ours',

@@ -1,0 +1,65 @@
+"Removing and renaming change a collection's list and nothing else; a begun effect is refused until it is filled."
+
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from collectionlora import core
+from collectionlora.core import UserError
+from collectionlora.files.effects import load_effect
+from collectionlora.files.header import catalogue, read_header
+from collectionlora.run import cli
+from collectionlora.use.catalogue import begin_effect, remove_effect, rename_effect
+
+
+def call(*args):
+    return CliRunner().invoke(cli.app, [str(a) for a in args])
+
+
+@pytest.fixture
+def file(tmp_path):
+    return shutil.copyfile(core.collection_dir() / 'collection.safetensors', tmp_path / 'c.safetensors')
+
+
+def ids(file):
+    return [e['id'] for e in catalogue(file)]
+
+
+def test_the_list_changes_and_the_weights_do_not(file):
+    before, weights = catalogue(file), read_header(file)['collectionlora.payload_sha256']
+    said = call('remove', file, 'candy_world')
+    assert said.exit_code == 0 and 'no longer listed' in said.output and before[1]['trigger'] in said.output
+    said = call('rename', file, 'lava_creature', 'molten')
+    assert said.exit_code == 0 and before[2]['trigger'] in said.output
+    assert ids(file) == ['balloon_body', 'molten', 'little_devil'] and catalogue(file)[0] == before[0]
+    assert catalogue(file)[1] == before[2] | {'id': 'molten'}
+    assert read_header(file)['collectionlora.payload_sha256'] == weights
+    assert 'molten' in file.with_name('c.html').read_text() and 'candy_world' not in file.with_name('c.html').read_text()
+
+
+def test_another_file_is_written_on_request(file, tmp_path):
+    remove_effect(file, 'candy_world', tmp_path / 'd.safetensors')
+    assert len(ids(file)) == 4 and len(ids(tmp_path / 'd.safetensors')) == 3
+
+
+def test_what_cannot_be_removed_or_renamed(file):
+    for id in ids(file)[1:]:
+        remove_effect(file, id)
+    for change, words in (
+        ((remove_effect, file, 'balloon'), 'balloon_body'),
+        ((remove_effect, file, 'balloon_body'), 'only effect'),
+        ((rename_effect, file, 'balloon_body', 'balloon_body'), 'already'),
+        ((rename_effect, file, 'balloon_body', '../x'), 'letters'),
+    ):
+        with pytest.raises(UserError, match=words):
+            change[0](*change[1:])
+
+
+def test_a_begun_effect_is_to_be_filled(tmp_path):
+    said = call('init', tmp_path / 'my-effect')
+    assert said.exit_code == 0 and (tmp_path / 'my-effect' / 'README.md').is_file()
+    with pytest.raises(UserError, match="'prompt' is empty"):
+        load_effect(tmp_path / 'my-effect')
+    with pytest.raises(UserError, match='is there already'):
+        begin_effect(tmp_path / 'my-effect')

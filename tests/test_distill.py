@@ -518,7 +518,7 @@ def test_presets_and_fields_have_help():
         (dict(sampler='lcm'), 'sampler'),
         (dict(further={'near': -1}), 'near'),
         (dict(further=[1]), 'further'),
-        (dict(fake_pull=0.1), 'fake_pull'),
+        (dict(fake_pull=0.1, fake_init='base'), 'fake_pull'),
         (dict(fake_pull=1.5, fake_init='student'), 'fake_pull'),
         (dict(fake_init='student', rank_fake=4), 'rank_fake 4 equal'),
         (dict(anchor_after_critic=True, anchor_min=0.2), 'anchor'),

@@ -128,12 +128,14 @@ class="w">{{ c.interval }}<td>{{ c.said }}{% endfor %}</tbody></table></div>
 <details><summary>Each comparison with its test</summary><ul>{% for v in verdicts %}<li><p>{{ v }}</p></li>
 {% endfor %}</ul></details>{% endif %}</section>
 <section><h2>The table</h2><p>Bad cases and subject score come from one decision about each picture:
-score = (1 − bad-case rate) × mean subject kept where the effect is there. Plainly bad is the milder gate: another
-effect or none is seen, the picture is broken, or its subject is gone. Intervals are at 95 % and treat effects, not
+score = (1 − bad-case rate) × mean subject kept where the effect is there. Bad with the subject counted is
+another gate, as the paper means it: another effect or none is seen, the picture is broken, or its subject is gone.
+Intervals are at 95 % and treat effects, not
 images, as the sample ({{ how }}). Distance is to the effect's true targets, in units of their own distance from each
 other: a true target has about 1. Detail is Laplacian energy in proportion to true targets: 1 is right, lower is blur,
 higher is noise. Lines in italics are reference policies, the floor and the ceiling of the judge.</p>
-<div class="scroll"><table class="main"><thead><tr><th>method<th>bad cases<th>plainly bad<th>score<th>subject kept
+<div class="scroll"><table class="main"><thead><tr><th>method<th>bad cases<th>bad, subject counted<th>score
+<th>subject kept
 <th>distance
 <th>detail{% for m in metrics %}<th title="{{ m.help }}">{{ m.title }}{% endfor %}
 <th>other effect<th>evaluations<th>file<th>per image<th>n</tr></thead><tbody>

@@ -250,7 +250,7 @@ def probe_settings(settings: Settings, ids: Sequence[str], rows: int) -> Setting
     "Settings of a look at all three terms: every weight 1, the batch dealt to one route per effect."
     weights = dict(weight_bs=1.0, weight_ts=1.0, weight_fm=1.0)
     dealt = dict(p_switch=1.0, batch=rows * len(ids), routes=len(ids), route_every=1)
-    return replace(settings, **weights, **dealt, fake_batch='mixed', anchor_first=0)
+    return replace(settings, **weights, **dealt, fake_batch='mixed', anchor_first=0, lr_anchor=None)
 
 
 def term_gradients(engine: Engine, ids: Sequence[str]) -> dict[str, Tensor]:

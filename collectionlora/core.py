@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DECIMAL', 'FLOAT', 'DISPUTED', 'OTHERWISE', 'PACKAGES', 'UserError', 'RunFailed', 'nearest', 'check_keys', 'refusal',
            'in_checkout', 'repo_root', 'data_dir', 'nano_dir', 'collection_dir', 'notebooks_dir', 'results_dir',
-           'plain', 'sha256_json', 'sha256_file', 'sha256_folder', 'seed_of', 'rng', 'replacing', 'folder_lock',
-           'save_state', 'load_state', 'read_text', 'text_lines', 'yaml_text', 'parse_yaml', 'read_yaml', 'write_yaml',
-           'read_json', 'write_json', 'bar', 'versions', 'hardware', 'command', 'run_info', 'is_run', 'read_run',
-           'save_run']
+           'plain', 'sha256_json', 'sealed', 'is_sealed', 'sha256_file', 'sha256_folder', 'seed_of', 'rng', 'replacing',
+           'folder_lock', 'save_state', 'load_state', 'read_text', 'text_lines', 'json_object', 'yaml_text',
+           'parse_yaml', 'read_yaml', 'write_yaml', 'read_json', 'write_json', 'bar', 'versions', 'hardware', 'command',
+           'run_info', 'is_run', 'read_run', 'save_run']
 
 # %% ../nbs/run/core.ipynb #7d0f1b17
 import difflib
@@ -131,6 +131,16 @@ def sha256_json(obj) -> str:
     return hashlib.sha256(_canonical(obj)).hexdigest()
 
 
+def sealed(content: dict) -> dict:
+    "A manifest that carries the hash of its content as `sha256`."
+    return {**content, 'sha256': sha256_json(content)}
+
+
+def is_sealed(manifest: dict) -> bool:
+    "Whether a manifest is as `sealed` made it."
+    return manifest.get('sha256') == sha256_json({k: v for k, v in manifest.items() if k != 'sha256'})
+
+
 def sha256_file(path) -> str:
     "Hex sha256 of the bytes of a file."
     digest = hashlib.sha256()
@@ -227,6 +237,17 @@ def read_text(path) -> str:
 def text_lines(path) -> list[tuple[int, str]]:
     "(number from 1, line) of every line of a file of JSON lines that is not blank. Raises as `read_text`."
     return [(n, line) for n, line in enumerate(read_text(path).split('\n'), 1) if line.strip()]
+
+
+def json_object(text: str, where: str, form: str) -> dict:
+    "The JSON object in a text. Raises `UserError` that names `where` it stands and the `form` that it must have."
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f'{where}: not valid JSON ({e})') from e
+    if not isinstance(found, dict):
+        raise UserError(f'{where}: must be {form}')
+    return found
 
 # %% ../nbs/run/core.ipynb #95ed7c3e
 DECIMAL = re.compile(r'[-+]?(0|[1-9][0-9]*)')

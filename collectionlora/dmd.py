@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import UserError
-from .flow import add_noise, shift_time, to_x0, velocity
+from .flow import next_state, shift_time, velocity
 
 # %% ../nbs/method/04_dmd.ipynb #27b9572a
 def score(x_t: Tensor, x0: Tensor, t) -> Tensor:
@@ -106,8 +106,6 @@ def rollout_each(
             rows = slice(0, sum(e > k for e in exits))
             t = torch.full((rows.stop,), times[k], dtype=torch.float32, device=x1.device)
             v = v_fn(x[rows], t, rows)
-            if noise_fn is None:
-                x[rows] = x[rows] + (times[k + 1] - times[k]) * v
-            else:
-                x[rows] = add_noise(to_x0(x[rows], v, t), noise_fn(k + 1)[rows], times[k + 1])
+            fresh = noise_fn(k + 1)[rows] if noise_fn else None
+            x[rows] = next_state(x[rows], v, times[k], times[k + 1], fresh)
     return x, time_of

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VelocityFn', 'add_noise', 'velocity', 'to_x0', 'to_eps', 'shift_time', 'few_step_times', 'ode_times', 'guide',
-           'sample_ode', 'sample_few', 'rollout', 'noise_like']
+           'next_state', 'sample_ode', 'sample_few', 'rollout', 'noise_like']
 
 # %% ../nbs/method/01_flow.ipynb #52211cff
 from collections.abc import Callable, Sequence
@@ -77,11 +77,16 @@ def _batch_time(t: float, x: Tensor) -> Tensor:
     return torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)
 
 
+def next_state(x_t: Tensor, v: Tensor, t: float, after: float, noise: Tensor | None = None) -> Tensor:
+    "One step from t to `after`, a time below it: Euler's, or with noise the estimate of the clean sample re-noised."
+    return x_t + (after - t) * v if noise is None else add_noise(to_x0(x_t, v, t), noise, after)
+
+
 def sample_ode(v_fn: VelocityFn, x1: Tensor, times: Sequence[float]) -> Tensor:
     "Euler's method on dx/dt = v from x1 at times[0] down to times[-1]; v_fn(x_t [B,N,C], t [B]) -> v."
     x = x1
-    for t, t_next in zip(times[:-1], times[1:]):
-        x = x + (t_next - t) * v_fn(x, _batch_time(t, x))
+    for t, after in zip(times[:-1], times[1:]):
+        x = next_state(x, v_fn(x, _batch_time(t, x)), t, after)
     return x
 
 

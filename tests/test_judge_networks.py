@@ -88,10 +88,14 @@ def test_clip_equals_transformers_with_its_processor(tmp_path, pictures):
     assert found.shape[1] == 48 and np.abs(found - encoder.embed(pictures)).max() < BOUND
 
 
-def facebook(vit):
-    "Facebook's vision transformer as the state of transformers' ViTModel."
-    names = {'norm1': 'layernorm_before', 'norm2': 'layernorm_after', 'attn.proj': 'attention.output.dense'}
-    names |= {'mlp.fc1': 'intermediate.dense', 'mlp.fc2': 'output.dense'}
+NAMES = {'attn.proj': 'attention.output.dense'}
+FACEBOOK = {**NAMES, 'norm1': 'layernorm_before', 'norm2': 'layernorm_after'}
+FACEBOOK |= {'mlp.fc1': 'intermediate.dense', 'mlp.fc2': 'output.dense'}
+TIMM = {**NAMES, **{k: k for k in ('norm1', 'norm2', 'mlp.fc1', 'mlp.fc2')}}
+
+
+def renamed(vit, names):
+    "A vision transformer as the state of transformers' models; `names`: of the parts of a block, as they are called there."
     state, out = vit.state_dict(), {}
     for k, v in state.items():
         if not k.startswith('blocks.'):
@@ -101,6 +105,8 @@ def facebook(vit):
         if rest == 'attn.qkv':
             for name, third in zip(('query', 'key', 'value'), v.chunk(3)):
                 out[f'encoder.layer.{i}.attention.attention.{name}.{part}'] = third.contiguous()
+        elif rest in ('ls1', 'ls2'):
+            out[f'encoder.layer.{i}.layer_scale{rest[-1]}.lambda1'] = v
         else:
             out[f'encoder.layer.{i}.{names[rest]}.{part}'] = v
     out |= {f'layernorm.{p}': state[f'norm.{p}'] for p in ('weight', 'bias')}
@@ -122,7 +128,7 @@ def test_dino_equals_facebooks_code_and_dreambooths_preparation(tmp_path, pictur
             norm_layer=lambda d: torch.nn.LayerNorm(d, eps=1e-6),
         )
     )
-    save_file({k: v.contiguous() for k, v in facebook(vit).items()}, tmp_path / 'model.safetensors', {'format': 'pt'})
+    save_file({k: v.contiguous() for k, v in renamed(vit, FACEBOOK).items()}, tmp_path / 'model.safetensors', {'format': 'pt'})
     about = dict(model_type='vit', image_size=224, patch_size=32, layer_norm_eps=1e-6, **SMALL)
     (tmp_path / 'config.json').write_text(json.dumps(about))
     encoder = networks.dino_encoder(tmp_path)
@@ -145,30 +151,7 @@ def test_dinov2_equals_timm(tmp_path, pictures):
         timm.models.vision_transformer.VisionTransformer(**sizes, init_values=1e-5, num_classes=0, global_pool='token')
     )
     config = Dinov2Config(image_size=56, patch_size=14, hidden_size=64, num_hidden_layers=3, num_attention_heads=1)
-    model, state = Dinov2Model(config), {}
-    names = {
-        'norm1': 'norm1',
-        'norm2': 'norm2',
-        'attn.proj': 'attention.output.dense',
-        'mlp.fc1': 'mlp.fc1',
-        'mlp.fc2': 'mlp.fc2',
-    }
-    for k, v in vit.state_dict().items():
-        if not k.startswith('blocks.'):
-            continue
-        _, i, *rest, part = k.split('.')
-        rest = '.'.join(rest)
-        if rest == 'attn.qkv':
-            for name, third in zip(('query', 'key', 'value'), v.chunk(3)):
-                state[f'encoder.layer.{i}.attention.attention.{name}.{part}'] = third.contiguous()
-        elif rest in ('ls1', 'ls2'):
-            state[f'encoder.layer.{i}.layer_scale{rest[-1]}.lambda1'] = v
-        else:
-            state[f'encoder.layer.{i}.{names[rest]}.{part}'] = v
-    s = vit.state_dict()
-    state |= {f'layernorm.{p}': s[f'norm.{p}'] for p in ('weight', 'bias')}
-    state |= {f'embeddings.patch_embeddings.projection.{p}': s[f'patch_embed.proj.{p}'] for p in ('weight', 'bias')}
-    state |= {'embeddings.cls_token': s['cls_token'], 'embeddings.position_embeddings': s['pos_embed']}
+    model, state = Dinov2Model(config), renamed(vit, TIMM)
     state |= {'embeddings.mask_token': torch.zeros(1, 64)}
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / 'model.safetensors', {'format': 'pt'})
     config.save_pretrained(tmp_path)

@@ -96,8 +96,7 @@ def catalogue_entry(e: EffectSet, teacher: str) -> dict:
 
 def parents_of(bank, effects, inherited: Sequence[dict], start: str | None) -> list[dict]:
     "The files that a collection comes from: the LoRA that it started from (its hash, if any), and the teachers."
-    learnt = [e for e in effects if not isinstance(e, Rehearsal)]
-    parents = [{'sha256': bank.shas[e.id], 'kind': 'teacher', 'effect': e.id} for e in learnt]
+    parents = [{'sha256': bank.shas[e.id], 'kind': 'teacher', 'effect': e.id} for e in effects]
     if start is not None:
         parents.insert(0, {'sha256': start, 'kind': 'start', 'effects': [e['id'] for e in inherited]})
     return parents
@@ -116,7 +115,7 @@ def collection_header(
     sampling = {'steps': len(times), 'shift': s.few_shift, 'times': list(times), 'cfg': 1.0, 'stochastic': stochastic}
     return {
         'collectionlora.effects': list(entries.values()),
-        'collectionlora.parents': parents_of(bank, effects, inherited, start),
+        'collectionlora.parents': parents_of(bank, learnt, inherited, start),
         'collectionlora.sampling': sampling,
         'collectionlora.base': {'hash': base.hash, **base_identity(base.folder)},
         'collectionlora.train': {

@@ -18,7 +18,7 @@ from ..dmd import draw_exits, draw_times, rollout_each
 from .parallel import drawn, fork, is_sharded, Ranks
 from .pools import Pool
 from .settings import Settings
-from ..flow import add_noise, to_x0
+from ..flow import add_noise, next_state, to_x0
 from ..teachers import TeacherBank
 
 # %% ../../nbs/engine/rollouts.ipynb #aa87dcec
@@ -116,8 +116,7 @@ def full_rollout(engine: Engine, cond: Cond, g) -> Tensor:
             level = torch.full((len(x),), t, device=x.device)
             v = engine.velocity('student', x, level, cond)
             found.append(to_x0(x, v, level))
-            if engine.s.sampler == 'ode':
-                x = x + (after - t) * v
-            elif after:
-                x = add_noise(found[-1], noise(engine, cond, g), after)
+            if after:
+                fresh = noise(engine, cond, g) if engine.s.sampler == 'stochastic' else None
+                x = next_state(x, v, t, after, fresh)
     return torch.stack(found)

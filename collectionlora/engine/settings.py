@@ -270,7 +270,8 @@ def _typed(name: str, value, default):
 
 # %% ../../nbs/engine/settings.ipynb #f21e88d3
 SHARES = tuple(
-    'fake_targets fake_pull p_switch tau_max tau_min critic_min critic_max fake_min fake_max anchor_min anchor_max'.split()
+    'fake_targets fake_pull p_switch tau_max tau_min critic_min critic_max fake_min fake_max anchor_min '
+    'anchor_max'.split()
 )
 NOT_NEGATIVE = tuple(
     'rollbacks seed fake_warmup anchor_first weight_bs weight_ts weight_fm normaliser_eps detail_power lr_warmup '

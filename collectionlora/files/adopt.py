@@ -8,7 +8,6 @@ __all__ = ['log', 'TARGETS', 'SOURCES', 'CAPTIONS', 'AFTER', 'BEFORE', 'LAYOUT',
 # %% ../../nbs/files/adopt.ipynb #cfeeb432
 import csv
 import io
-import json
 import logging
 import re
 from collections import Counter
@@ -17,7 +16,7 @@ from typing import NamedTuple
 
 from PIL import ImageOps
 
-from ..core import parse_yaml, read_json, read_text, text_lines, UserError
+from ..core import json_object, parse_yaml, read_json, read_text, text_lines, UserError
 from .effects import EffectSet, same_form, write_effect
 from .pictures import IMAGE_SUFFIXES, load_image
 
@@ -177,16 +176,9 @@ def _rows(file: Path) -> list[tuple[str, dict]]:
         except csv.Error as e:
             raise UserError(f'{file}: not valid CSV ({e})') from e
         return [(f'{file} row {n}', {k: v for k, v in row.items() if k}) for n, row in enumerate(lines, 1)]
-    out = []
-    for n, line in text_lines(file):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f'{file} line {n}: not valid JSON ({e})') from e
-        if not isinstance(row, dict):
-            raise UserError(f'{file} line {n}: must be {{"image": ..., "edit_image": ..., "prompt": ...}}')
-        out.append((f'{file} line {n}', row))
-    return out
+    form = '{"image": ..., "edit_image": ..., "prompt": ...}'
+    lines = [(f'{file} line {n}', line) for n, line in text_lines(file)]
+    return [(where, json_object(line, where, form)) for where, line in lines]
 
 
 def _column(row: dict, names):
@@ -318,8 +310,8 @@ def _instruction(pairs: list[Pair], prompt: str | None, path) -> str:
     if len(captions) > 1:
         (most, n), *_ = captions.most_common(1)
         raise UserError(
-            f'{path}: has {len(captions)} different captions, the most frequent {n} times ({most[:100]!r}), and an effect has '
-            'one instruction; give it with --prompt'
+            f'{path}: has {len(captions)} different captions, the most frequent {n} times ({most[:100]!r}), '
+            'and an effect has one instruction; give it with --prompt'
         )
     return next(iter(captions))
 

@@ -26,6 +26,7 @@ from PIL import Image
 
 from collectionlora.core import (
     check_keys,
+    json_object,
     read_yaml,
     replacing,
     rng,
@@ -351,12 +352,7 @@ GENERAL_KEYS = ('image', 'prompt', 'spec')
 
 def _entry(folder: Path, line: str, where: str) -> dict:
     "One checked line of a general folder's manifest; `where` names it in messages."
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise UserError(f'{where}: not valid JSON ({e})') from e
-    if not isinstance(entry, dict):
-        raise UserError(f'{where}: must be {{"image": ..., "prompt": ...}}')
+    entry = json_object(line, where, '{"image": ..., "prompt": ...}')
     check_keys(entry, GENERAL_KEYS, where)
     for key in ('image', 'prompt'):
         if not (isinstance(entry.get(key), str) and entry[key].strip()):

@@ -24,12 +24,14 @@ from .. import world
 from collectionlora.core import (
     bar,
     check_keys,
+    is_sealed,
     nearest,
     plain,
     read_json,
     read_text,
     replacing,
     rng,
+    sealed,
     sha256_file,
     sha256_folder,
     sha256_json,
@@ -140,7 +142,7 @@ def make(photos: str | Path, effects: Sequence, out: str | Path, heldout: int = 
     listed = [_effect(e, held_out(e, heldout, seed), part) for e in sets]
     asked = sum(len(images[c]) for e in sets for c in e.category.split(' or '))
     content = dict(name='EffectBench', version=VERSION, seed=seed, instructions=asked, effects=listed, images=images)
-    manifest = content | dict(sha256=sha256_json(content))
+    manifest = sealed(content)
     write_json(part / BENCH, manifest)
     if (out / BENCH).is_file() and read_json(out / BENCH).get('sha256') != manifest['sha256']:
         shutil.rmtree(part)
@@ -162,7 +164,7 @@ def load(folder: str | Path, verify: bool = True) -> dict:
     m = read_json(folder / BENCH)
     if not isinstance(m, dict) or m.get('version') != VERSION:
         raise UserError(f'{folder / BENCH}: is no bench of version {VERSION}; make it again')
-    if m.get('sha256') != sha256_json({k: v for k, v in m.items() if k != 'sha256'}):
+    if not is_sealed(m):
         raise UserError(f'{folder / BENCH}: was changed by hand; make the bench again')
     files = [i for images in m['images'].values() for i in images] + [t for e in m['effects'] for t in e['heldout']]
     for f in files if verify else []:

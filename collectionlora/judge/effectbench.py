@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import world
-from ..core import data_dir, nearest, read_json, rng, sha256_json, UserError, write_json
+from ..core import data_dir, is_sealed, nearest, read_json, rng, sealed, UserError, write_json
 from .evaluate import DRAWS
 from .gate import Item, laplacian_energy
 
@@ -76,7 +76,7 @@ def build(size='toy', seed=0):
         effects=[_listed(k, e, seed) for k, e in enumerate(bench_effects(n, seed))],
         images={c: [subject(c, i) for i in range(pictures)] for c in world.CATEGORIES},
     )
-    return content | dict(sha256=sha256_json(content))
+    return sealed(content)
 
 # %% ../../nbs/judge/effectbench.ipynb #5f2d1113
 def shipped(size):
@@ -96,10 +96,9 @@ def load(path):
     m = read_json(path)
     if not isinstance(m, dict):
         raise UserError(f'{path}: holds a {type(m).__name__} and no manifest; write it again with effectbench.build')
-    content = {k: v for k, v in m.items() if k != 'sha256'}
     if m.get('version') != VERSION:
         raise UserError(f'{path}: version {m.get("version")!r}; this program reads version {VERSION}')
-    if m.get('sha256') != sha256_json(content):
+    if not is_sealed(m):
         raise UserError(f'{path}: sha256 does not match the content; write the manifest again with effectbench.build')
     for e in m['effects']:
         world.get_effect(e['id'])

@@ -31,9 +31,9 @@ GONE = (
 class Row:
     """One judged output. `subject` is in [0, 1]; `distance` >= 0; `laplacian` is output energy / true energy.
 
-    NaN stands where a number is unknown; more: the quantities of `METRICS`. flaw: the worst fault of the picture as such, '' if none, None in rows from
-    before it was noted. Raises UserError when a value is outside its range or an invalid row claims
-    to have been applied."""
+    NaN stands where a number is unknown; more: the quantities of `METRICS`. flaw: the worst fault of the picture as
+    such, '' if none, None in rows from before it was noted. Raises UserError when a value is outside its range or an
+    invalid row claims to have been applied."""
 
     method: str
     effect: str

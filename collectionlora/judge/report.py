@@ -415,4 +415,5 @@ def render(
 
 def _filled(**fields) -> str:
     "The template with its fields; a forgotten field is an error."
-    return Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE).render(style=STYLE, metrics=[*METRICS.values()], **fields)
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
+    return page.render(style=STYLE, metrics=[*METRICS.values()], **fields)

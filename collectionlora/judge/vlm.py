@@ -30,26 +30,32 @@ from ..files.pictures import load_image
 SIDE = 384  # pixels of a picture's long side, as the judge gets it
 
 
-def png(picture, side: int = SIDE) -> bytes:
-    "A picture (path, PIL or uint8 array) as PNG with its long side at `side` pixels."
+def _scaled(picture, side: int) -> Image.Image:
     image = load_image(picture) if isinstance(picture, (str, Path)) else picture
     image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
     scale = side / max(image.size)
     size = tuple(max(1, round(n * scale)) for n in image.size)
+    return image.convert('RGB').resize(size, Image.Resampling.BICUBIC)
+
+
+def _packed(image: Image.Image) -> bytes:
     out = io.BytesIO()
-    image.convert('RGB').resize(size, Image.Resampling.BICUBIC).save(out, 'PNG')
+    image.save(out, 'PNG')
     return out.getvalue()
+
+
+def png(picture, side: int = SIDE) -> bytes:
+    "A picture (path, PIL or uint8 array) as PNG with its long side at `side` pixels."
+    return _packed(_scaled(picture, side))
 
 
 def contact_sheet(pictures: Sequence, side: int = SIDE, most: int = 4) -> bytes:
     "Up to `most` pictures in a square of two by two as PNG."
-    tiles = [Image.open(io.BytesIO(png(p, side // 2))) for p in pictures[:most]]
+    tiles = [_scaled(p, side // 2) for p in pictures[:most]]
     sheet = Image.new('RGB', (side, side if len(tiles) > 2 else side // 2), 'white')
     for k, tile in enumerate(tiles):
         sheet.paste(tile, (k % 2 * side // 2, k // 2 * side // 2))
-    out = io.BytesIO()
-    sheet.save(out, 'PNG')
-    return out.getvalue()
+    return _packed(sheet)
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def _noise_levels(collection: Path, given: dict) -> dict:
     from collectionlora.use.extend import recipe_of, shift_of
 
     recipe = recipe_of(collection)
-    times = recipe.times if recipe.stochastic else recipe.times[:-1]
+    times = recipe.asked(recipe.times)
     own = dict(few_steps=recipe.steps, few_shift=shift_of(times) if times else recipe.shift)
     for name, v in own.items():
         asked = given.get(name, 0 if v is None else v)
@@ -160,7 +160,7 @@ def _noise_levels(collection: Path, given: dict) -> dict:
         if v is not None and abs(asked - v) > 1e-3:
             said = f'is sampled with {name} {v:g}, the settings ask for {asked}'
             raise UserError(f'{collection}: {said}; leave it out')
-    return {**own, 'sampler': 'stochastic' if recipe.stochastic else 'ode'}
+    return {**own, 'sampler': recipe.sampler}
 
 
 def _stream(general: Path | None, s) -> list:

@@ -61,6 +61,15 @@ class Recipe:
         return base.times(self.steps, grid) if self.shift is None else ode_times(self.steps, self.shift)
 
     @property
+    def sampler(self) -> str:
+        "Its name among the settings, 'ode' or 'stochastic'."
+        return 'stochastic' if self.stochastic else 'ode'
+
+    def asked(self, times: Sequence[float]) -> tuple[float, ...]:
+        "Those of its times at which the network is asked: all but the 0 at which an ODE ends."
+        return tuple(times if self.stochastic else times[:-1])
+
+    @property
     def nfe(self) -> int:
         "Evaluations of the transformer per picture."
         return self.steps * (1 if self.guidance == 1 else 2)

@@ -87,9 +87,9 @@ class Look:
     targets: tuple[Tensor, ...]
 
 
-def look_at(cache: ConditionCache, effects: Sequence[EffectSet], n: int) -> Look:
-    "The first n samples of every effect."
-    picked = [s for e in effects for s in samples_of([e], ())[:n]]
+def look_at(cache: ConditionCache, effects: Sequence[EffectSet], n: int, words: str = 'aop') -> Look:
+    "The first n samples of every effect; words: what the student reads (`pools.student_words`)."
+    picked = [s for e in effects for s in samples_of([e], (), words)[:n]]
     y = [s.target if isinstance(s.target, Tensor) else cache.latents([s.target])[0] for s in picked]
     conds = tuple(cache.cond([(s.source, s.student)]) for s in picked)
     return Look(tuple(s.id for s in picked), tuple(s.source for s in picked), conds, tuple(y))

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from ..aop import student_prompt
 from ..bases.backbone import Backbone
 from ..bases.pipeline import Base
 from ..c2fdo import generator_times
@@ -25,7 +24,7 @@ from ..core import load_state, nearest, seed_of, sha256_file, sha256_json, UserE
 from .looks import Look, look_at, validate
 from .monitors import diagnose, due, is_best, Watch
 from .parallel import check_scale, join, Ranks, save_together
-from .pools import load_pools, Pool, Rehearsal, samples_of
+from .pools import load_pools, Pool, Rehearsal, samples_of, student_words
 from .rollouts import Engine
 from .settings import resolved, schedule_of, Settings
 from .state import Diverged, Guard, Interruption, State, telling_what_helps, weights_of, writing
@@ -81,13 +80,13 @@ def fingerprint_of(base: Base, bank, effects, general, s: Settings) -> dict:
     )
 
 # %% ../../nbs/engine/loop.ipynb #d6bde64d
-def catalogue_entry(e: EffectSet, teacher: str) -> dict:
-    "What the header says about an effect; `teacher`: the hash of its teacher's file."
+def catalogue_entry(e: EffectSet, teacher: str, words: str = 'aop') -> dict:
+    "What the header says about an effect; teacher: hash of its teacher's file; words: as of `pools.student_words`."
     return {
         'id': e.id,
         'category': e.category,
         'trigger': e.trigger,
-        'prompt': student_prompt(e.trigger, e.description, e.category),
+        'prompt': student_words(e, words),
         'description': e.description,
         'teacher_prompt': e.prompt,
         'teacher': teacher,
@@ -109,7 +108,9 @@ def collection_header(
     record, parents."""
     inherited = [] if s.init == 'zero' else read_header(s.init).get('collectionlora.effects', [])
     learnt = [e for e in effects if not isinstance(e, Rehearsal)]
-    entries = {e['id']: e for e in inherited} | {e.id: catalogue_entry(e, bank.shas[e.id]) for e in learnt}
+    entries = {e['id']: e for e in inherited} | {
+        e.id: catalogue_entry(e, bank.shas[e.id], s.prompts) for e in learnt
+    }
     start = None if s.init == 'zero' else fingerprint['settings']['init']
     stochastic = s.sampler == 'stochastic'
     sampling = {'steps': len(times), 'shift': s.few_shift, 'times': list(times), 'cfg': 1.0, 'stochastic': stochastic}
@@ -155,7 +156,7 @@ def learning_roles(backbone: Backbone) -> Iterator[None]:
 
 def prepare(base: Base, effects, general, cache: ConditionCache, s: Settings) -> list[Pool]:
     "Adds fresh roles 'student' and 'fake' (started from `init`) and returns the pools."
-    pools = load_pools(cache, samples_of(effects, general))
+    pools = load_pools(cache, samples_of(effects, general, s.prompts))
     add_roles(base, s)
     return pools
 
@@ -385,7 +386,7 @@ def distill(
             with telling_what_helps(s):
                 pools = ranks.in_turn(lambda: prepare(base, effects, general, cache, s))
             shown = (validation or effects) if val_every else ()
-            look = ranks.in_turn(lambda: look_at(cache, shown, val_per_effect)) if shown else None
+            look = ranks.in_turn(lambda: look_at(cache, shown, val_per_effect, s.prompts)) if shown else None
             with telling_what_helps(s):
                 state = State.fresh(backbone, s, ranks)
             if saved:

@@ -145,7 +145,7 @@ def disk(s: Settings, adapter: int, conditions: int, keep: int = 3) -> dict[str,
 def measured_plan(base: Base, effects, general, cache: ConditionCache, s: Settings, processes: int = 1) -> dict:
     """`plan` with pass times, memory and disk measured here, on one process's share of a batch of one of the run's own
     samples (the teacher slot is not counted). Raises UserError naming the knobs where memory does not suffice."""
-    samples = samples_of(effects, general)
+    samples = samples_of(effects, general, s.prompts)
     first, b = samples[0], base.backbone
     cond = cache.cond([(first.source, first.student)]).repeat(-(-s.batch // processes)).to(b.device)
     entries, targets = condition_bytes(cond, sum(map(len, effects)), len(general))

@@ -55,6 +55,11 @@ class Streams:
         1, 'streams per generator step: the batch is dealt to so many routes, each with a teacher of its own'
     )
     balanced: bool = knob(True, 'deal effects equally often to within one; else uniform draws')
+    prompts: str = knob(
+        'aop',
+        "what the student reads of an effect: 'aop' (trigger and description, Eq. 5), 'trigger' (trigger and the "
+        "teacher's prompt), 'description' without trigger, or the 'teacher' prompt itself",
+    )
 
 # %% ../../nbs/engine/settings.ipynb #9b2a0ac6
 @dataclass(frozen=True)
@@ -298,6 +303,10 @@ def _ranges(s) -> list[tuple[bool, str]]:
         *((not 0 <= v <= 1, _outside(n, v)) for n, v in values(SHARES)),
         (s.fake_batch not in ('same', 'mixed'), f"fake_batch is {s.fake_batch!r}; give 'same' or 'mixed'"),
         (s.sampler not in ('ode', 'stochastic'), f"sampler is {s.sampler!r}; give 'ode' or 'stochastic'"),
+        (
+            s.prompts not in ('aop', 'trigger', 'description', 'teacher'),
+            f"prompts is {s.prompts!r}; give 'aop', 'trigger', 'description' or 'teacher'",
+        ),
         (s.fake_init not in ('base', 'student'), f"fake_init is {s.fake_init!r}; give 'base' or 'student'"),
         (not all(0 <= b < 1 for b in (*s.betas, s.ema)), f'betas {s.betas} and ema {s.ema} lie in [0, 1)'),
     ]

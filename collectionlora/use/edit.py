@@ -206,12 +206,15 @@ class Collection(LoadedCollection):
         batch: int = 16,
         neutral: str = ' ',
         size: str = 'ratio',
+        steps: int | None = None,
     ) -> Image.Image | list[Image.Image]:
         """Picture(s) with effect(s) applied: one picture if all arguments are single, else a list.
 
         image: PIL or path; effect: id, tuple of ids or 'a+b'; seed, strength: numbers (strength None = the
         catalogue's); each may be a list. size: as in `sheet.SIZES`; batch: samples per forward; neutral: prompt of the
-        branch without instruction. UserError for unknown effects, wrong arguments, and samples that diverged."""
+        branch without instruction; steps: None for the file's. UserError for unknown effects, wrong arguments, and
+        samples that diverged."""
+        recipe = self.recipe.in_steps(steps)
         check_keys([size], SIZES, 'edit: sizes')
         full = spread(pictures=image, effects=effect, seeds=seed, strengths=strength)
         images, asked = [opened(i) for i in full['pictures']], full['effects']
@@ -219,7 +222,7 @@ class Collection(LoadedCollection):
         own = [float(self._parts(e)[0].get('strength', 1.0)) for e in asked]
         strengths = [o if s is None else s for s, o in zip(given, own)]
         prompts = [self.prompt(e) for e in asked]
-        made = generate(self.base, self.role, images, prompts, seeds, self.recipe, strengths, neutral, batch)
+        made = generate(self.base, self.role, images, prompts, seeds, recipe, strengths, neutral, batch)
         results = [fitted(m, i.size, size) for m, i in zip(self._finite(made, asked), images)]
         several = isinstance(effect, list) or any(isinstance(v, (list, tuple)) for v in (image, seed, strength))
         return results if several else results[0]

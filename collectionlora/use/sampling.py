@@ -8,7 +8,8 @@ __all__ = ['Recipe', 'Blend', 'velocity_fn', 'sample', 'Output', 'buckets', 'gen
 # %% ../../nbs/use/sampling.ipynb #5f2d1304
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from numbers import Integral
 
 import torch
 from PIL import Image
@@ -59,6 +60,16 @@ class Recipe:
         if self.stochastic:
             return few_step_times(self.steps, base.info['shift'] if self.shift is None else self.shift)
         return base.times(self.steps, grid) if self.shift is None else ode_times(self.steps, self.shift)
+
+    def in_steps(self, steps: int | None) -> 'Recipe':
+        """The recipe with another number of steps, at times of its shift; itself for None and for its own number.
+
+        Raises UserError for anything but a whole number from 1 to 1000."""
+        if steps is None or steps == self.steps:
+            return self
+        if not isinstance(steps, Integral) or isinstance(steps, bool) or not 1 <= steps <= 1000:
+            raise UserError(f'steps: is {steps!r}; give a whole number from 1, {self.steps} is what the file was made for')
+        return replace(self, steps=int(steps), times=())
 
     @property
     def sampler(self) -> str:
@@ -180,12 +191,12 @@ class Output:
     latents: Tensor = field(repr=False)
 
 
-def buckets(images: Sequence[Image.Image], batch: int) -> list[list[int]]:
-    "Indices of images in batches of one size each, at most `batch` long."
-    by_size: dict[tuple, list[int]] = {}
+def buckets(images: Sequence[Image.Image], batch: int, shape: Callable = lambda image: image.size) -> list[list[int]]:
+    "Indices of images in batches of one `shape` each, at most `batch` long."
+    by_shape: dict[tuple, list[int]] = {}
     for i, image in enumerate(images):
-        by_size.setdefault(image.size, []).append(i)
-    return [group[k : k + batch] for group in by_size.values() for k in range(0, len(group), batch)]
+        by_shape.setdefault(shape(image), []).append(i)
+    return [group[k : k + batch] for group in by_shape.values() for k in range(0, len(group), batch)]
 
 # %% ../../nbs/use/sampling.ipynb #5f2d1325
 def generate(
@@ -202,7 +213,7 @@ def generate(
 ) -> list[Output]:
     "One Output per (image, prompt, seed); strengths per image; `neutral` is the prompt of the unguided branch."
     out: list[Output | None] = [None] * len(images)
-    parts = buckets(images, batch)
+    parts = buckets(images, batch, base.grid)
     folds = base.backbone.dtype == torch.float32 and not isinstance(role, Blend)
     fold = base.backbone.merged(role) if folds else nullcontext()
     with fold, bar(total=len(parts) * recipe.steps, desc=desc) as progress:

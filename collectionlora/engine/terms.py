@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'Batch', 'lanes', 'batch_of', 'few_rows', 'match', 'simulated_backward', 'simulated_from_target', 'anchored',
-           'anchor_times', 'kept', 'Term', 'weight_of', 'active', 'check_terms', 'terms', 'flat_gradient', 'summed',
-           'Part', 'monitors', 'gradients', 'fake_rows', 'starts', 'own_samples', 'cycle_of', 'shared_samples',
-           'fake_samples', 'fake_score_loss', 'rate_at', 'in_stage', 'student_rate', 'apply_gradient', 'fake_update',
-           'guarded', 'generator_update']
+           'anchor_times', 'kept', 'Term', 'rolled', 'scored', 'weight_of', 'active', 'check_terms', 'terms',
+           'flat_gradient', 'summed', 'Part', 'monitors', 'gradients', 'fake_rows', 'starts', 'own_samples', 'cycle_of',
+           'shared_samples', 'fake_samples', 'fake_score_loss', 'rate_at', 'in_stage', 'student_rate', 'apply_gradient',
+           'fake_update', 'guarded', 'generator_update']
 
 # %% ../../nbs/engine/terms.ipynb #9f0948ff
 import math
@@ -136,8 +136,8 @@ class Term:
 
     loss: the function of (engine, batch, generator, earlier); weight: its weight under settings, by default that in
     `Settings.further`; effects, general: whether it runs on effects and on the general stream; plain: it runs on
-    rehearsed effects, and only there; coarse: it also runs during `anchor_first`; forward: forward passes per sample
-    beside the one with gradient, for the plan."""
+    rehearsed effects, and only there; coarse: it also runs during `anchor_first`; forward: the forward passes per
+    sample beside the one with gradient, expected under settings, for the plan."""
 
     loss: Callable[..., tuple[Tensor, dict]]
     weight: Callable[[Settings], float] | None = None
@@ -145,14 +145,24 @@ class Term:
     general: bool = False
     plain: bool = False
     coarse: bool = False
-    forward: int = 1
+    forward: Callable[[Settings], float] = lambda s: 1.0
+
+
+def rolled(s: Settings) -> float:
+    "Mean number of forwards of a rollout before its exit step."
+    return (s.few_steps - 1) / 2
+
+
+def scored(s: Settings) -> float:
+    "Forwards of both scores: the fake one once, the teacher once or, with guidance, twice."
+    return 1.0 + (1 if s.guidance == 1 else 2)
 
 
 TERMS = {
-    'bs': Term(simulated_backward, lambda s: s.weight_bs, general=True),
-    'ts': Term(simulated_from_target, lambda s: s.weight_ts),
-    'fm': Term(anchored, lambda s: s.weight_fm, coarse=True),
-    'keep': Term(kept, plain=True, forward=5),
+    'bs': Term(simulated_backward, lambda s: s.weight_bs, general=True, forward=lambda s: rolled(s) + scored(s)),
+    'ts': Term(simulated_from_target, lambda s: s.weight_ts, forward=scored),
+    'fm': Term(anchored, lambda s: s.weight_fm, coarse=True, forward=lambda s: 0.0),
+    'keep': Term(kept, plain=True, forward=lambda s: rolled(s) + 1),
 }
 
 

@@ -30,30 +30,34 @@ from ..use.edit import Collection, load_role, Output, Recipe
 DRAWS = 4  # true targets whose mean Laplacian energy is an item's unit of detail
 
 
-def held_out(effects: Mapping[str, str], images: int, seed: int = 0, seeds: int = 1) -> list[Item]:
+def held_out(
+    effects: Mapping[str, str], images: int, seed: int = 0, seeds: int = 1, stratum: str = 'heldout'
+) -> list[Item]:
     """Items of effects {id: category, or 'animal or portrait'} on `images` unseen subjects per category.
 
-    seeds: number of noises per subject. Raises UserError for effects that are not the world's."""
+    An effect may be a chain 'a+b'. seeds: number of noises per subject; stratum: 'heldout', or 'ood' for subjects out
+    of distribution. Raises UserError for effects that are not the world's."""
     items = []
     for effect, category in [(e, c) for e, told in effects.items() for c in told.split(' or ')]:
-        world.get_effect(effect)
+        world.chain_of(effect)
         if category not in world.CATEGORIES:
             raise UserError(
                 f'effect {effect!r}: category {category!r} is not one of the world; '
                 f'{nearest(category, world.CATEGORIES)}'
             )
         for i in range(images):
-            items += _unseen(effect, category, i, seed, seeds)
+            items += _unseen(effect, category, i, seed, seeds, stratum)
     return items
 
 
-def _unseen(effect: str, category: str, i: int, seed: int, seeds: int) -> list[Item]:
+def _unseen(effect: str, category: str, i: int, seed: int, seeds: int, stratum: str) -> list[Item]:
     "Subject number i of a category under one effect, once per noise."
-    spec = world.draw_scene(rng('held-out subject', seed, category, i), category, 'heldout')
+    spec = world.draw_scene(rng('held-out subject', seed, category, i), category, stratum)
     dice = [rng('held-out target', seed, effect, category, i, k) for k in range(DRAWS)]
     targets = [world.apply_effect(spec, effect, r) for r in dice]
     energy = float(np.mean([laplacian_energy(t) for t in targets]))
-    name, source = f'{category}-{i:03d}', world.render(spec)
+    name = f'{category}-{i:03d}' if stratum == 'heldout' else f'{category}-{stratum}-{i:03d}'
+    source = world.render(spec)
     return [Item(effect, category, name, k, source, spec, targets[0], energy) for k in range(seeds)]
 
 # %% ../../nbs/judge/evaluate.ipynb #5f2d0e09

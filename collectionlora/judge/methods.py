@@ -21,7 +21,9 @@ from ..use.edit import Blend, Collection, generate, Output, Recipe
 class Method:
     """How one contestant edits: role(effect) -> role on the backbone, prompt(effect) -> instruction.
 
-    `shared`: the role is the same for all effects; `passes`: number of roles that are asked in every step."""
+    `shared`: the role is the same for all effects; `passes`: number of roles that are asked in every step; `strength`:
+    of the instruction, 1 as trained (another one asks a second time in every step, without
+    instruction)."""
 
     name: str
     role: Callable[[str], Role | Blend]
@@ -29,11 +31,13 @@ class Method:
     recipe: Recipe
     shared: bool = True
     passes: int = 1
+    strength: float = 1.0
 
     @property
     def nfe(self) -> int:
         "Evaluations of the transformer per picture."
-        return self.recipe.nfe * self.passes
+        twice = self.recipe.guidance == 1 != self.strength
+        return self.recipe.nfe * self.passes * (2 if twice else 1)
 
 
 def by_role(method: Method, items: Sequence) -> dict[str, list[int]]:
@@ -57,6 +61,7 @@ def run_method(base: Base, method: Method, items: Sequence, batch: int = 16) -> 
             [method.prompt(m.effect) for m in mine],
             [m.noise for m in mine],
             method.recipe,
+            None if method.strength == 1 else [method.strength] * len(mine),
             batch=batch,
             desc=f'{method.name} {effect}'.strip(),
         )

@@ -8,13 +8,14 @@ __all__ = ['FLAWS', 'CASTS', 'TAU', 'TIE', 'describe_picture', 'stranger', 'Know
 # %% ../../nbs/world/oracle.ipynb #d6811d17
 import copy
 import functools
+from pathlib import Path
 
 import numpy as np
 
-from ..core import rng as named_rng, sha256_json
+from ..core import replacing, rng as named_rng, sha256_json
 from .draw import draw_scene, parts, random_subject, render
 from .edits import open_amount, SHAPES, unnamed_colour
-from .effects import apply_effect, effect_scene, EFFECTS, get_effect
+from .effects import apply_effect, chain_of, effect_scene, EFFECTS
 from .figures import CLOTHES
 from .pen import block_mean, blur, edge_strength, luminance, N
 
@@ -120,9 +121,9 @@ def _subject_view(image, weight):
 class Knowledge:
     "What is known about the true targets of scenes and effects; drawn when it is first asked for, and remembered."
 
-    def __init__(self, draws, strangers, seed, through):
+    def __init__(self, draws, strangers, seed, through, kept=None):
         self.draws, self.strangers, self.seed, self.through = draws, strangers, seed, through
-        self._specs = {}
+        self._specs, self.kept = {}, Path(kept) / f'{draws}-{strangers}-{seed}' if kept else None
         self.fit, self._spoils = functools.lru_cache(2048)(self._fit), functools.lru_cache(2048)(self._spoil)
         self._subjects = functools.lru_cache(1024)(self._kept)
 
@@ -131,38 +132,60 @@ class Knowledge:
         self._specs[k] = spec
         return k
 
-    def _fit(self, key, id):
-        """Descriptions of draws [K, D], their distribution, the typical distance of a true target, and the description
-        of the draws' average."""
-        spec = self._specs[key]
-        if id == 'none':
-            v, f = describe_picture(render(spec))
-            return v[None], _Normal(v[None], f), 1.0, v
-        r = named_rng('oracle', self.seed, key, id)
+    def _remembered(self, what, key, id, make):
+        "Arrays by name that `make(key, id)` gives, from the folder `kept` where they are there; kept in it otherwise."
+        if self.kept is None:
+            return make(key, id)
+        path = self.kept / key[:2] / f'{key[:24]}.{id}.{what}.npz'
+        if not path.is_file():
+            with replacing(path) as part, open(part, 'wb') as f:
+                np.savez(f, **make(key, id))
+        with np.load(path) as found:
+            return dict(found)
+
+    def _drawn(self, key, id):
+        "Descriptions V [K, D] of draws, and the description and floor of their average."
+        spec, r = self._specs[key], named_rng('oracle', self.seed, key, id)
         Y = [apply_effect(spec, id, r) for _ in range(self.draws)]
         mean, floor = describe_picture(np.mean(Y, 0).astype(np.uint8))
         seen = [self.through(y) if self.through and k % 4 > 1 else y for k, y in enumerate(Y)]
-        V = np.stack([describe_picture(y)[0] for y in seen]).astype(np.float32)
+        return dict(V=np.stack([describe_picture(y)[0] for y in seen]).astype(np.float32), mean=mean, floor=floor)
+
+    def _fit(self, key, id):
+        """Descriptions of draws [K, D], their distribution, the typical distance of a true target, and the description
+        of the draws' average."""
+        if id == 'none':
+            v, f = describe_picture(render(self._specs[key]))
+            return v[None], _Normal(v[None], f), 1.0, v
+        V, mean, floor = (self._remembered('draws', key, id, self._drawn)[k] for k in ('V', 'mean', 'floor'))
         return V, _Normal(V, floor), _typical(V, floor), mean
+
+    def _flawed(self, key, id):
+        "How far each flaw shifts the description of three true targets."
+        r = named_rng('oracle flaws', self.seed, key, id)
+        Y = [apply_effect(self._specs[key], id, r) for _ in range(3)]
+        plain = np.mean([describe_picture(y)[0] for y in Y], 0)
+        return {k: np.mean([describe_picture(f(y, r))[0] for y in Y], 0) - plain for k, f in FLAWS.items()}
 
     def _spoil(self, key, id):
         "For every flaw: the row that reads its share off a deviation, and the share from which it counts."
         V, fitted, _, mean = self.fit(key, id)
-        r, floor = named_rng('oracle flaws', self.seed, key, id), describe_picture(render(self._specs[key]))[1]
-        Y = [apply_effect(self._specs[key], id, r) for _ in range(3)]
-        plain = np.mean([describe_picture(y)[0] for y in Y], 0)
-        shift = {'mean': mean - fitted.mu}
-        for k, f in FLAWS.items():
-            shift[k] = np.mean([describe_picture(f(y, r))[0] for y in Y], 0) - plain
+        floor = describe_picture(render(self._specs[key]))[1]
+        shift = {'mean': mean - fitted.mu} | self._remembered('flaws', key, id, self._flawed)
         return {k: (_row(fitted, d), _least(V, floor, d)) for k, d in shift.items()}
 
-    def _kept(self, key, id):
-        "Views of true targets, the region they are seen in, and log distances of another target and of strangers."
+    def _views(self, key, id):
+        "Views A of true targets and B of strangers under the effect, and the region w in which they are seen."
         spec, r = self._specs[key], named_rng('oracle subject', self.seed, key, id)
         own = [parts(effect_scene(spec, id, r)) for _ in range(self.strangers)]
         w = np.clip(np.mean([a for _, a in own], 0) * 1.5, 0, 1)
         others = [parts(effect_scene(stranger(spec, r), id, r))[0] for _ in own]
         A, B = (np.stack([_subject_view(im * 255, w) for im in ims]) for ims in ([im for im, _ in own], others))
+        return dict(A=A, B=B, w=w)
+
+    def _kept(self, key, id):
+        "Views of true targets, the region they are seen in, and log distances of another target and of strangers."
+        A, B, w = (self._remembered('subject', key, id, self._views)[k] for k in ('A', 'B', 'w'))
         fitted, one = _Normal(A, 0.05), [_Normal(np.delete(A, i, 0), 0.05).far(v) for i, v in enumerate(A)]
         return fitted, w, np.log(np.median(one)), np.log(np.median(fitted.far(B)))
 
@@ -172,14 +195,15 @@ class Oracle(Knowledge):
 
     draws: true targets drawn per scene and effect; strangers: drawn per scene and effect for the subject score;
     tau: largest accepted distance; through: a base's autoencoder as a function of a uint8 picture, through which every
-    other pair of true targets is sent, so that its losses count as tolerable.
+    other pair of true targets is sent, so that its losses count as tolerable; kept: a folder that remembers the draws
+    between runs, for one world and one `through`, since drawing takes nearly all of the time.
     Everything is a function of (scene, effect, seed): two oracles agree to the bit."""
 
-    def __init__(self, ids=None, draws=24, strangers=12, tau=TAU, seed=0, through=None):
-        super().__init__(draws, strangers, seed, through)
+    def __init__(self, ids=None, draws=24, strangers=12, tau=TAU, seed=0, through=None, kept=None):
+        super().__init__(draws, strangers, seed, through, kept)
         self.ids, self.tau = list(ids or EFFECTS), tau
         for id in self.ids:
-            get_effect(id)
+            chain_of(id)
 
     def likelihoods(self, image, spec, ids=None):
         "`{effect or 'none': l_e}`; the smallest explains the picture best."

@@ -3,9 +3,6 @@
 import base64
 import io
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from PIL import Image
 
 from collectionlora import aop, world
 from collectionlora.aop import check_triggers, make_triggers, student_prompt, trigger_cosines, words_of
+from collectionlora.bases.endpoint import serving
 from collectionlora.bases.pipeline import load_base
 from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import read_yaml, UserError, write_yaml
@@ -154,41 +152,30 @@ def answer(text='a neon sign', **message):
     return 200, {}, json.dumps({'choices': [{'message': {'content': text, **message}, 'finish_reason': 'stop'}]})
 
 
+class Server:
+    "Replies (status, headers, text) one after the other, then 500; requests are (path, headers, body)."
+
+    def __init__(self):
+        self.replies, self.url, self.seen = [], '', []
+
+    def behave(self, body, n):
+        status, headers, text = self.replies.pop(0) if self.replies else (500, {}, 'used up')
+        return status, text, {'Content-Type': 'application/json', **headers}
+
+
 @pytest.fixture
 def server():
-    class Handler(BaseHTTPRequestHandler):
-        replies, requests = [], []
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-            self.requests.append((self.path, dict(self.headers), body))
-            status, headers, text = self.replies.pop(0) if self.replies else (500, {}, 'used up')
-            self.send_response(status)
-            for k, v in {'Content-Type': 'application/json', **headers}.items():
-                self.send_header(k, v)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, *args):
-            pass
-
-    http = HTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    http.replies, http.requests, http.url = Handler.replies, Handler.requests, f'http://127.0.0.1:{http.server_port}/v1'
-    yield http
-    http.shutdown()
-    http.server_close()
+    made = Server()
+    with serving(made.behave) as (made.url, made.seen):
+        yield made
 
 
-TRANSPORTS = [False] + ([True] if find_spec('openai') else [])
-
-
-@pytest.fixture(params=TRANSPORTS, ids=lambda c: 'client' if c else 'urllib')
-def ask(request, server):
+@pytest.fixture
+def ask(server):
     return lambda **kw: rewrite(
         [PAIR, PAIR],
         'do it',
-        OpenAIVision(server.url, 'some-model', **{'wait': 0.001, 'retries': 2, 'client': request.param, **kw}),
+        OpenAIVision(server.url, 'some-model', **{'longest_wait': 0.01, 'attempts': 3, **kw}),
     )
 
 
@@ -196,9 +183,8 @@ def test_pictures_and_words_are_sent(server, ask, monkeypatch):
     monkeypatch.setenv('MY_KEY', 'abc')
     server.replies.append(answer('"A neon sign"'))
     assert ask(key_env='MY_KEY') == 'A neon sign'
-    path, headers, body = server.requests[0]
-    headers = {k.lower(): v for k, v in headers.items()}  # clients differ in capitals
-    assert path == '/v1/chat/completions' and headers['authorization'] == 'Bearer abc' and body['model'] == 'some-model'
+    _, body, headers = server.seen[0]
+    assert headers['Authorization'] == 'Bearer abc' and body['model'] == 'some-model'
     parts = body['messages'][0]['content']
     urls = [p['image_url']['url'] for p in parts if p['type'] == 'image_url']
     opened = [Image.open(io.BytesIO(base64.b64decode(u.removeprefix('data:image/png;base64,')))) for u in urls]
@@ -208,21 +194,21 @@ def test_pictures_and_words_are_sent(server, ask, monkeypatch):
 @pytest.mark.parametrize('status', [429, 500, 503])
 def test_busy_servers_are_asked_again(server, ask, status):
     server.replies += [(status, {'Retry-After': '0'}, '{}'), (status, {}, '{}'), answer()]
-    assert ask() == 'a neon sign' and len(server.requests) == 3
+    assert ask() == 'a neon sign' and len(server.seen) == 3
 
 
 def test_patience_ends(server, ask):
     server.replies += [(503, {}, '{}')] * 9
     with pytest.raises(UserError):
         ask()
-    assert len(server.requests) == 3
+    assert len(server.seen) == 3
 
 
 def test_final_errors_are_not_repeated(server, ask):
     server.replies += [(401, {}, '{"error": {"message": "wrong key"}}'), answer()]
     with pytest.raises(UserError, match='wrong key'):
         ask()
-    assert len(server.requests) == 1
+    assert len(server.seen) == 1
 
 
 @pytest.mark.parametrize(
@@ -253,10 +239,20 @@ def test_empty_answer(server, ask):
         ask()
 
 
-def test_nobody_listens(server, ask):
-    server.shutdown()
-    server.server_close()
+def test_nobody_listens(ask):
     with pytest.raises(UserError, match='127.0.0.1'):
+        rewrite([PAIR], 'do it', OpenAIVision('http://127.0.0.1:9/v1', 'm', attempts=2, longest_wait=0.01))
+
+
+def test_no_address():
+    for url in ('localhost:8000/v1', 'nothing', 'http://'):
+        with pytest.raises(UserError, match='is no address'):
+            rewrite([PAIR], 'do it', OpenAIVision(url, 'm'))
+
+
+def test_a_filtered_question_is_a_refusal(server, ask):
+    server.replies.append((400, {}, '{"error": {"code": "content_filter"}}'))
+    with pytest.raises(Refusal, match='content filter'):
         ask()
 
 

@@ -1,15 +1,13 @@
 "The judge over HTTP against a real local server that misbehaves in every documented way."
 
 import json
-import threading
-import time
 from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 
+from collectionlora.bases import endpoint
 from collectionlora.core import UserError
 from collectionlora.judge import vlm
 
@@ -39,39 +37,9 @@ def good(body, n=0):
 
 @contextmanager
 def serving(behave, **kw):
-    "A server whose n-th request (from 0) is answered by behave(body, n): (status, reply or text, headers), or 'cut' or 'hang'."
-    seen, lock = [], threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *a):
-            pass
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-            with lock:
-                seen.append((time.monotonic(), body, self.headers))
-                n = len(seen) - 1
-            answer = behave(body, n)
-            if answer == 'hang':
-                time.sleep(1)
-                return
-            status, said, *headers = good(body) if answer == 'cut' else answer
-            data = said.encode() if isinstance(said, str) else json.dumps(said).encode()
-            self.send_response(status)
-            for k, v in (headers[0] if headers else {}).items():
-                self.send_header(k, v)
-            self.send_header('Content-Length', str(len(data)))
-            self.end_headers()
-            self.wfile.write(data[: len(data) // 2] if answer == 'cut' else data)
-
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01), daemon=True).start()
-    url = f'http://127.0.0.1:{server.server_port}/v1'
-    try:
+    "A judge behind a server whose n-th request (from 0) is answered by behave(body, n); see `endpoint.serving`."
+    with endpoint.serving(behave, good) as (url, seen):
         yield vlm.Judge(url, 'judge-1', per_minute=1e6, longest_wait=0.02, **{'attempts': 4} | kw), seen
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def verdict(judge, path, one=None):

@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent
 config = configparser.ConfigParser(delimiters=['='], interpolation=None)
 config.read(ROOT / 'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
-requirements = {k: shlex.split(cfg[f'{k}requirements']) for k in ('', 'dev_', 'eval_', 'docs_', 'slurm_', 'photographs_')}
+extras = ('', 'dev_', 'eval_', 'docs_', 'slurm_', 'photographs_', 'serve_', 'app_')
+requirements = {k: shlex.split(cfg[f'{k}requirements']) for k in extras}
 
 setup(
     name=cfg['lib_name'],

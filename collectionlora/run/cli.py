@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['HELP', 'STYLE', 'app', 'Effects', 'File', 'To', 'Out', 'BaseOption', 'Seed', 'Device', 'Words', 'Replace',
            'Processes', 'Given', 'Budget', 'Teachers', 'General', 'Init', 'DryRun', 'Extend', 'Old', 'Collections',
-           'More', 'Seeds', 'Strength', 'Size', 'Sheet', 'Layers', 'Collection', 'ToFile', 'runs', 'Run', 'Every',
-           'option', 'argument', 'root', 'guarded', 'command', 'main', 'assignments', 'device_of', 'job_of', 'grid',
-           'teach', 'distill', 'size', 'duration', 'evaluate', 'demo', 'rebase', 'collection_of', 'edit', 'inspect',
-           'convert', 'adopt', 'resize', 'info', 'remove', 'rename', 'init', 'run', 'sweep', 'list_runs', 'show_run',
-           'compare_runs']
+           'More', 'Seeds', 'Strength', 'Size', 'Sheet', 'Token', 'Host', 'Served', 'Layers', 'Collection', 'ToFile',
+           'runs', 'Run', 'Every', 'option', 'argument', 'root', 'guarded', 'Decimal', 'command', 'main', 'assignments',
+           'device_of', 'job_of', 'grid', 'teach', 'distill', 'size', 'duration', 'evaluate', 'demo', 'rebase',
+           'collection_of', 'edit', 'serve', 'inspect', 'convert', 'adopt', 'resize', 'info', 'remove', 'rename',
+           'init', 'run', 'sweep', 'list_runs', 'show_run', 'compare_runs']
 
 # %% ../../nbs/run/cli.ipynb #44fafe97
 import functools
@@ -98,10 +98,22 @@ def guarded(f):
     return command
 
 
+class Decimal(typer.core.TyperCommand):
+    "A command that refuses `1_0`, which Python reads as ten and other programs as text."
+
+    def parse_args(self, ctx, args):
+        given, *_ = self.make_parser(ctx).parse_args(list(args))
+        left = super().parse_args(ctx, args)
+        for name, value in ctx.params.items():
+            if type(value) in (int, float) and '_' in str(given.get(name)):
+                raise typer.BadParameter(f'--{name.replace("_", "-")} {given[name]}: write it in decimal digits')
+        return left
+
+
 def command(name: str | None = None, of: typer.Typer = app, epilog: str = '', **kw):
     "Registers a function as a guarded command of an app; its docstring is the help."
     texts = lambda f: dict(help=escape(source.getdoc(f)), epilog=escape(epilog) or None)
-    return lambda f: of.command(name, **texts(f), **kw)(guarded(f))
+    return lambda f: of.command(name, cls=Decimal, **texts(f), **kw)(guarded(f))
 
 
 def main() -> None:
@@ -507,6 +519,51 @@ def edit(
         strength,
         size,
     )
+
+# %% ../../nbs/run/cli.ipynb #2e1b8cbb
+Token = Annotated[
+    Optional[str],
+    option(envvar='COLLECTIONLORA_TOKEN', help='What visitors must know; needed on other hosts than 127.0.0.1.'),
+]
+Host = Annotated[str, option(help='Address to listen on.')]
+Served = Annotated[
+    Optional[Path], argument('The collection file.', show_default='the one that ships, for the nano base')
+]
+
+
+def _loader(collection: Path | None, base: str, device: str):
+    "A function that opens the collection of a command; what can be checked without the base is checked at once."
+    from collectionlora.run.chain import base_folder
+    from collectionlora.use.edit import Collection, CollectionFile
+
+    file = CollectionFile(collection_of(collection, base)).file
+    folder, device = base_folder(base), device_of(device)
+    return lambda: Collection.load(folder, file, device=device)
+
+# %% ../../nbs/run/cli.ipynb #8f5eaa41
+@command(epilog='Example: collectionlora serve collection.safetensors --batch 16 --keep orders')
+def serve(
+    collection: Served = None,
+    base: BaseOption = 'nano',
+    host: Host = '127.0.0.1',
+    port: Annotated[int, option(min=0, max=65535, help='0: a free one.')] = 8000,
+    token: Token = None,
+    keep: Annotated[
+        Optional[Path], option(help='Folder in which orders and results survive a crash; without, none is written.')
+    ] = None,
+    batch: Annotated[int, option(min=1, help='Most pictures in one forward.')] = 8,
+    waiting: Annotated[int, option(min=1, help='Most orders in line; further ones are told to come again.')] = 64,
+    megabytes: Annotated[float, option(min=0.001, help='Largest upload.')] = 20,
+    megapixels: Annotated[float, option(min=0.001, help='Largest picture.')] = 25,
+    device: Device = '',
+):
+    "Serve a collection to programs: orders for different effects share a forward; OpenAI's form of requests."
+    from collectionlora.use.serve import Limits
+    from collectionlora.use.web import serve as run_server
+
+    limits = Limits(bytes=int(megabytes * 1e6), pixels=int(megapixels * 1e6), waiting=waiting, batch=batch)
+    url = lambda at: _say(f'serving on {at} (POST /v1/images/edits, GET /v1/effects, /health, /metrics)', 'green')
+    run_server(_loader(collection, base, device), host, port, token, keep, limits, url)
 
 # %% ../../nbs/run/cli.ipynb #fdbd398e
 Layers = Annotated[

@@ -67,6 +67,10 @@ class CollectionFile:
 
         return compose([words(e) for e in self._parts(effect)])
 
+    def strength(self, effect: str | tuple[str, ...]) -> float:
+        "The strength that the catalogue gives an effect; of chained ones, that of the first."
+        return float(self._parts(effect)[0].get('strength', 1.0))
+
     def __repr__(self):
         ids = list(self.catalogue)
         named = ', '.join(ids[:6]) + (', ...' if len(ids) > 6 else '')
@@ -219,7 +223,7 @@ class Collection(LoadedCollection):
         full = spread(pictures=image, effects=effect, seeds=seed, strengths=strength)
         images, asked = [opened(i) for i in full['pictures']], full['effects']
         seeds, given = [checked_seed(s) for s in full['seeds']], [checked_strength(s) for s in full['strengths']]
-        own = [float(self._parts(e)[0].get('strength', 1.0)) for e in asked]
+        own = [self.strength(e) for e in asked]
         strengths = [o if s is None else s for s, o in zip(given, own)]
         prompts = [self.prompt(e) for e in asked]
         made = generate(self.base, self.role, images, prompts, seeds, recipe, strengths, neutral, batch)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core import read_json, UserError
+from .beside import alphas_beside, bases_beside, settings_beside
 from .dialects import Dialect, DIALECTS, group_keys, key_names, TOP
 from .family import check_base, known_faults
 from .header import decode_metadata, read_table, verify
@@ -194,7 +195,9 @@ def _multiplied(payload: Payload, slot: dict, name: str, modules) -> tuple[tuple
 
     *pair, rank = lokr_pair({part: payload.tensor(key) for part, key in slot.items() if part != 'alpha'}, name)
     _check_fit(name, tuple(pair[0].shape), tuple(pair[1].shape), modules)
-    return tuple(pair), rank
+    if rank is None:  # LyCORIS applies a product of two whole matrices with a factor of 1, whatever alpha it keeps
+        rank = float(payload.array(slot['alpha']).reshape(())) if 'alpha' in slot else 1
+    return tuple(pair), rank or 1
 
 
 def _pairs(payload: Payload, groups: dict, modules) -> tuple[dict, dict, dict, dict]:
@@ -223,12 +226,14 @@ def _notes(path, table, tensors, header, configs, base, check) -> list[str]:
     return notes + known_faults(table.metadata) + ([changed] if changed else [])
 
 
-def _strength(path, table, tensors, dialect, ranks, configs, alpha):
-    "The strength of every module, from the file's tensors, its header and the configs in its folder."
+def _strength(path, table, tensors, dialect, ranks, configs, alpha, settings):
+    "The strength of every module, from the file's tensors, its header, and configs and settings in its folder."
     payload, groups = tensors
     alphas = {n: float(payload.array(slot['alpha']).reshape(())) for n, slot in groups.items() if 'alpha' in slot}
     others = tuple((p.name, owner) for p, owner in configs_beside(path)[1])
-    return decide(Facts(table.metadata, dialect, ranks, alphas, configs, others), alpha)
+    folded = 'ss_network_alpha' in table.metadata and dialect.style.startswith('lora_A/B')
+    beside = tuple(alphas_beside(settings, folded))
+    return decide(Facts(table.metadata, dialect, ranks, alphas, configs, others, beside), alpha)
 
 
 def _meta(path, table, dialect, strength) -> dict:
@@ -263,8 +268,10 @@ def _read(path, modules, allow_missing, alpha, base, check) -> Checked:
     if modules is None:
         _check_width(shapes)
     configs = tuple((p.name, read_config(p)) for p in configs_beside(path)[0])
-    notes = _notes(path, table, (payload, groups), header, configs, base, check)
-    strength = _strength(path, table, (payload, groups), dialect, ranks, configs, alpha)
+    settings, alone = settings_beside(path) if 'collectionlora.schema' not in header else ([], True)
+    named = [*configs, *bases_beside(settings, alone)]
+    notes = _notes(path, table, (payload, groups), header, named, base, check)
+    strength = _strength(path, table, (payload, groups), dialect, ranks, configs, alpha, settings)
     if not _does_something(payload, keys, made):
         notes.append('is empty: one factor of every module is zero, so it changes nothing')
     meta = _meta(path, table, dialect, strength)

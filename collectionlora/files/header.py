@@ -58,6 +58,8 @@ def _raw_header(path: Path) -> tuple[bytes, int]:
     "The JSON bytes of the header and the size of the file, after the checks that need no parsing."
     try:
         size = path.stat().st_size
+        if not path.is_file():
+            raise UserError(f'{path} is no regular file (a folder, pipe or device); name a .safetensors file.')
         with open(path, 'rb') as f:
             first = f.read(9)  # a length and the opening brace
             n = struct.unpack('<Q', first[:8])[0] if len(first) == 9 else 0

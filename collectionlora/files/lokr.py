@@ -20,8 +20,10 @@ def thin(parts: dict, w: str) -> tuple[torch.Tensor, torch.Tensor]:
     return (torch.eye(out), full) if out <= width else (full, torch.eye(width))
 
 
-def lokr_pair(parts: dict, name: str) -> tuple[torch.Tensor, torch.Tensor, int]:
+def lokr_pair(parts: dict, name: str) -> tuple[torch.Tensor, torch.Tensor, int | None]:
     """LoRA factors (A [R, in], B [out, R]) of one LoKr module in fp32, and the rank by which its alpha is divided.
+
+    The rank is None where W1 and W2 are both whole, for alpha does not count then.
 
     Raises `UserError` where the exact LoRA is no smaller than the layer, and for parts that are no matrices."""
     if any(t.ndim != 2 or 0 in t.shape for t in parts.values()):
@@ -36,5 +38,5 @@ def lokr_pair(parts: dict, name: str) -> tuple[torch.Tensor, torch.Tensor, int]:
             f'module {name} is a LoKr of full rank: the LoRA that equals it has rank {rank}, as large as the layer, '
             'so nothing is gained by reading it; train with lokr_full_rank off, or as a LoRA.'
         )
-    dim = parts['w2_b'].shape[0] if 'w2_b' in parts else parts['w1_b'].shape[0]
+    dim = next((parts[k].shape[0] for k in ('w2_b', 'w1_b') if k in parts), None)  # None: W1 and W2 are whole
     return torch.kron(r1, r2), torch.kron(l1, l2), dim

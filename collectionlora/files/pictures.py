@@ -9,6 +9,7 @@ __all__ = ['log', 'IMAGE_SUFFIXES', 'REFUSED', 'HDR', 'SRGB', 'ADOBE', 'PRIMARIE
 # %% ../../nbs/files/pictures.ipynb #6e43e847
 import io
 import logging
+import os
 import struct
 from contextlib import contextmanager
 from functools import lru_cache
@@ -125,9 +126,10 @@ def _by_profile(image: Image.Image, profile: bytes, name):
 
 # %% ../../nbs/files/pictures.ipynb #5080005c
 def _camera_adobe(image: Image.Image) -> bool:
-    "Whether a camera says Adobe RGB by the interoperability index R03 (DCF optional colour space)."
+    "Whether a camera says Adobe RGB: by the interoperability index R03, or by 2 as its colour space, as some do."
     exif = image.getexif()
-    return exif.get_ifd(0x8769).get(0xA001) != 1 and str(exif.get_ifd(0xA005).get(1, '')).startswith('R03')
+    space = exif.get_ifd(0x8769).get(0xA001)
+    return space == 2 or space != 1 and str(exif.get_ifd(0xA005).get(1, '')).startswith('R03')
 
 
 def colours(image: Image.Image, raw: bytes = b'', name='picture'):
@@ -200,6 +202,8 @@ def _head(path) -> bytes:
 def _opening(path):
     "Opens a picture; whatever is wrong with the file is a `UserError` with its name."
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+            raise UserError(f'{path}: is no regular file (a folder, pipe or device); name a picture')
         with Image.open(path) as image:
             yield image
     except UserError:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROOTS', 'SAVE_EVERY', 'TEMPERATURE', 'Piece', 'missing', 'Rates', 'Materials', 'Subjects', 'both', 'Asked', 'code_of',
            'Stopped', 'Bench', 'Supplies', 'Painters', 'Students', 'Trainers', 'Workshop', 'rows_of', 'pictures_of',
-           'soft_labels', 'labels', 'edits']
+           'soft_labels', 'labels', 'edits', 'contest', 'with_second_opinion', 'open_workshop']
 
 # %% ../../nbs/run/workshop.ipynb #71b5e564
 import functools
@@ -19,8 +19,9 @@ import numpy as np
 
 from .. import world
 from ..aop import compose, prompt_of, student_prompt
-from ..bases.pipeline import Base
-from ..core import check_keys, read_json, replacing, sha256_file, sha256_json, UserError, write_json
+from ..bases.pipeline import Base, load_base
+from ..core import check_keys, data_dir, nano_dir, read_json, replacing, results_dir
+from ..core import sha256_file, sha256_json, UserError, write_json
 from ..engine import finetune
 from ..engine.loop import distill
 from ..engine.settings import Settings
@@ -33,7 +34,7 @@ from ..files.header import catalogue, read_header
 from ..files.lora import write_lora
 from ..judge import effectbench
 from ..judge.evaluate import held_out, judge_all, oracle_for, references, round_trip
-from ..judge.gate import Item, METRICS, read_rows, Row, write_rows
+from ..judge.gate import Item, Metric, METRICS, read_rows, Row, write_rows
 from ..judge.methods import Method, run_method
 from ..judge.retention import edit_cases, edit_rows
 from ..judge.tables import CEILING, ENCODED, REFERENCES
@@ -181,7 +182,7 @@ class Asked:
     effect's own `teachers`, or, with neither, the base alone or a reference policy of that name.
 
     recipe None: the one in the file's header; accelerated: with the acceleration LoRA added; strength: of the
-    instruction; way: 'once', or for chains also 'in turn' or 'added'."""
+    instruction; way: 'once', or for chains also 'in turn', 'added', or 'first' (its first effect alone, a control)."""
 
     name: str
     files: tuple[Piece, ...] = ()
@@ -318,7 +319,14 @@ class Painters(Supplies):
             bank, place = TeacherBank(self.base.backbone, {id: teacher.file}), piece.file.parent.parent
             try:
                 make_targets(
-                    self.base, bank, self._sources(id, place), self.conditions, place, 1, m.paint_steps, m.guidance,
+                    self.base,
+                    bank,
+                    self._sources(id, place),
+                    self.conditions,
+                    place,
+                    1,
+                    m.paint_steps,
+                    m.guidance,
                     seed=self.seed,
                 )
             finally:
@@ -550,6 +558,8 @@ def pictures_of(shop: Workshop, asked: Asked, items: Sequence[Item]) -> tuple[li
         if asked.way == 'in turn':
             made, seconds = _in_turn(shop.base, method, items)
             return [o.image for o in made], seconds, 2 * method.nfe
+        if asked.way == 'first':
+            items = [replace(item, effect=item.effect.split('+')[0]) for item in items]
         made, seconds = run_method(shop.base, method, items)
     return [o.image for o in made], seconds, method.nfe
 
@@ -601,3 +611,37 @@ def _picture(source):
     from PIL import Image
 
     return Image.fromarray(source)
+
+# %% ../../nbs/run/workshop.ipynb #394dd4dc
+def contest(shop: Workshop, plan: Mapping[tuple[str, str], tuple[Asked, Subjects, Sequence[str]]]) -> list[Row]:
+    "Rows of a plan {(method, run): (contestant, subjects, effects that the oracle can tell)}, made where missing."
+    pieces = {who: shop.judged(*what) for who, what in plan.items()}
+    shop.make(pieces.values())
+    return [r for (method, run), piece in pieces.items() for r in rows_of(piece, method, run)]
+
+
+def with_second_opinion() -> bool:
+    "Adds the columns `clip` and `perceptual` to `gate.METRICS`; whether the second judge's encoders are there."
+    from collectionlora.judge.second import description, Opinion
+
+    try:
+        o = Opinion()
+    except UserError:
+        return False
+    says = lambda item, picture, _: o.says([picture], [description(item.effect, item.spec)]).item()
+    far = lambda item, picture, _: float(o.distance([picture], [item.truth])[0])
+    METRICS['clip'] = Metric('CLIP-like', 'cosine of picture and description, by the second judge', says, 3)
+    METRICS['perceptual'] = Metric('DreamSim-like', 'distance to a true target, by the second judge', far, 3)
+    return True
+
+
+def open_workshop(
+    folder: Path, out: str, base: str, cache: str, materials: Mapping, seed: int, hours: float, acceleration: str = ''
+) -> Workshop:
+    """The workshop of an experiment that writes to `folder`, by its parameters.
+
+    cache empty: a folder of its own below `out`, or results/.cache for a smoke run, so that smoke runs share it too;
+    acceleration empty: the one that ships."""
+    place = cache or (folder if out else results_dir()) / '.cache'
+    fast = acceleration or data_dir() / 'acceleration' / 'acceleration.safetensors'
+    return Workshop(load_base(base or nano_dir()), place, Materials.of(materials), seed, hours, fast)

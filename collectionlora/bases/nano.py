@@ -26,6 +26,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from .. import world
 from . import pipeline
+from .decoder import Refiner
 from .pipeline import SPECIAL
 from ..core import rng
 
@@ -33,14 +34,16 @@ from ..core import rng
 class PatchPCA(ModelMixin, ConfigMixin):
     """A linear autoencoder with `AutoencoderKLQwenImage`'s interface: patches of `patch`² pixels to `z_dim` numbers.
 
-    encode takes `[B, 3, 1, H, W]` in [-1, 1]; decode takes `[B, z_dim, 1, h, w]`."""
+    encode takes `[B, 3, 1, H, W]` in [-1, 1]; decode takes `[B, z_dim, 1, h, w]`. refine: width of a convolutional
+    correction of decoded pictures (`decoder.Refiner`); 0: none."""
 
     @register_to_config
-    def __init__(self, z_dim=16, patch=4, latents_mean=None, latents_std=None):
+    def __init__(self, z_dim=16, patch=4, latents_mean=None, latents_std=None, refine=0):
         super().__init__()
         self.temperal_downsample = [False] * int(math.log2(patch))  # the pipeline derives its scale factor from this
         self.W = torch.nn.Parameter(torch.zeros(z_dim, 3 * patch * patch), requires_grad=False)
         self.mu = torch.nn.Parameter(torch.zeros(3 * patch * patch), requires_grad=False)
+        self.refiner = Refiner(z_dim, patch, refine) if refine else None
 
     def encode(self, x, return_dict=True):
         "Pictures `[B, 3, 1, H, W]` to latents `[B, z_dim, 1, H/patch, W/patch]`, as a distribution without spread."
@@ -52,7 +55,10 @@ class PatchPCA(ModelMixin, ConfigMixin):
     def decode(self, z, return_dict=True):
         "Latents `[B, z_dim, 1, h, w]` to pictures `[B, 3, 1, h*patch, w*patch]`."
         u = torch.einsum('zc,bzhw->bchw', self.W, z[:, :, 0]) + self.mu[:, None, None]
-        x = torch.nn.functional.pixel_shuffle(u, self.config.patch)[:, :, None]
+        x = torch.nn.functional.pixel_shuffle(u, self.config.patch)
+        if self.refiner is not None:
+            x = x + self.refiner(z[:, :, 0], x)
+        x = x[:, :, None]
         return DecoderOutput(sample=x) if return_dict else (x,)
 
 # %% ../../nbs/bases/nano.ipynb #11a37714

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['vision_patches', 'prompt_ids', 'embed', 'pack', 'nonsense', 'dress', 'predict', 'weighted_flow_loss',
-           'half_shifted_times', 'labels', 'Reading', 'last_hidden', 'embed_all', 'pack_all', 'rate_at', 'matrices',
-           'Resumable', 'BaseTrainer', 'reading_loss', 'drawing_loss', 'edit_example', 'render_pairs', 'save_base',
-           'family_weights', 'changed_tokens', 'token_weights', 'edit_errors']
+           'half_shifted_times', 'labels', 'Reading', 'last_hidden', 'embed_all', 'pack_all', 'unpack', 'rate_at',
+           'matrices', 'Resumable', 'BaseTrainer', 'reading_loss', 'drawing_loss', 'edit_example', 'render_pairs',
+           'save_base', 'family_weights', 'changed_tokens', 'token_weights', 'edit_errors', 'near_targets',
+           'refining_loss']
 
 # %% ../../nbs/bases/training.ipynb #4adfeacf
 import hashlib
@@ -21,6 +22,7 @@ import torch
 from diffusers import QwenImageEditPlusPipeline
 
 from .. import world
+from .decoder import picture_loss
 from .nano import PICTURE, PIXELS, prompt_template, to_tensor
 from ..core import bar, load_state, rng, save_state, seed_of, UserError, write_json
 from ..flow import add_noise, shift_time, velocity
@@ -169,6 +171,14 @@ def pack_all(vae, pairs, n, batch=500):
         for j, pictures in enumerate(zip(*(pairs(i)[:2] for i in range(k, min(n, k + batch))))):
             out[k : k + batch, j] = pack(vae, np.stack(pictures)).half()
     return out
+
+
+def unpack(vae, tokens):
+    "Latents `[B, C, h, w]` as the decoder takes them, of packed tokens `[B, 64, 4 * C]`; undoes `pack`."
+    side = PIXELS // (2 * vae.config.patch)
+    z = tokens.float().view(len(tokens), side, side, vae.config.z_dim, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    z = z.reshape(len(tokens), vae.config.z_dim, 2 * side, 2 * side)
+    return z * torch.tensor(vae.config.latents_std, device=z.device)[:, None, None]
 
 # %% ../../nbs/bases/training.ipynb #f44556c0
 def rate_at(s, steps, warmup, decay):
@@ -405,3 +415,37 @@ def edit_errors(tr, X, E, lengths, families, times=(1.0, 0.9), seed=0, batch=64)
                 out[f][:, j] += made, left
     tr.train(keep)
     return {f: (a / b).tolist() for f, (a, b) in out.items() if b.all()}
+
+# %% ../../nbs/bases/training.ipynb #7ec860f3
+@torch.no_grad()
+def near_targets(tr, X, E, lengths, steps=6, times=(0.25, 0.75), seed=0, batch=64):
+    """Targets as the base paints them `[n, N, 64]`, float16: noised to a middle time, then painted again from there.
+
+    steps: of the sampler; times: the time is drawn evenly between these. Arguments as of `drawing_loss`."""
+    made = []
+    for k in bar(range(0, len(X), batch), desc='painting near targets'):
+        g = torch.Generator().manual_seed(seed_of('near targets', seed, k))
+        x, y = X[k : k + batch].float().unbind(1)
+        mask = torch.arange(E.shape[1], device=X.device) < lengths[k : k + batch][:, None]
+        start = (times[0] + (times[1] - times[0]) * torch.rand(len(x), generator=g)).to(X.device)
+        x_t = add_noise(y, torch.randn(y.shape, generator=g).to(X.device), start)
+        for s in range(steps):
+            v = predict(tr.eval(), x_t, x, E[k : k + batch].float(), mask, start * (1 - s / steps))
+            x_t = x_t - (start / steps)[:, None, None] * v
+        made.append(x_t.half())
+    return torch.cat(made)
+
+# %% ../../nbs/bases/training.ipynb #e4cba1fa
+def refining_loss(vae, clean, near, pictures, batch=32):
+    """The loss of a step of the decoder's correction, as `BaseTrainer` wants it: half clean latents, half near targets.
+
+    clean and near: packed targets `[n, N, 64]`; pictures: the targets, uint8 `[n, 64, 64, 3]`."""
+
+    def loss(r, g, step):
+        i = torch.as_tensor(r.integers(0, len(clean), batch))
+        painted = torch.rand(batch, generator=g) < 0.5
+        z = unpack(vae, torch.where(painted[:, None, None], near[i], clean[i]))
+        true = to_tensor(pictures[i.numpy()])[:, :, 0]
+        return picture_loss(vae.decode(z[:, :, None]).sample[:, :, 0], true)
+
+    return loss

@@ -8,14 +8,15 @@ __all__ = ['HELP', 'STYLE', 'app', 'Effects', 'File', 'To', 'Out', 'BaseOption',
            'More', 'Seeds', 'Strength', 'Size', 'Sheet', 'Token', 'Host', 'Served', 'Layers', 'Collection', 'ToFile',
            'runs', 'Run', 'Every', 'option', 'argument', 'root', 'guarded', 'Decimal', 'command', 'main', 'assignments',
            'device_of', 'job_of', 'grid', 'teach', 'distill', 'size', 'duration', 'evaluate', 'demo', 'rebase',
-           'collection_of', 'edit', 'serve', 'inspect', 'convert', 'adopt', 'resize', 'info', 'remove', 'rename',
-           'init', 'run', 'sweep', 'list_runs', 'show_run', 'compare_runs']
+           'collection_of', 'edit', 'serve', 'app_command', 'inspect', 'convert', 'adopt', 'resize', 'info', 'remove',
+           'rename', 'init', 'run', 'sweep', 'list_runs', 'show_run', 'compare_runs']
 
 # %% ../../nbs/run/cli.ipynb #44fafe97
 import functools
 import gc
 import inspect as source
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -558,12 +559,33 @@ def serve(
     device: Device = '',
 ):
     "Serve a collection to programs: orders for different effects share a forward; OpenAI's form of requests."
+    os.environ.setdefault('TQDM_DISABLE', '1')  # a bar for every forward is of no use here
     from collectionlora.use.serve import Limits
     from collectionlora.use.web import serve as run_server
 
     limits = Limits(bytes=int(megabytes * 1e6), pixels=int(megapixels * 1e6), waiting=waiting, batch=batch)
     url = lambda at: _say(f'serving on {at} (POST /v1/images/edits, GET /v1/effects, /health, /metrics)', 'green')
     run_server(_loader(collection, base, device), host, port, token, keep, limits, url)
+
+# %% ../../nbs/run/cli.ipynb #7751d0f4
+@command('app', epilog='Example: collectionlora app collection.safetensors --base Qwen-Image-Edit-2509 --show')
+def app_command(
+    collection: Served = None,
+    base: BaseOption = 'nano',
+    out: Annotated[Optional[Path], option('--out', '-o', help='Folder of the results. Default: results/app.')] = None,
+    host: Host = '127.0.0.1',
+    port: Annotated[int, option(min=0, max=65535, help='0: a free one.')] = 7860,
+    token: Token = None,
+    show: Annotated[bool, option('--show', help='Open the page in a browser.')] = False,
+    device: Device = '',
+):
+    "Open a collection as a page: pick a picture, click effects, compare, download."
+    os.environ.setdefault('TQDM_DISABLE', '1')
+    from collectionlora.use.app import run_app
+
+    url = lambda at: _say(f'the app is on {at}' + (' (name: guest, password: the token)' if token else ''), 'green')
+    folder = out or core.results_dir() / 'app'
+    run_app(_loader(collection, base, device), folder, host, port, token, show=show, ready=url)
 
 # %% ../../nbs/run/cli.ipynb #fdbd398e
 Layers = Annotated[

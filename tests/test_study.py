@@ -168,14 +168,22 @@ def test_a_panel_with_known_tastes_is_found_again(made):
     found = study.score(votes_of(key, raters=16), key)
     p = np.exp([WORTH[m] for m in key['methods']])
     for q in found['questions'].values():
-        assert q['ranking'][0] == 'ours' and q['ranking'][-1] == 'lightning'
+        assert q['ranking'][:2] == ['ours', 'base']
         for m, true in zip(key['methods'], p / p.sum()):
             assert abs(q['shares'][m]['value'] - true) < 0.1
             assert q['shares'][m]['low'] <= q['shares'][m]['value'] <= q['shares'][m]['high']
             assert abs(q['worths'][m] - WORTH[m]) < 0.45
-        assert q['lead']['low'] > 0
+        assert q['lead']['low'] < q['lead']['difference'] < q['lead']['high']
     assert found['ties'] == 0 and found['raters'] == 16 and found['effects'] == 6
     assert study.score(votes_of(key, ties=0.2), key)['ties'] > 0
+
+
+def test_a_clear_lead_is_clear_and_none_is_none(made):
+    key = made[1]
+    for worth, clear in (({m: 3 * w for m, w in WORTH.items()}, True), (dict.fromkeys(METHODS, 0.0), False)):
+        votes = [study._vote(row, key, 's') for row in study.simulated(key, worth, 10, seed=4)]
+        leads = [q['lead'] for q in study.score(votes, key)['questions'].values()]
+        assert all((lead['low'] > 0) == clear for lead in leads), leads
 
 
 def test_the_ranking_turns_when_the_preferences_do(made):

@@ -24,7 +24,7 @@ from collectionlora.engine import rollouts, terms
 from collectionlora.engine.looks import few_step_sample, show_history
 from collectionlora.engine.loop import distill, Training
 from collectionlora.engine.plan import measured_plan, passes
-from collectionlora.engine.pools import load_pools, mixed_pool, mixed_rows, Pool, samples_of
+from collectionlora.engine.pools import load_pools, mixed_rows, Pool, rows_in, samples_of
 from collectionlora.engine.settings import PRESETS, resolved, schedule_of, Settings
 from collectionlora.engine.state import compare_fingerprints, Guard, start_from, State
 from collectionlora.engine.terms import Engine, fake_update, rate_at
@@ -89,9 +89,21 @@ def engine_of(world, s, backbone=None):
     return Engine(backbone or base.backbone, bank, load_pools(cache, samples_of(effects, general)), s, schedule_of(s))
 
 
+def batch_of(engine, id, step=0):
+    "The batch of a step, where it is of one shape and in one part."
+    (share,) = terms.shares_of(engine, id, step)
+    return terms.batch_of(engine, id, share)
+
+
+def fake_samples(engine, id, update):
+    "The student's samples of a fake update and their conditions, where there is one part."
+    (share,), n = terms.fake_shares(engine, id, update)
+    return terms.fake_samples(engine, share, n, update)
+
+
 def gradients(engine, id, role='student'):
     g = torch.Generator().manual_seed(3)
-    found = terms.terms(engine, terms.batch_of(engine, id, 0), g)
+    found = terms.terms(engine, batch_of(engine, id), g)
     return {name: terms.flat_gradient(engine.backbone, loss, role) for name, loss, _ in found}
 
 
@@ -116,7 +128,10 @@ class ThreeCopies:
             with torch.no_grad():
                 self.copies[role].flat(role).copy_(backbone.flat(role))
 
-    device, dtype = torch.device('cpu'), torch.float32
+    device, dtype, micro_batch = torch.device('cpu'), torch.float32, 0
+
+    def parts(self, n):
+        return [slice(0, n)]
 
     def merged(self, role):
         return self.copies[role].merged(role)
@@ -138,7 +153,7 @@ class ThreeCopies:
 @pytest.mark.parametrize('id', [None, 'one'])
 def test_one_base_equals_three_copies(folder, world, roles, id, checkpointing):
     one = engine_of(world, SMALL)
-    terms.batch_of(one, id, 0)  # puts the teacher into the slot before the copies are made
+    batch_of(one, id)  # puts the teacher into the slot before the copies are made
     three = engine_of(world, SMALL, ThreeCopies(folder, roles))
     roles.checkpointing(checkpointing)
     try:
@@ -161,7 +176,7 @@ def test_nothing_moves_when_student_fake_and_teacher_agree(world, roles):
     "All three are the teacher, asked with the same words and no guidance: matching has no gradient at all."
     base, bank, effects, general, cache = world
     engine = engine_of(world, replace(SMALL, guidance=1.0, weight_fm=0.0))
-    batch = terms.batch_of(engine, 'one', 0)
+    batch = batch_of(engine, 'one')
     teacher = base.backbone.lora(bank.role)
     for role in ('student', 'fake'):
         base.backbone.load(role, teacher)
@@ -188,7 +203,7 @@ def test_passes_are_what_is_computed(world, roles):
         s = replace(s, batch=8, p_switch=1.0)
         engine = engine_of(world, s)
         for update in range(s.fake_warmup, s.fake_warmup + s.fake_per_generator):
-            x0, cond = terms.fake_samples(engine, 'one', update)
+            x0, cond = fake_samples(engine, 'one', update)
             assert x0.shape == (8, 64, 16) and not x0.requires_grad
         gradients(engine, 'one')
         expected = passes(s)
@@ -203,7 +218,7 @@ def test_mixed_batches_do_not_tie_streams_to_exit_steps(world):
 
     firsts, counts = set(), {i: 0 for i in range(len(pool))}
     for k in range(60):
-        rows, ts = mixed_rows(pool, 6, 0.5, {'one': 1.0, 'two': 1.0}, 0.5, np.random.default_rng(k))
+        rows, ts = mixed_rows(pool.rows, 6, 0.5, ['one', 'two'], 0.5, np.random.default_rng(k))
         assert len(rows) == 6 and all(r < 6 for r in rows[6 - ts :])  # targets exist only for effect rows
         firsts.add(rows[0] < 6)
         for r in rows:
@@ -219,11 +234,12 @@ def test_every_stream_gets_its_due_however_its_rows_are_spread_over_shapes():
         Pool([0] * 46, None, None, None, {'a': tuple(range(4)), 'b': tuple(range(4, 6)), None: tuple(range(6, 46))}),
         Pool([0] * 54, None, None, None, {'b': (0, 1), None: tuple(range(2, 54))}),
     ]
+    everywhere = rows_in(pools)
+    owner = {row: id for id, rows in everywhere.items() for row in rows}
+    assert len(owner) == 100
     r, drawn = np.random.default_rng(0), {'a': 0, 'b': 0, None: 0}
     for _ in range(3000):
-        pool, p, weights = mixed_pool(pools, 0.6, r)
-        owner = {row: id for id, rows in pool.rows.items() for row in rows}
-        for row in mixed_rows(pool, 4, p, weights, 0.0, r)[0]:
+        for row in mixed_rows(everywhere, 4, 0.6, ['a', 'b'], 0.0, r)[0]:
             drawn[owner[row]] += 1
     share = {id: n / sum(drawn.values()) for id, n in drawn.items()}
     assert abs(share[None] - 0.4) < 0.02 and abs(share['a'] - 0.3) < 0.02 and abs(share['b'] - 0.3) < 0.02
@@ -232,9 +248,8 @@ def test_every_stream_gets_its_due_however_its_rows_are_spread_over_shapes():
 def test_the_fake_score_sees_no_targets_where_no_term_asks_it_there(world, roles):
     assert engine_of(world, SMALL).fake_targets == SMALL.fake_targets > 0
     without = replace(SMALL, weight_ts=0.0)
-    assert (
-        engine_of(world, without).fake_targets == 0 and len(terms.fake_rows(engine_of(world, without), None, 3)[1]) == 0
-    )
+    engine = engine_of(world, without)
+    assert engine.fake_targets == 0 and terms.fake_shares(engine, None, 3)[1] == without.batch
     assert passes(without)['forward'] > passes(replace(without, fake_targets=0.0))['forward'] - 1e-9
 
 

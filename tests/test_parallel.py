@@ -30,7 +30,7 @@ from collectionlora.run import slurm as arrays
 from collectionlora.run.execute import execute, RunFailed
 from collectionlora.run.sweep import sweep, table, write_table
 
-from test_distill import make_world, open_world, SMALL
+from test_distill import fake_samples, make_world, open_world, SMALL
 
 TINY = replace(SMALL, steps=3, batch=5, fake_warmup=2, routes=3)
 MOVING = ('seconds', 'lr', 'step', 'effect', 'warmup')
@@ -118,7 +118,7 @@ def test_draws_of_a_sample_do_not_depend_on_who_holds_it(world):
         engine = Engine(base.backbone, bank, pools, s, schedule_of(s), Ranks(rank, n))
         engine.backbone.add_role('student', 2)
         try:
-            starts.append(terms.fake_samples(engine, None, 4)[0])
+            starts.append(fake_samples(engine, None, 4)[0])
         finally:
             engine.backbone.remove('student')
     assert [len(x) for x in starts] == [5, 3, 2]

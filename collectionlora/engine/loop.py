@@ -108,9 +108,7 @@ def collection_header(
     record, parents."""
     inherited = [] if s.init == 'zero' else read_header(s.init).get('collectionlora.effects', [])
     learnt = [e for e in effects if not isinstance(e, Rehearsal)]
-    entries = {e['id']: e for e in inherited} | {
-        e.id: catalogue_entry(e, bank.shas[e.id], s.prompts) for e in learnt
-    }
+    entries = {e['id']: e for e in inherited} | {e.id: catalogue_entry(e, bank.shas[e.id], s.prompts) for e in learnt}
     start = None if s.init == 'zero' else fingerprint['settings']['init']
     stochastic = s.sampler == 'stochastic'
     sampling = {'steps': len(times), 'shift': s.few_shift, 'times': list(times), 'cfg': 1.0, 'stochastic': stochastic}
@@ -266,7 +264,7 @@ def _step(t: Training, stop: Interruption, table: Sequence[str | None]) -> dict:
             fake_update(engine, state, stream(state.fakes), guard)
     with stop.unit(), engine.in_step(), telling_what_helps(s):
         watch, info = _watch(t, now[0]), dict(step=state.step + 1, effect=now if s.routes > 1 else now[0])
-        info |= generator_update(engine, state, now, guard)
+        info |= generator_update(engine, state, now, guard, look=watch is not None)
         info |= watch.after() if watch else {}
         info |= {k: engine.ranks.total(engine.passes[k] - before[k]) for k in before}
         info |= dict(seconds=time.perf_counter() - start)

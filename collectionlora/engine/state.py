@@ -48,7 +48,7 @@ class State:
         student, fake = (nn.Parameter(backbone.flat(role)) for role in ('student', 'fake'))
         adam = lambda p, lr: optimiser(p, ranks, lr=lr, betas=s.betas, weight_decay=s.weight_decay)
         opt_student, opt_fake = adam(student, s.lr_student), adam(fake, s.lr_fake)
-        return cls(0, 0, student, fake, student.detach().clone(), opt_student, opt_fake, [], [], {}, 0)
+        return cls(0, 0, student, fake, student.detach().to('cpu', copy=True), opt_student, opt_fake, [], [], {}, 0)
 
     def pack(self, fingerprint: dict) -> dict:
         "What a checkpoint holds, on the CPU."

@@ -1,0 +1,165 @@
+"What needs memory and what does not change: micro-batches, gradients in place, states on the host."
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from collectionlora.engine import terms
+from collectionlora.engine.pools import load_pools, samples_of
+from collectionlora.engine.rollouts import Engine
+from collectionlora.engine.settings import resolved, schedule_of
+from collectionlora.engine.state import Guard, State
+
+from test_distill import engine_of, make_world, open_world, SMALL
+
+BATCH = replace(SMALL, batch=5, fake_targets=0.5, p_switch=0.7)
+
+
+def close(a, b, tol=1e-4):
+    "Whether two flat tensors are equal to rounding."
+    return (a - b).norm() <= tol * b.norm() and b.norm() > 0
+
+
+def everything(engine, ids, step=0):
+    "What a step computes: each term's gradient, loss and monitors, and the fake score's gradient and losses."
+    found = terms.gradients(engine, ids, step)
+    fake, losses = engine.buffer(0, 'fake'), []
+    for loss, n in terms.fake_score_losses(engine, next(filter(None, ids), None), 4):
+        loss = loss * (n / engine.s.batch)
+        terms.flat_gradient(engine.backbone, loss, 'fake', fake)
+        losses.append(loss.item())
+    return found, fake.clone(), sum(losses)
+
+
+def agree(one, other):
+    "Whether two answers of `everything` are equal to rounding."
+    (a, fake_a, loss_a), (b, fake_b, loss_b) = one, other
+    assert a.keys() == b.keys() and a
+    for name in a:
+        assert close(a[name][0], b[name][0]), name
+        assert a[name][1] == pytest.approx(b[name][1], rel=1e-4)
+        assert a[name][2] == pytest.approx(b[name][2], rel=1e-3, abs=1e-4)
+    assert close(fake_a, fake_b) and loss_a == pytest.approx(loss_b, rel=1e-4)
+
+
+@pytest.fixture
+def micro(roles):
+    yield lambda n: setattr(roles, 'micro_batch', n)
+    roles.micro_batch = 0
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(),
+        dict(sampler='stochastic', shared_rollout=True, fake_per_generator=3),
+        dict(routes=2, guidance=1.0),
+        dict(fake_batch='same', anchor_after_critic=True, few_shift=3.0),
+    ],
+)
+def test_micro_batches_change_memory_and_not_the_result(world, roles, micro, change):
+    "One sample at a time, two at a time and all at once: the same gradients, losses and monitors to rounding."
+    s = replace(BATCH, **change)
+    ids = ['one', 'two'] if s.routes == 2 else ['one']
+    whole = everything(engine_of(world, s), ids)
+    for n in (1, 2):
+        micro(n)
+        agree(everything(engine_of(world, s), ids), whole)
+
+
+def test_the_gradient_is_the_sum_of_its_shares_in_their_order(world, roles, micro):
+    "To the last bit: what micro-batches add up is what each of them gives by itself, added in the batch's order."
+    micro(2)
+    engine = engine_of(world, BATCH)
+    found = terms.gradients(engine, ['one'], 0)
+    summed = {k: torch.zeros_like(roles.flat('student')) for k in found}
+    jobs = terms.jobs_of(engine, ['one'], 0)
+    assert [len(job.share) for job in jobs] == [1, 2, 2]
+    for job in jobs:
+        b = terms.batch_of(engine, job.id, job.share)
+        for name, loss, _ in terms.terms(engine, b, job.g):
+            summed[name] += terms.flat_gradient(roles, loss * (len(job.share) / engine.s.batch), 'student')
+    assert all(torch.equal(found[k][0], summed[k]) for k in found)
+
+
+def test_no_forward_is_larger_than_a_micro_batch(world, roles, micro, monkeypatch):
+    "In training, guidance and looks alike."
+    seen, true = [], type(roles)._forward
+    monkeypatch.setattr(type(roles), '_forward', lambda b, role, x, *a: (seen.append(len(x)), true(b, role, x, *a))[1])
+    micro(2)
+    engine = engine_of(world, BATCH)
+    everything(engine, ['one'])
+    terms.few_rows(engine, 'one', 0)
+    cond = engine.pools[0].student.index([0, 1, 2])
+    with torch.no_grad():
+        roles.guided('base', torch.randn(3, 64, 16), torch.full((3,), 0.5), cond, cond, 2.0)
+    assert max(seen) == 2 and len(seen) > 10
+
+
+def test_updates_of_a_batch_in_parts_end_in_the_same_weights(world, roles, micro):
+    "Fake updates and a generator update, in micro-batches and not."
+    found = {}
+    for n in (0, 1):
+        micro(n)
+        for k, role in enumerate(('student', 'fake')):
+            with torch.no_grad():
+                roles.flat(role).normal_(0, 0.1, generator=torch.Generator().manual_seed(10 + k))
+        engine = engine_of(world, BATCH)
+        state, guard = State.fresh(roles, engine.s), Guard(0)
+        for _ in range(2):
+            terms.fake_update(engine, state, 'one', guard)
+        info = terms.generator_update(engine, state, ['one'], guard, look=True)
+        found[n] = info, state.student.detach().clone(), state.fake.detach().clone(), state.mean.clone()
+        assert len(engine.buffers) == 2 and state.mean.device.type == 'cpu'
+    (a, *first), (b, *second) = found[0], found[1]
+    assert {k for k in a if k.startswith('cosine')} == {'cosine_bs_ts', 'cosine_bs_fm', 'cosine_ts_fm'}
+    assert all(a[k] == pytest.approx(b[k], rel=1e-2, abs=1e-3) for k in a if isinstance(a[k], float))
+    assert all(close(x, y, 1e-2) for x, y in zip(first, second))
+
+
+def test_cosines_are_those_of_the_whole_gradients_and_only_there_on_a_look(world, roles):
+    engine = engine_of(world, SMALL)
+    state, guard = State.fresh(roles, engine.s), Guard(0)
+    found = terms.gradients(engine, ['one'], 0)
+    wanted = torch.nn.functional.cosine_similarity(found['bs'][0], found['fm'][0], 0).item()
+    total, info = terms.guarded(engine, state, ['one'], guard, True)
+    assert info['cosine_bs_fm'] == pytest.approx(wanted, abs=1e-4)
+    assert torch.equal(total, sum(g for g, _, _ in found.values()))
+    assert not any(k.startswith('cosine') for k in terms.guarded(engine, state, ['one'], guard, False)[1])
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory):
+    "A world whose pictures have three shapes."
+    folder = tmp_path_factory.mktemp('shapes')
+    args = open_world(folder, make_world(folder, sizes=((64, 64), (128, 32), (32, 128))))
+    yield args
+    args[1].close()
+
+
+def test_one_batch_holds_pictures_of_all_shapes(shapes):
+    "Three pictures in three shapes: a batch of three sees all three, in every step, whatever the micro-batch."
+    base, bank, effects, general, cache = shapes
+    b, s = base.backbone, resolved(replace(BATCH, batch=3), 1.0)
+    for k, role in enumerate(('student', 'fake')):
+        b.add_role(role, 2, seed=k)
+        with torch.no_grad():
+            b.flat(role).normal_(0, 0.1, generator=torch.Generator().manual_seed(10 + k))
+    engine = Engine(b, bank, load_pools(cache, samples_of(effects, general)), s, schedule_of(s))
+    assert len(engine.pools) == 3
+    try:
+        for step in range(4):
+            shares = terms.shares_of(engine, 'one', step)
+            assert {share.pool for share in shares} == {0, 1, 2} and sorted(i for x in shares for i in x.places) == [
+                0,
+                1,
+                2,
+            ]
+        whole = everything(engine, ['one'])
+        b.micro_batch = 1
+        agree(everything(engine, ['one']), whole)
+    finally:
+        b.micro_batch = 0
+        for role in ('student', 'fake'):
+            b.remove(role)

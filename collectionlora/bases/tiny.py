@@ -7,7 +7,7 @@ __all__ = ['tiny_tokenizer', 'tiny_base']
 
 # %% ../../nbs/bases/tiny.ipynb #4ce46743
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -71,7 +71,7 @@ def _tiny_encoder(tokenizer, hidden: int):
     return Qwen2_5_VLForConditionalGeneration(config)
 
 # %% ../../nbs/bases/tiny.ipynb #141d3963
-def _tiny_models(tokenizer, hidden: int = 16, z: int = 4) -> dict:
+def _tiny_models(tokenizer, transformer: Mapping, hidden: int = 16, z: int = 4) -> dict:
     "Random text encoder, autoencoder and transformer of the real classes, some thousand weights each."
     from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
@@ -84,17 +84,10 @@ def _tiny_models(tokenizer, hidden: int = 16, z: int = 4) -> dict:
         latents_mean=[0.1] * z,
         latents_std=[0.7] * z,
     )
-    transformer = QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=4 * z,
-        out_channels=z,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=3,
-        joint_attention_dim=hidden,
-        axes_dims_rope=(8, 4, 4),
-    )
-    return dict(text_encoder=_tiny_encoder(tokenizer, hidden), vae=vae, transformer=transformer)
+    shape = dict(num_layers=2, attention_head_dim=16, num_attention_heads=3, axes_dims_rope=(8, 4, 4)) | transformer
+    fixed = dict(patch_size=2, in_channels=4 * z, out_channels=z, joint_attention_dim=hidden)
+    blocks = QwenImageTransformer2DModel(**shape, **fixed)
+    return dict(text_encoder=_tiny_encoder(tokenizer, hidden), vae=vae, transformer=blocks)
 
 # %% ../../nbs/bases/tiny.ipynb #b04ff249
 def _tiny_scheduler():
@@ -111,21 +104,22 @@ def _tiny_scheduler():
     )
 
 # %% ../../nbs/bases/tiny.ipynb #45ace2d2
-def _write_index(folder: Path, parts: dict) -> None:
+def _write_index(folder: Path, parts: dict, pixels: int) -> None:
     video = dict(video_processor_type='Qwen2VLVideoProcessor')
     write_json(folder / 'processor' / 'video_preprocessor_config.json', video)
-    write_json(folder / INFO_FILE, dict(vae_area=64 * 64, condition_area=64 * 64, shift=3.0, pixels=64))
+    write_json(folder / INFO_FILE, dict(vae_area=pixels**2, condition_area=64 * 64, shift=3.0, pixels=pixels))
     library = lambda n: 'diffusers' if n in ('vae', 'transformer', 'scheduler') else 'transformers'
     index = {n: [library(n), type(p).__name__] for n, p in parts.items()}
     others = dict(tokenizer=['transformers', 'Qwen2Tokenizer'], processor=['transformers', 'Qwen2VLProcessor'])
     write_json(folder / 'model_index.json', dict(_class_name='QwenImageEditPlusPipeline', **index, **others))
 
 # %% ../../nbs/bases/tiny.ipynb #4744cb35
-def tiny_base(folder, seed: int = 0) -> Path:
+def tiny_base(folder, seed: int = 0, pixels: int = 64, **transformer) -> Path:
     """Writes a tiny *random* Qwen-Image-Edit pipeline of the real classes for tests, under 3 MB; returns the folder.
 
     Images have 64 pixels a side, targets 64 tokens of 16 numbers, the transformer 2 blocks. `load_base` reads it like
-    any other base."""
+    any other base. pixels: another side of its pictures; transformer: another shape of it, `num_layers`,
+    `num_attention_heads`, `attention_head_dim` with `axes_dims_rope`, for a base between this one and the full one."""
     from diffusers import QwenImageEditPlusPipeline
     from transformers import Qwen2VLImageProcessorPil
 
@@ -135,7 +129,7 @@ def tiny_base(folder, seed: int = 0) -> Path:
     tokenizer = tiny_tokenizer([template, 'Picture 1: make the cat red, in the style of'], 600)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = _tiny_models(tokenizer)
+        parts = _tiny_models(tokenizer, transformer)
     parts['scheduler'] = _tiny_scheduler()
     with quiet(folder):
         for name, part in parts.items():
@@ -143,5 +137,5 @@ def tiny_base(folder, seed: int = 0) -> Path:
     for name in ('tokenizer', 'processor'):
         tokenizer.save_pretrained(folder / name)
     Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56).save_pretrained(folder / 'processor')
-    _write_index(folder, parts)
+    _write_index(folder, parts, pixels)
     return folder

@@ -1,13 +1,17 @@
 "The chain's order and the commands around it: what is asked wrongly is said before anything is made."
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from collectionlora import core
+from collectionlora.bases.nano import PatchPCA
+from collectionlora.bases.pipeline import load_base
 from collectionlora.core import UserError
 from collectionlora.files.dialects import Lora
 from collectionlora.files.effects import load_effect
@@ -390,6 +394,29 @@ def test_rebase_makes_the_acceleration_lora_the_demonstration_and_what_ships(tmp
     assert chain.rebase() == tmp_path / 'results' / 'demo' / 'report.html'
     assert order == ['effects', 'acceleration', 'demo', tmp_path / 'results' / 'demo']
     assert (tmp_path / 'data' / 'acceleration' / 'acceleration.safetensors').read_text() == 'acceleration'
+
+
+def test_a_trained_base_becomes_the_nano_base_in_half_the_size(tmp_path, monkeypatch):
+    trained, nano = tmp_path / 'trained', tmp_path / 'data' / 'nano'
+    shutil.copytree(core.nano_dir(), trained)
+    shutil.copytree(core.nano_dir(), nano)
+    vae = load_base(trained).pipe.vae
+    deeper = PatchPCA.from_config(vae.config, refine=8)
+    deeper.load_state_dict(vae.state_dict(), strict=False)
+    deeper.save_pretrained(trained / 'vae')
+    monkeypatch.setattr(chain, 'nano_dir', lambda: nano)
+    chain.install_base(trained)
+    name = Path('transformer') / 'diffusion_pytorch_model.safetensors'
+    before, after = load_file(trained / name), load_file(nano / name)
+    assert all(torch.equal(after[k], v.to(torch.bfloat16)) for k, v in before.items())
+    assert core.read_json(nano / 'training.json') == core.read_json(trained / 'training.json')
+    again = load_base(nano)
+    assert again.pipe.vae.config.refine == 8 and again.pipe.vae.W.dtype == torch.float32
+    assert again.backbone.dtype == torch.float32 and again.hash != load_base(trained).hash
+    assert not list(nano.parent.glob('.*'))
+    monkeypatch.setattr(chain, 'in_checkout', lambda: False)
+    with pytest.raises(UserError, match='run it in a checkout'):
+        chain.install_base(trained)
 
 
 def test_a_job_overwrites_finished_runs_only_when_told(folder, tmp_path, monkeypatch):

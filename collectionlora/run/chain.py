@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEEDS', 'base_folder', 'budgets', 'differences', 'Job', 'checked_effects', 'teach', 'describe', 'paint',
            'distill_settings', 'distill', 'extend', 'plan', 'evaluate', 'ladder', 'rivals', 'write_report',
-           'shipped_acceleration', 'default_folder', 'compare', 'demo', 'ship', 'rebase']
+           'shipped_acceleration', 'default_folder', 'compare', 'demo', 'ship', 'install_base', 'rebase']
 
 # %% ../../nbs/run/chain.ipynb #18847e5f
 import shutil
@@ -20,6 +20,7 @@ from collectionlora.core import (
     nano_dir,
     nearest,
     notebooks_dir,
+    read_json,
     replacing,
     results_dir,
     UserError,
@@ -400,13 +401,34 @@ def ship(made) -> Path:
     return _replaced(part, to)
 
 # %% ../../nbs/run/chain.ipynb #c6fdcbf7
-def rebase(seed: int = 0, budget: str = 'full') -> Path:
+def install_base(folder) -> Path:
+    """Puts a trained base into data/nano, transformer and text encoder in bfloat16; returns that folder.
+
+    `folder`: what `experiments/nano_base` or `experiments/decoder` wrote. Raises `UserError` outside a checkout."""
+    import torch
+    from collectionlora.bases.pipeline import load_base
+    from collectionlora.bases.training import save_base
+
+    if not in_checkout():
+        raise UserError('rebase: changes the data that ship with the package; run it in a checkout')
+    folder, part = Path(folder), _fresh(nano_dir())
+    parts = load_base(folder).pipe.components
+    for name in ('transformer', 'text_encoder'):
+        parts[name].to(torch.bfloat16)
+    save_base(parts, part, read_json(folder / 'training.json'))
+    return _replaced(part, nano_dir())
+
+
+def rebase(seed: int = 0, budget: str = 'full', base=None) -> Path:
     """Makes again what hangs on the nano base; returns the demonstration's report.
 
-    data/acceleration, results/demo, data/collection. Raises `UserError` outside a checkout."""
+    `base`: a trained base, which becomes data/nano first. Then data/acceleration, results/demo, data/collection.
+    Raises `UserError` outside a checkout."""
     if not in_checkout():
         raise UserError('rebase: changes the data that ship with the package; run it in a checkout')
     differences('acceleration', budget)  # before anything is drawn
+    if base:
+        install_base(base)
     job = Job(results_dir() / 'acceleration', base_folder(), budget, seed)
     job.do('effects', 'stream', {})
     job.do('acceleration', 'acceleration', {'general': job.out / 'general'})

@@ -419,11 +419,15 @@ def demo(
 
 
 @command(hidden=True)
-def rebase(seed: Seed = 0, budget: Annotated[str, option('--budget', help='Of the acceleration LoRA.')] = 'full'):
+def rebase(
+    seed: Seed = 0,
+    budget: Annotated[str, option('--budget', help='Of the acceleration LoRA.')] = 'full',
+    base: Annotated[Optional[Path], option('--base', help='A trained base, which becomes the nano base first.')] = None,
+):
     "Make again what hangs on the nano base (in a checkout): acceleration LoRA, demonstration, shipped collection."
     from collectionlora.run.chain import rebase as go
 
-    print(go(seed, budget))
+    print(go(seed, budget, base))
 
 # %% ../../nbs/run/cli.ipynb #21e32359
 Collections = Annotated[

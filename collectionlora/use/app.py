@@ -45,7 +45,7 @@ class Asked:
     seed: int = 0
     results: int = 1
 
-
+# %% ../../nbs/use/app.ipynb #7e5f6db7
 def chosen(effects: Sequence[str], mode: str = EACH) -> list[str]:
     "The effects to ask a collection for, a chain as 'a+b'. Raises UserError for none, and for a chain of one."
     if not effects:
@@ -66,7 +66,7 @@ def orders_for(collection: Collection, asked: Asked) -> list[Order]:
             orders.append(Order(asked.image, effect, asked.seed + k, strength, asked.steps))
     return orders
 
-# %% ../../nbs/use/app.ipynb #b17f0b92
+# %% ../../nbs/use/app.ipynb #592c9369
 VISITOR = re.compile(r'[0-9a-f]{32}')
 
 
@@ -74,7 +74,7 @@ def new_visitor() -> str:
     "A name that nobody can guess."
     return secrets.token_hex(16)
 
-
+# %% ../../nbs/use/app.ipynb #0acdb7d9
 class Album:
     "Results in a folder for each visitor: PNG files with recipes, and the sources that they were made of."
 
@@ -114,7 +114,7 @@ class Album:
             return None
         return Image.open(path).convert('RGB')
 
-# %% ../../nbs/use/app.ipynb #592c9369
+# %% ../../nbs/use/app.ipynb #e4e26c5b
 class Studio:
     "A service whose results go into an album."
 
@@ -147,7 +147,7 @@ class Studio:
         future.add_done_callback(keep)
         return kept
 
-# %% ../../nbs/use/app.ipynb #0acdb7d9
+# %% ../../nbs/use/app.ipynb #7d39c061
 def arriving(futures: Sequence[Future], pause: float = 0.5) -> Iterator[tuple[list[Path], int]]:
     """(files made so far in their order, how many are still to come), whenever that changes, and at last with 0.
 
@@ -164,7 +164,7 @@ def arriving(futures: Sequence[Future], pause: float = 0.5) -> Iterator[tuple[li
     if failed:
         raise failed[0]
 
-# %% ../../nbs/use/app.ipynb #59b4d29a
+# %% ../../nbs/use/app.ipynb #c25ca99f
 def is_miniature(collection: Collection) -> bool:
     "Whether the base of a collection is too small for photographs."
     return collection.base.info['vae_area'] < 256 * 256
@@ -184,14 +184,14 @@ def drawn_subjects(folder: str | Path, n: int = 6, seed: int = 0) -> list[Path]:
         files.append(path)
     return files
 
-# %% ../../nbs/use/app.ipynb #6ace74e8
+# %% ../../nbs/use/app.ipynb #4b7be363
 def prompts_of(collection: Collection, effects: Sequence[str], mode: str = EACH) -> str:
     "The prompts of the chosen effects, one a line; of all effects where none is chosen."
     if mode == TOGETHER and len(effects) > 1:
         return collection.prompt(tuple(effects))
     return '\n'.join(collection.prompt(e) for e in effects or collection.catalogue)
 
-
+# %% ../../nbs/use/app.ipynb #35212df5
 def comparison(source: Image.Image, made: Image.Image, side: int = 768) -> tuple[Image.Image, Image.Image]:
     "Source and result at one size, at most `side` pixels wide and high."
     shown = scaled(made.convert('RGB'), side)
@@ -204,7 +204,7 @@ def words_of(recipe: Mapping) -> str:
     "A result in a line: effect, seed, and strength and steps."
     return f'{recipe["effect"]}, seed {recipe["seed"]}, strength {recipe["strength"]:g}, {recipe["steps"]} steps'
 
-
+# %% ../../nbs/use/app.ipynb #5a602686
 def caption_of(path: Path) -> str:
     "The effect and the seed in the name of a result."
     effect, seed = path.stem.partition('-')[2].rsplit('-', 1)
@@ -219,11 +219,12 @@ def sheet_of_files(source: Image.Image | None, files: Sequence[Path], side: int 
     rows = [[source, *(made.get((e, s)) for e in effects)] for s in seeds]
     return contact_sheet(rows, ['original', *effects], [f'seed {s}' for s in seeds] if len(seeds) > 1 else (), side)
 
-# %% ../../nbs/use/app.ipynb #024c1e59
+# %% ../../nbs/use/app.ipynb #a5ca3430
 STYLE = """
-.gradio-container { max-width: 1360px !important; margin: 0 auto !important; padding: 12px !important }
+.gradio-container { max-width: 1360px !important; margin: 0 auto !important; padding: 12px !important;
+  width: 100% }
 footer { display: none !important }
-#title h1 { font-size: 1.7rem; margin: 0 } #title p { margin: .1rem 0 .7rem; opacity: .75 }
+#title, #note { max-width: none } #title h1 { font-size: 1.7rem; margin: 0 } #title p { margin: .1rem 0; opacity: .75 } #title { margin-bottom: 10px }
 #note { border-left: 4px solid #e8a33d; padding: .5rem .8rem; background: #e8a33d1f; border-radius: 6px; margin: 0 }
 #picture img { width: 100%; height: 100%; object-fit: contain }
 #subjects { border: 0; padding: 0; background: none; box-shadow: none; min-height: 0; overflow: visible }
@@ -233,6 +234,9 @@ footer { display: none !important }
 #results .grid-wrap, #history .grid-wrap { padding: 2.4rem 10px 10px; overflow: visible }
 #results .grid-container, #history .grid-container { padding: 0; margin: 0; gap: 10px;
   grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)) }
+#subjects .grid-container, #results .grid-container, #history .grid-container { grid-auto-rows: auto }
+#results .caption-label, #history .caption-label { left: 4px; right: 4px; bottom: 4px; max-width: none; padding: 1px 5px;
+  font-size: .72rem; text-align: center }
 #subjects .thumbnail-item, #results .thumbnail-item, #history .thumbnail-item { height: auto; aspect-ratio: 1 }
 #subjects img, #results img, #history img { width: 100%; height: 100%; object-fit: contain }
 #effects .wrap { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 10px; padding: 2px }
@@ -251,7 +255,7 @@ footer { display: none !important }
 
 SCROLL = "() => { if (innerWidth < 720) document.querySelector('#compare').scrollIntoView({behavior: 'smooth'}) }"
 
-
+# %% ../../nbs/use/app.ipynb #96fb1331
 def quoted_css(text: str) -> str:
     "A text as a string in a style sheet: everything but letters and digits by number."
     return '"' + ''.join(c if c.isalnum() and c.isascii() else f'\\{ord(c):x} ' for c in text) + '"'
@@ -267,7 +271,7 @@ def style_of(collection: Collection) -> str:
             rules.append(f'{tile} {{ background-image: url("{shot}") }}')
     return '\n'.join(rules)
 
-# %% ../../nbs/use/app.ipynb #35212df5
+# %% ../../nbs/use/app.ipynb #5c3d0f2d
 def _gradio():
     "Gradio, set to send nothing to anybody. Raises UserError if it is not installed."
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
@@ -277,7 +281,7 @@ def _gradio():
         raise UserError(f'app: {e.name} is not installed; run `pip install "collectionlora[app]"`') from e
     return gradio
 
-
+# %% ../../nbs/use/app.ipynb #44e41228
 def _theme(gr):
     "Colours and letters; only fonts that every machine has."
     fonts = ['system-ui', '-apple-system', 'Segoe UI', 'Roboto', 'sans-serif']
@@ -294,7 +298,7 @@ def _title(collection: Collection) -> str:
     note = 'This base is a miniature of 64 × 64 pixels. It knows drawings of a small world and no photographs.'
     return f'<div id="title">{text}</div><p id="note">{note}</p>'
 
-# %% ../../nbs/use/app.ipynb #5a602686
+# %% ../../nbs/use/app.ipynb #b3c2e5dd
 class Page:
     "The components of the page."
 
@@ -353,7 +357,7 @@ class Page:
             self.prompts = gr.Textbox(said, label=label, lines=4, max_lines=12, buttons=['copy'], interactive=False)
         self.history = gr.Gallery(label='History', visible=False, elem_id='history', **grid)
 
-# %% ../../nbs/use/app.ipynb #b1d1781f
+# %% ../../nbs/use/app.ipynb #2bb655da
 class Events(Page):
     "What the page does."
 
@@ -410,7 +414,7 @@ class Events(Page):
         except Exception as e:  # whatever it is, the page says it in a sentence
             raise self.told(e) from e
 
-# %% ../../nbs/use/app.ipynb #15cfddc8
+# %% ../../nbs/use/app.ipynb #4735d847
 class Answers(Events):
     "What the page shows."
 
@@ -457,7 +461,7 @@ class Answers(Events):
         fits = [k for k in said if k in effects or all(w in said[k] for w in words)]
         return self.gr.CheckboxGroup(self.tiles(fits), value=effects)
 
-# %% ../../nbs/use/app.ipynb #36420e61
+# %% ../../nbs/use/app.ipynb #76b717c4
 class App(Answers):
     "The page, ready to be launched."
 
@@ -505,7 +509,7 @@ class App(Answers):
         for part in (self.effects, self.mode):
             part.change(lambda e, m: prompts_of(self.collection, e, m), form[1:3], self.prompts, **quiet)
 
-# %% ../../nbs/use/app.ipynb #5c3d0f2d
+# %% ../../nbs/use/app.ipynb #d311e4cd
 def secret_of(folder: Path) -> str:
     "The secret of an album, made at the first call; readable by its owner alone."
     path = folder / '.secret'
@@ -515,7 +519,7 @@ def secret_of(folder: Path) -> str:
         path.write_text(secrets.token_hex(16))
     return path.read_text()
 
-
+# %% ../../nbs/use/app.ipynb #b2e43d88
 def run_app(
     open_collection,
     folder: str | Path,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'RECIPE', 'ID', 'FORMATS', 'Limits', 'Order', 'check_order', 'Full', 'Closed', 'Line', 'Ending', 'Batcher',
            'forward_key', 'edit_orders', 'batcher_of', 'Maker', 'recipe_of', 'png_bytes', 'read_recipe', 'Shelf',
-           'Kept', 'Service', 'read_upload', 'listening', 'check_token']
+           'Kept', 'Making', 'Service', 'read_upload', 'listening', 'check_token']
 
 # %% ../../nbs/use/serve.ipynb #bc132737
 import hashlib
@@ -53,7 +53,7 @@ class Limits:
     seconds: float = 600.0  # wait for a result
     kept: int = 1000  # results in the folder of `Kept`
 
-
+# %% ../../nbs/use/serve.ipynb #ee0b1c8c
 @dataclass(frozen=True)
 class Order:
     "One picture to make: upright RGB `image`, `effect` (an id, or 'a+b'), and what `Collection.edit` takes."
@@ -70,7 +70,7 @@ class Order:
         "All but the picture."
         return dict(effect=self.effect, seed=self.seed, strength=self.strength, steps=self.steps, size=self.size)
 
-
+# %% ../../nbs/use/serve.ipynb #3873a61d
 def check_order(collection: Collection, order: Order, limits: Limits = Limits()) -> Order:
     "The order, if it can be made. Raises UserError that names the field at fault."
     collection.prompt(order.effect)
@@ -85,7 +85,7 @@ def check_order(collection: Collection, order: Order, limits: Limits = Limits())
     collection.working_size(order.image)
     return order
 
-# %% ../../nbs/use/serve.ipynb #9036f83f
+# %% ../../nbs/use/serve.ipynb #822e8a7b
 class Full(UserError):
     "The line is full; `after`: seconds after which to try again."
 
@@ -97,7 +97,7 @@ class Full(UserError):
 class Closed(UserError):
     "The server is stopping and takes no more orders."
 
-
+# %% ../../nbs/use/serve.ipynb #72316afc
 class Line:
     "Orders in the order of their coming, each with a key and the future of its picture; used by many threads."
 
@@ -128,7 +128,7 @@ class Line:
             self._news.notify_all()
         return [future for *_, future in entries]
 
-# %% ../../nbs/use/serve.ipynb #6287a111
+# %% ../../nbs/use/serve.ipynb #53704c6a
 class Ending(Line):
     "The end of a line at which batches are taken, and where it is closed."
 
@@ -154,7 +154,7 @@ class Ending(Line):
                 self._line.pop()[2].cancel()
             self._news.notify_all()
 
-# %% ../../nbs/use/serve.ipynb #822e8a7b
+# %% ../../nbs/use/serve.ipynb #2bf7120c
 class Batcher(Ending):
     """A line of orders and the thread that makes them in batches.
 
@@ -204,13 +204,13 @@ class Batcher(Ending):
             self.pace = 0.7 * self.pace + 0.3 * seconds
             self.observe(len(live), seconds)
 
-# %% ../../nbs/use/serve.ipynb #72316afc
+# %% ../../nbs/use/serve.ipynb #affb79d1
 def forward_key(collection: Collection, order: Order) -> tuple:
     "Orders with equal keys can share a forward of the collection."
     strength = collection.strength(order.effect) if order.strength is None else order.strength
     return collection.base.grid(order.image), order.steps or collection.recipe.steps, strength == 1
 
-
+# %% ../../nbs/use/serve.ipynb #4d5be170
 def edit_orders(collection: Collection, orders: Sequence[Order]) -> list[Image.Image]:
     "The pictures of orders of one key, in one forward. Raises as `Collection.edit`."
     images, steps = [o.image for o in orders], orders[0].steps
@@ -223,7 +223,7 @@ def batcher_of(collection: Collection, limits: Limits = Limits(), observe=lambda
     "A running line for a collection."
     return Batcher(lambda o: edit_orders(collection, o), lambda o: forward_key(collection, o), limits, observe)
 
-# %% ../../nbs/use/serve.ipynb #affb79d1
+# %% ../../nbs/use/serve.ipynb #40ba47e2
 @dataclass(frozen=True)
 class Maker:
     "Who makes the pictures: names and checksums of collection and base."
@@ -239,7 +239,7 @@ class Maker:
         weights = read_header(collection.file).get('collectionlora.payload_sha256', '')
         return Maker(collection.file.name, weights, collection.base.folder.name, collection.base.hash)
 
-
+# %% ../../nbs/use/serve.ipynb #2f51a7ad
 def recipe_of(collection: Collection, order: Order) -> dict:
     "Everything that a result depends on, as JSON; `id` is the name of the order."
     asked = order.asked | {'strength': order.strength, 'steps': order.steps or collection.recipe.steps}
@@ -249,7 +249,7 @@ def recipe_of(collection: Collection, order: Order) -> dict:
     told = {'prompt': collection.prompt(order.effect), 'source': pixels, **asdict(Maker.of(collection))}
     return {'id': sha256_json([asked, told]), **asked, **told, 'version': collectionlora.__version__}
 
-# %% ../../nbs/use/serve.ipynb #4d5be170
+# %% ../../nbs/use/serve.ipynb #23f0a240
 RECIPE = 'collectionlora'
 
 
@@ -263,7 +263,7 @@ def png_bytes(image: Image.Image, recipe: dict) -> bytes:
     image.save(buffer, 'PNG', pnginfo=info)
     return buffer.getvalue()
 
-
+# %% ../../nbs/use/serve.ipynb #1fdd393a
 def read_recipe(file: str | Path) -> dict:
     "The recipe in a PNG file that `png_bytes` made. Raises UserError where there is none."
     try:
@@ -278,7 +278,7 @@ def read_recipe(file: str | Path) -> dict:
         raise UserError(f'{file}: holds no recipe; give a PNG file that the app or the server made')
     return found
 
-# %% ../../nbs/use/serve.ipynb #df5dbb4c
+# %% ../../nbs/use/serve.ipynb #786d1bad
 ID = re.compile(r'[0-9a-f]{64}')
 
 
@@ -314,7 +314,7 @@ class Shelf:
                 log.warning('%s: is no order that can be made (%s)', path, e)
         return found
 
-# %% ../../nbs/use/serve.ipynb #56d72278
+# %% ../../nbs/use/serve.ipynb #1025532d
 class Kept(Shelf):
     "A shelf that one process writes (UserError if another does); the oldest results beyond `most` are removed."
 
@@ -348,7 +348,7 @@ class Kept(Shelf):
         for ending in ('.json', '.source.png'):
             self.at(id, ending).unlink(missing_ok=True)
 
-# %% ../../nbs/use/serve.ipynb #c8e60875
+# %% ../../nbs/use/serve.ipynb #cc2be880
 def _done(png: bytes) -> Future:
     "A future that has its result."
     future: Future = Future()
@@ -356,17 +356,45 @@ def _done(png: bytes) -> Future:
     return future
 
 
-class Service:
+class Making:
+    "A collection and the thread that makes its orders; the results are the bytes of PNG files."
+
+    def __init__(self, collection: Collection, limits: Limits = Limits(), kept: Kept | None = None, observe=None):
+        self.collection, self.limits, self.kept = collection, limits, kept
+        more = {'observe': observe} if observe else {}
+        self.line = Batcher(self._make, lambda o: forward_key(collection, o), limits, **more)
+
+    def close(self) -> None:
+        "Ends after what is in line; with a kept folder after the batch at work, and the rest waits in the folder."
+        self.line.close(finish=self.kept is None)
+        if self.kept:
+            self.kept.close()
+
+    def _make(self, orders: list[Order]) -> list[bytes]:
+        "The work of the line: PNG files with recipes, in the folder before anybody is told."
+        recipes = [recipe_of(self.collection, o) for o in orders]
+        try:
+            images = edit_orders(self.collection, orders)
+        except Exception:
+            if self.kept and len(orders) == 1:
+                self.kept.forget(recipes[0]['id'])  # it would fail after every restart
+            raise
+        files = [png_bytes(i, r) for i, r in zip(images, recipes)]
+        for recipe, file in zip(recipes, files):
+            if self.kept:
+                self.kept.result(recipe['id'], file)
+        return files
+
+# %% ../../nbs/use/serve.ipynb #1bd3e1f6
+class Service(Making):
     """A collection that takes orders from many threads.
 
     kept: a folder that survives a crash; observe: is told (orders, seconds) of every batch."""
 
-    def __init__(self, collection: Collection, limits: Limits = Limits(), kept: Kept | None = None, observe=None):
-        self.collection, self.limits, self.kept = collection, limits, kept
+    def __init__(self, *args, **kw):
         self._under_way: dict[str, Future] = {}
         self._lock = threading.Lock()
-        more = {'observe': observe} if observe else {}
-        self.line = Batcher(self._make, lambda o: forward_key(collection, o), limits, **more)
+        super().__init__(*args, **kw)
 
     def ask(self, orders: Sequence[Order]) -> list[tuple[dict, Future]]:
         "(recipe, future of the bytes of a PNG file) for every order. Raises UserError, Full and Closed."
@@ -389,14 +417,7 @@ class Service:
             self._join_line(ours, self.line.submit(list(ours.values()), limited=False))
         return len(ours)
 
-    def close(self) -> None:
-        "Ends after what is in line; with a kept folder after the batch at work, and the rest waits in the folder."
-        self.line.close(finish=self.kept is None)
-        if self.kept:
-            self.kept.close()
-
     def _ask_once(self, orders: dict[str, Order]) -> dict[str, Future]:
-        "Futures of orders; one that was made comes from the folder, and one under way is not put in line again."
         ready = {id: _done(png) for id in orders if (png := self.kept.png(id))}
         new = {id: o for id, o in orders.items() if id not in ready and id not in self._under_way}
         for id, order in new.items():
@@ -414,22 +435,7 @@ class Service:
             self._under_way[id] = future
             future.add_done_callback(lambda f, id=id: self._under_way.pop(id, None))
 
-    def _make(self, orders: list[Order]) -> list[bytes]:
-        "The work of the line: PNG files with recipes, in the folder before anybody is told."
-        recipes = [recipe_of(self.collection, o) for o in orders]
-        try:
-            images = edit_orders(self.collection, orders)
-        except Exception:
-            if self.kept and len(orders) == 1:
-                self.kept.forget(recipes[0]['id'])  # it would fail after every restart
-            raise
-        files = [png_bytes(i, r) for i, r in zip(images, recipes)]
-        for recipe, file in zip(recipes, files):
-            if self.kept:
-                self.kept.result(recipe['id'], file)
-        return files
-
-# %% ../../nbs/use/serve.ipynb #3030d146
+# %% ../../nbs/use/serve.ipynb #f77d62da
 FORMATS = ('PNG', 'JPEG', 'WEBP')
 
 
@@ -450,7 +456,7 @@ def read_upload(data: bytes, limits: Limits = Limits(), name: str = 'image') -> 
     except Exception as e:  # decoders of damaged files raise whatever they please
         raise UserError(f'{name}: cannot be read as PNG, JPEG or WebP; export the picture again') from e
 
-# %% ../../nbs/use/serve.ipynb #ace2a7b5
+# %% ../../nbs/use/serve.ipynb #7f5e60ec
 def listening(host: str, port: int) -> socket.socket:
     "A socket bound to an address. Raises UserError for one that is in use or not this machine's."
     try:
@@ -463,7 +469,7 @@ def listening(host: str, port: int) -> socket.socket:
         raise UserError(f'{host}:{port}: cannot listen there ({why}); give another --host or --port') from e
     return sock
 
-
+# %% ../../nbs/use/serve.ipynb #56b2896f
 def check_token(host: str, token: str | None) -> str | None:
     "The token. Raises UserError where others can reach `host` and there is none, and for one that can be guessed."
     try:

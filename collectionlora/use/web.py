@@ -45,7 +45,7 @@ def problem(status: int, message: str, kind: str = 'invalid_request_error', **he
     told = {'error': {'message': message, 'type': kind, 'param': None, 'code': str(status)}}
     return JSONResponse(told, status, headers={k.replace('_', '-'): str(v) for k, v in headers.items()})
 
-
+# %% ../../nbs/use/web.ipynb #1f44dfa6
 class Guard:
     "ASGI middleware: what is refused before a body is read, and how much of a body is read."
 
@@ -102,7 +102,7 @@ def busy(error: Full) -> JSONResponse:
     "The answer of a full line."
     return problem(429, str(error), 'rate_limit_error', retry_after=error.after)
 
-# %% ../../nbs/use/web.ipynb #1f44dfa6
+# %% ../../nbs/use/web.ipynb #3ca14ec8
 class EditForm(BaseModel):
     "The fields of a request."
 
@@ -122,7 +122,7 @@ class EditForm(BaseModel):
     model: str = Field('', max_length=300, description='Not used: the server has one collection.')
     user: str = Field('', max_length=300, description='Not used.')
 
-
+# %% ../../nbs/use/web.ipynb #e852101a
 def orders_of(collection: Collection, form: EditForm, image: Image.Image, limits: Limits) -> list[Order]:
     "The orders of a request. Raises UserError for what is no effect, and for too many results."
     said = form.effect or form.prompt
@@ -134,7 +134,7 @@ def orders_of(collection: Collection, form: EditForm, image: Image.Image, limits
     size = 'ratio' if form.size == 'auto' else form.size
     return [Order(image, effect, form.seed + k, form.strength, form.steps, size) for k in range(form.n)]
 
-# %% ../../nbs/use/web.ipynb #3ca14ec8
+# %% ../../nbs/use/web.ipynb #c323195a
 def as_format(png: bytes, kind: str) -> bytes:
     "The bytes of a PNG file in another format."
     if kind == 'png':
@@ -154,7 +154,7 @@ def answer_of(recipes: Sequence[dict], files: Sequence[bytes | None], kind: str 
             told['b64_json'] = base64.b64encode(as_format(file, kind)).decode()
     return {'created': int(time.time()), 'output_format': kind, 'data': data}
 
-
+# %% ../../nbs/use/web.ipynb #7403b324
 async def finished(request: Request, futures: Sequence[Future], seconds: float, leave: bool) -> list[bytes]:
     """Waits for results. A client that goes away, or has waited for `seconds`, takes its orders out of the line.
 
@@ -174,7 +174,7 @@ async def finished(request: Request, futures: Sequence[Future], seconds: float, 
                     future.cancel()
             raise HTTPException(499 if gone else 504, f'not made within {seconds:g} s; ask again later')
 
-# %% ../../nbs/use/web.ipynb #e852101a
+# %% ../../nbs/use/web.ipynb #0908b7d4
 class Counts:
     "The numbers of a server, in a registry of their own."
 
@@ -194,7 +194,7 @@ class Counts:
         self.batches.observe(orders)
         self.busy.inc(seconds)
 
-# %% ../../nbs/use/web.ipynb #c323195a
+# %% ../../nbs/use/web.ipynb #505db405
 def add_errors(app: FastAPI, service: Service) -> None:
     "Registers the answer to every kind of error."
 
@@ -224,7 +224,7 @@ def add_errors(app: FastAPI, service: Service) -> None:
     async def broken(request: Request, e: Exception):
         return problem(500, 'the server could not make this picture; its log says why', 'server_error')
 
-# %% ../../nbs/use/web.ipynb #7403b324
+# %% ../../nbs/use/web.ipynb #48077643
 def add_reading(app: FastAPI, service: Service, counts: Counts) -> None:
     "Registers what is only read: health, metrics, effects, and results by id."
     collection = service.collection
@@ -259,7 +259,7 @@ def add_reading(app: FastAPI, service: Service, counts: Counts) -> None:
             return JSONResponse({'id': id, 'status': 'waiting'}, 202)
         return problem(404, 'no such order; it was never accepted, failed, or its result is too old')
 
-# %% ../../nbs/use/web.ipynb #0908b7d4
+# %% ../../nbs/use/web.ipynb #961ee4af
 def add_edits(app: FastAPI, service: Service, counts: Counts) -> None:
     "Registers the endpoint that makes pictures."
     decoding = asyncio.Semaphore(2)
@@ -280,7 +280,7 @@ def add_edits(app: FastAPI, service: Service, counts: Counts) -> None:
         counts.seconds.observe(time.monotonic() - began)
         return await run_in_threadpool(answer_of, recipes, files, form.output_format)
 
-
+# %% ../../nbs/use/web.ipynb #e6464e38
 def make_app(
     collection: Collection, limits: Limits = Limits(), token: str | None = None, kept: Kept | None = None
 ) -> FastAPI:
@@ -306,7 +306,7 @@ def make_app(
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=['localhost', '127.0.0.1', '[::1]'])
     return app
 
-
+# %% ../../nbs/use/web.ipynb #1b25e489
 def counting(counts: Counts):
     "Middleware that counts the answers to edits."
 
@@ -318,7 +318,7 @@ def counting(counts: Counts):
 
     return count
 
-# %% ../../nbs/use/web.ipynb #df61421f
+# %% ../../nbs/use/web.ipynb #65e46733
 def serve(
     open_collection,
     host: str = '127.0.0.1',

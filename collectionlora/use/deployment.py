@@ -10,7 +10,7 @@ __all__ = ['STREAMS', 'stream', 'arrivals', 'Cache', 'grouped', 'counted', 'Requ
 # %% ../../nbs/use/deployment.ipynb #8d090a4d
 import json
 import os
-from collections import Counter, OrderedDict, deque
+from collections import Counter, defaultdict, deque, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +23,7 @@ from ..core import check_keys, data_dir, rng, text_lines, UserError
 STREAMS = ('uniform', 'zipf', 'bursts')
 
 
-def stream(
-    kind: str, effects: int, n: int, seed: int = 0, exponent: float = 1.0, burst: float = 5.0
-) -> np.ndarray:
+def stream(kind: str, effects: int, n: int, seed: int = 0, exponent: float = 1.0, burst: float = 5.0) -> np.ndarray:
     """Which of `effects` effects each of n requests asks for, [n] of 0 .. effects - 1.
 
     exponent: of Zipf's law, 0 is uniform; burst: mean length of a burst. Which effect has which rank is drawn."""
@@ -155,12 +153,12 @@ class ByMeaning:
     name = 'meaning (sentence embeddings)'
 
     def __init__(self, catalogue: Sequence[dict], folder: str | Path, device: str = 'cpu'):
+        if not Path(folder).is_dir():
+            raise UserError(f'{folder}: no such folder; give that of a sentence-transformers model')
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as e:
             raise _needs('sentence-transformers') from e
-        if not Path(folder).is_dir():
-            raise UserError(f'{folder}: no such folder; give that of a sentence-transformers model')
         self.ids = [e['id'] for e in catalogue]
         self.encoder = SentenceTransformer(str(folder), device=device, local_files_only=True)
         self.known = self._encoded(_described(catalogue), 32)
@@ -200,7 +198,9 @@ class ByModel:
 
     def _answer(self, text: str) -> str:
         schema = dict(type='object', properties=dict(effect=dict(type='string', enum=self.ids)), required=['effect'])
-        form = dict(type='json_schema', json_schema=dict(name='route', schema=schema | dict(additionalProperties=False)))
+        form = dict(
+            type='json_schema', json_schema=dict(name='route', schema=schema | dict(additionalProperties=False))
+        )
         talk = [dict(role='system', content=self.task), dict(role='user', content=text)]
         told = dict(temperature=0, max_tokens=60, response_format=form)
         said = _post(self.endpoint, dict(model=self.endpoint.model, messages=talk, **told))
@@ -284,12 +284,11 @@ class Fleet:
 
 @dataclass
 class Device:
-    "One device of a simulation: its cache, its queue [(request, file)], and when it will have worked that off."
+    "One device of a simulation: its cache, its queue [(request, file)], and the event that it waits for."
 
     cache: Cache
     queue: deque = field(default_factory=deque)
     waits: object = None
-    free_at: float = 0.0
 
 # %% ../../nbs/use/deployment.ipynb #d3f2625e
 class Simulation:
@@ -306,6 +305,7 @@ class Simulation:
         self.env, self.costs, self.fleet, self.g = simpy.Environment(), costs, fleet, rng('simulation', seed)
         self.files, self.arrive = np.asarray(files).tolist(), np.asarray(arrive, float).tolist()
         self.devices = [Device(Cache(fleet.slots)) for _ in range(fleet.devices)]
+        self.free, self.near = np.zeros(fleet.devices), defaultdict(set)
         self.mean = {k: float(np.mean(getattr(costs, k))) for k in ('load', 'switch', 'edit')}
         self.done, self.busy, self.counts = [0.0] * len(self.files), 0.0, Counter()
 
@@ -313,32 +313,40 @@ class Simulation:
         values = getattr(self.costs, kind)
         return float(values[self.g.integers(len(values))])
 
-    def _service(self, device: Device, file, many: int) -> float:
+    def _service(self, i: int, file, many: int) -> float:
         "Seconds for a batch of requests of one file; the cache and the counts go with it."
+        device = self.devices[i]
+        before = set(device.cache.held)
         load, switch = device.cache.use(file)
+        for gone in before - set(device.cache.held) - {f for _, f in device.queue}:
+            self.near[gone].discard(i)
         self.counts.update(loads=load, switches=switch, batches=1)
         edit = self._draw('edit') * (1 + self.costs.more * (many - 1))
         return load * self._draw('load') + switch * self._draw('switch') + edit
 
-    def _expected(self, device: Device, file) -> float:
-        "Seconds that one more request is expected to add to a device."
-        near = file in device.cache or any(f == file for _, f in device.queue)
-        share = self.costs.more if device.queue and self.fleet.batch > 1 and near else 1.0
-        return (0.0 if near else self.mean['load'] + self.mean['switch']) + share * self.mean['edit']
+    def _expected(self, i: int, file) -> float:
+        "Seconds that one more request is expected to add to a device: cheap where it fills up a waiting batch."
+        waiting = sum(f == file for _, f in self.devices[i].queue)
+        share = self.costs.more if waiting % self.fleet.batch else 1.0
+        return (0.0 if i in self.near[file] else self.mean['load'] + self.mean['switch']) + share * self.mean['edit']
 
     def _place(self, k: int) -> None:
         "Puts request k into the queue of the device that will have finished it first."
         file, now = self.files[k], self.env.now
-        finish = [max(d.free_at, now) + self._expected(d, file) for d in self.devices]
-        device = self.devices[int(np.argmin(finish))]
-        device.free_at = min(finish)
+        able = sorted({int(np.argmin(self.free)), *self.near[file]})  # among those without the file the first free one
+        finish = {i: max(self.free[i], now) + self._expected(i, file) for i in able}
+        i = min(finish, key=finish.get)
+        self.free[i] = finish[i]
+        self.near[file].add(i)
+        device = self.devices[i]
         device.queue.append((k, file))
         if device.waits is not None and not device.waits.triggered:
             device.waits.succeed()
 
 # %% ../../nbs/use/deployment.ipynb #28469d51
-def _work(sim: Simulation, device: Device):
-    "A device all day: wait for a request, take all of its file that a batch holds, serve them."
+def _work(sim: Simulation, i: int):
+    "Device i all day: wait for a request, take all of its file that a batch holds, serve them."
+    device = sim.devices[i]
     while True:
         if not device.queue:
             device.waits = sim.env.event()
@@ -346,13 +354,13 @@ def _work(sim: Simulation, device: Device):
         file = device.queue[0][1]
         batch = [k for k, f in device.queue if f == file][: sim.fleet.batch]
         device.queue = deque((k, f) for k, f in device.queue if k not in batch)
-        took = sim._service(device, file, len(batch))
+        took = sim._service(i, file, len(batch))
         sim.busy += took
         yield sim.env.timeout(took)
         for k in batch:
             sim.done[k] = sim.env.now
         if not device.queue:
-            device.free_at = sim.env.now
+            sim.free[i] = sim.env.now
 
 
 def _arriving(sim: Simulation):
@@ -371,8 +379,8 @@ def simulate(
 
     files: which file each request needs; arrive: when it comes, in seconds."""
     sim = Simulation(files, arrive, costs, fleet, seed)
-    for device in sim.devices:
-        sim.env.process(_work(sim, device))
+    for i in range(fleet.devices):
+        sim.env.process(_work(sim, i))
     sim.env.process(_arriving(sim))
     sim.env.run()
     latency = np.array(sim.done) - np.array(sim.arrive)
@@ -381,8 +389,14 @@ def simulate(
 
 # %% ../../nbs/use/deployment.ipynb #34dd5d95
 def smallest_fleet(
-    files: Sequence[int], arrive: Sequence[float], costs: Costs, within: float, slots: int, batch: int = 1,
-    most: int = 64, seed: int = 0,
+    files: Sequence[int],
+    arrive: Sequence[float],
+    costs: Costs,
+    within: float,
+    slots: int,
+    batch: int = 1,
+    most: int = 64,
+    seed: int = 0,
 ) -> tuple[int, dict] | None:
     "(devices, what `simulate` found) of the smallest fleet whose 95th percentile is within so many seconds, or None."
     low, high, best = 1, most, None

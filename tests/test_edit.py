@@ -191,7 +191,7 @@ def test_a_finished_file_shows_and_explains_itself(base, tmp_path):
     beside = edit.present(base, file, {'oil': picture(1, (80, 64)), 'snow': picture(2)}, side=32, seed=4)
     assert (
         {p.name for p in beside}
-        == {'c.README.md', 'c.html', 'c.comfyui.json'}
+        == {'c.README.md', 'c.html', 'c.comfyui.json', 'c.prompts.txt'}
         == {p.name for p in tmp_path.iterdir()} - {'c.safetensors'}
     )
     entries, sha = {e['id']: e for e in catalogue(file)}, file_sha256(file)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Live', 'fused_attention', 'configuration', 'blank_backbone', 'extended', 'Weights', 'weights_of_base', 'Sample',
-           'sample_of', 'Pass', 'own_tensors', 'gradient_into', 'pass_of', 'picture_bytes']
+           'sample_of', 'Pass', 'own_tensors', 'gradient_into', 'pass_of', 'picture_costs']
 
-# %% ../../nbs/bases/counted.ipynb #50368697
+# %% ../../nbs/bases/counted.ipynb #27db7c0c
 import importlib
 import weakref
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from .backbone import Backbone, Cond
 from .pipeline import read_info
 from ..core import read_json, UserError
 
-# %% ../../nbs/bases/counted.ipynb #78e37d34
+# %% ../../nbs/bases/counted.ipynb #382cb9b2
 class Live(TorchDispatchMode):
     """Counts the bytes of the tensors that are made inside and alive: `now`, and the largest value so far, `peak`; and
     the floating-point operations of products and attention, `flops`.
@@ -62,7 +62,7 @@ class Live(TorchDispatchMode):
                 self._note(t)
         return out
 
-# %% ../../nbs/bases/counted.ipynb #73634317
+# %% ../../nbs/bases/counted.ipynb #ead60ffc
 def _fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     "Attention as one operation that keeps its inputs, its output and a number per row and head."
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
@@ -74,7 +74,7 @@ def fused_attention():
     with mock.patch.object(F, 'scaled_dot_product_attention', _fused):
         yield
 
-# %% ../../nbs/bases/counted.ipynb #b9d6be1f
+# %% ../../nbs/bases/counted.ipynb #aa317955
 def configuration(folder, part: str) -> dict:
     "The `config.json` of a part of a pipeline folder. Raises `UserError` if it is not there."
     path = Path(folder) / part / 'config.json'
@@ -101,7 +101,7 @@ def blank_backbone(folder, blocks: int, dtype: torch.dtype, checkpointing: bool 
         backbone.quantise(frozen)
     return backbone
 
-# %% ../../nbs/bases/counted.ipynb #6f85b048
+# %% ../../nbs/bases/counted.ipynb #105341c2
 def extended(two: float, three: float, blocks: int) -> float:
     "What `blocks` blocks have, where two and three of them have these."
     return two + (blocks - 2) * (three - two)
@@ -128,7 +128,7 @@ def _counted(backbone: Backbone) -> tuple[int, int, int]:
     everything = sum(p.numel() for p in backbone.transformer.parameters())
     return everything, sum(i * o for i, o in sizes), sum(i + o for i, o in sizes)
 
-# %% ../../nbs/bases/counted.ipynb #3d1b4af3
+# %% ../../nbs/bases/counted.ipynb #f94ae955
 def _encoder_numbers(folder) -> int:
     "Numbers in the vision-language encoder of a folder."
     from transformers import AutoConfig
@@ -163,7 +163,7 @@ def _autoencoder(folder) -> nn.Module:
     with torch.device('meta'):
         return getattr(importlib.import_module(index[0]), index[1]).from_config(configuration(folder, 'vae'))
 
-# %% ../../nbs/bases/counted.ipynb #c4618799
+# %% ../../nbs/bases/counted.ipynb #c2f19b36
 @dataclass(frozen=True)
 class Sample:
     """What one sample looks like: the grids of packed tokens, the target's first; channels of a token; tokens of the
@@ -202,7 +202,7 @@ def _factor(vae: Mapping) -> int:
     "Pixels per latent along a side."
     return 2 ** len(vae['temperal_downsample']) if 'temperal_downsample' in vae else vae['factor']
 
-# %% ../../nbs/bases/counted.ipynb #7c06a70f
+# %% ../../nbs/bases/counted.ipynb #203f06d2
 @dataclass(frozen=True)
 class Pass:
     """What a pass of n samples holds beside the weights and what it computes: peak bytes of a forward without gradient,
@@ -234,7 +234,7 @@ def own_tensors(backbone: Backbone) -> list[Tensor]:
     beside = [v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor)]
     return [*model.parameters(), *model.buffers(), *beside]
 
-# %% ../../nbs/bases/counted.ipynb #6bcc55c4
+# %% ../../nbs/bases/counted.ipynb #b94bc90f
 def gradient_into(backbone: Backbone, role: str, buffer: Tensor) -> None:
     "Lets `backward` add the gradient of a role to `buffer`, a tensor in the layout of `flat(role)`, layer by layer."
     flat = backbone.flat(role)
@@ -270,10 +270,10 @@ def pass_of(
         found.append((forward, kept + tables, gradient + tables, of_forward, of_gradient))
     return Pass(*(round(extended(a, b, blocks)) for a, b in zip(*found)))
 
-# %% ../../nbs/bases/counted.ipynb #28d0c51e
+# %% ../../nbs/bases/counted.ipynb #a6aadf78
 @lru_cache
-def picture_bytes(folder: Path, sample: Sample, dtype: torch.dtype) -> dict[str, int]:
-    "Peak bytes of the autoencoder while it encodes and while it decodes one picture of the target's grid."
+def picture_costs(folder: Path, sample: Sample, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
+    """'encode', 'decode' -> (peak bytes, operations) of the autoencoder for one picture of the target's grid."""
     vae, config = _autoencoder(folder), configuration(folder, 'vae')
     for p in vae.parameters():
         p.data = p.data.to(dtype)
@@ -282,11 +282,11 @@ def picture_bytes(folder: Path, sample: Sample, dtype: torch.dtype) -> dict[str,
         'encode': (1, 3, 1, h * _factor(config), w * _factor(config)),
         'decode': (1, sample.channels // 4, 1, h, w),
     }
-    return {name: _peak(getattr(vae, name), vae, shape, dtype) for name, shape in shapes.items()}
+    return {name: _picture(getattr(vae, name), vae, shape, dtype) for name, shape in shapes.items()}
 
 
-def _peak(work, vae: nn.Module, shape: tuple, dtype: torch.dtype) -> int:
+def _picture(work, vae: nn.Module, shape: tuple, dtype: torch.dtype) -> tuple[int, int]:
     x = torch.zeros(shape, device='meta', dtype=dtype)
     with fused_attention(), Live(*vae.parameters(), *vae.buffers(), x) as live, torch.no_grad():
         work(x)
-    return live.peak
+    return live.peak, live.flops

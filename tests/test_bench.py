@@ -2,14 +2,19 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_vlm import GATE, good, reply, SCORE, serving, stage_of
 from typer.testing import CliRunner
 
-from collectionlora.core import UserError
+from collectionlora.core import sealed, UserError
 from collectionlora.files.effects import load_effect, write_effect
 from collectionlora.judge import bench
 from collectionlora.judge.metrics import Cache, nano_encoders
@@ -23,6 +28,11 @@ def noise(seed, size=(96, 72)):
 
 def tinted(image, colour):
     return Image.fromarray((np.asarray(image) * 0.4 + 0.6 * np.array(colour)).astype(np.uint8))
+
+
+def call(*words):
+    "A command in this process."
+    return CliRunner().invoke(app, [str(w) for w in words])
 
 
 COLOURS = dict(red=(230, 20, 30), blue=(20, 40, 220))
@@ -108,9 +118,7 @@ def judged(body, n):
 def test_the_commands_on_own_pictures_with_a_judge(own, tmp_path, monkeypatch):
     pytest.importorskip('krippendorff')
     root, _ = own
-    import shutil
-
-    made, call = tmp_path / 'made', lambda *words: CliRunner().invoke(app, [str(w) for w in words])
+    made = tmp_path / 'made'
     shutil.copytree(root / 'made', made)
     with serving(judged) as (judge, seen):
         common = (
@@ -146,8 +154,6 @@ def test_the_commands_on_own_pictures_with_a_judge(own, tmp_path, monkeypatch):
 
 
 def test_a_judge_that_goes_down_loses_nothing(own, tmp_path):
-    import shutil
-
     root, _ = own
     made = tmp_path / 'made'
     shutil.copytree(root / 'made', made)
@@ -172,9 +178,151 @@ def test_a_judge_that_goes_down_loses_nothing(own, tmp_path):
     assert len((made / 'scores/answers.jsonl').read_text().splitlines()) == 5
 
 
-def test_what_is_wrong_is_said(own, tmp_path):
-    import shutil
+@pytest.mark.parametrize(
+    'answer, said',
+    [((429, dict(error=dict(code='insufficient_quota'))), 'no quota left'), ((404, 'no such model'), 'status 404')],
+)
+def test_a_judge_out_of_quota_keeps_what_it_said(own, tmp_path, answer, said):
+    root, _ = own
+    made = tmp_path / 'made'
+    shutil.copytree(root / 'made', made)
+    ask = ['bench', 'score', root / 'bench', made, '-e', 'nano', '--no-geometry', '--model', 'm', '--judge']
+    with serving(lambda body, n: good(body) if n < 5 else answer) as (judge, _):
+        done = call(*ask, judge.url)
+    assert done.exit_code == 2 and said in done.stderr and done.stderr.count('\n') < 6
+    assert (
+        len((made / 'scores/answers.jsonl').read_text().splitlines()) == 5 and not (made / 'scores/rows.jsonl').exists()
+    )
+    with serving(good) as (judge, seen):
+        assert call(*ask, judge.url).exit_code == 0  # another address: everything is asked again
+        asked = len(seen)
+        assert call(*ask, judge.url).exit_code == 0 and len(seen) == asked > 40
 
+
+def test_a_local_model_judges_through_the_same_command(own, tmp_path):
+    from collectionlora.core import nano_dir
+
+    root, _ = own
+    shutil.copytree(root / 'made', tmp_path / 'made')
+    shutil.rmtree(tmp_path / 'made/lazy')
+    shutil.rmtree(tmp_path / 'made/good/red')
+    for f in (root / 'made/good/red').iterdir():
+        (tmp_path / 'made/good/red').mkdir(exist_ok=True)
+        (tmp_path / 'made/good/red' / f.with_suffix('.failed').name).touch()
+    ask = ['bench', 'score', root / 'bench', tmp_path / 'made', '-e', 'nano', '--no-geometry', '--judge', nano_dir()]
+    done = call(*ask, '--dry-run')
+    assert done.exit_code == 0 and 'nothing was asked' in done.output
+    from collectionlora.judge import vlm
+
+    run = vlm.Run(vlm.local_judge(nano_dir()), vlm.Answers(tmp_path / 'a.jsonl'))
+    run.judge.parameters.update(max_tokens=4)
+    cases = bench.vlm_cases(
+        root / 'bench', bench.load(root / 'bench'), bench.items(root / 'bench', own[1])[:1], [f], 'm'
+    )
+    assert [v.state for v in vlm.judge_cases(run, cases)] == ['unparsable']
+
+
+def test_two_processes_write_one_file_of_answers(tmp_path):
+    from test_vlm import case, serving as served
+
+    from collectionlora.judge import vlm
+
+    path = tmp_path / 'a.jsonl'
+    first, second = vlm.Answers(path), vlm.Answers(path)
+    with served(good) as (judge, _):
+        for k in range(3):
+            vlm.Run(judge, first).verdict(case(f'a{k}'))
+            vlm.Run(judge, second).verdict(case(f'b{k}'))
+    path.write_text(path.read_text() + '{"half')
+    assert len(vlm.Answers(path).known) == 12 and path.read_text().endswith('}\n')
+
+
+def test_a_second_worker_for_the_same_answers_is_refused(tmp_path):
+    from filelock import FileLock
+
+    from collectionlora.judge.reward import ask_worker
+
+    with FileLock(tmp_path / 'rewards.jsonl.lock'), pytest.raises(UserError, match='another process writes to it'):
+        ask_worker(['none'], [dict(id='a')], tmp_path)
+
+
+def test_a_second_reward_model_has_columns_of_its_own(own, tmp_path):
+    root, _ = own
+    made = tmp_path / 'made'
+    shutil.copytree(root / 'made', made)
+    rows = [r for method in bench.reward_rows(root / 'bench', made).values() for r in method]
+    lines = [dict(id=r['id'], mu=k % 5, sigma=0.0, checkpoint='lora') for k, r in enumerate(rows) if k != 3]
+    (made / 'scores').mkdir()
+    (made / 'scores/editscore.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    scored, _ = bench.score(root / 'bench', made, [], geometry=False)
+    found = [r.values.get('EditScore mu[lora; source]') for r in scored if r.method == 'good']
+    assert found.count(None) == 1 and 0 in found
+    assert call('bench', 'worker', '--kind', 'editscore', '-o', tmp_path / 'w').exit_code == 0
+    assert 'editscore==' in (tmp_path / 'w/requirements.txt').read_text()
+    assert 'unknown key' in call('bench', 'worker', '--kind', 'other', '-o', tmp_path / 'w').stderr
+    assert '--repository' in call('bench', 'worker', '-o', tmp_path / 'w').stderr
+
+
+def test_what_lies_outside_of_a_region_is_measured(own, tmp_path):
+    root, _ = own
+    shutil.copytree(root / 'photos', tmp_path / 'photos')
+    region = Image.new('L', (96, 72))
+    region.paste(255, (0, 0, 48, 72))
+    (tmp_path / 'photos/regions/red/animal').mkdir(parents=True)
+    region.save(tmp_path / 'photos/regions/red/animal/dog.png')
+    m = bench.make(tmp_path / 'photos', [root / 'effects'], tmp_path / 'bench', heldout=4)
+    assert [len(e.get('regions', {})) for e in m['effects']] == [0, 1] and m['instructions'] == 8
+    for item in bench.items(tmp_path / 'bench', m):
+        source = Image.fromarray(item.source)
+        half = tinted(source, COLOURS['red'])
+        half.paste(source.crop((48, 0, 96, 72)), (48, 0))
+        for method, picture in (('half', half), ('whole', tinted(source, COLOURS['red']))):
+            file = bench.painted_file(tmp_path / 'made', method, item)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(file)
+    cache = Cache(tmp_path / 'c.sqlite')
+    rows, _ = bench.score(tmp_path / 'bench', tmp_path / 'made', [], geometry=False, cache=cache)
+    lines = {line['method']: line['colour outside (dE)'] for line in bench.table(rows)}
+    assert [lines[k].n for k in lines] == [1, 1, 1] and lines['half'].value == lines[bench.COPY].value == 0
+    assert (
+        lines['whole'].value > 20
+        and bench.score(tmp_path / 'bench', tmp_path / 'made', [], None, False, cache)[0] == rows
+    )
+    (tmp_path / 'bench/regions/red/animal/dog.png').write_bytes(b'changed')
+    with pytest.raises(UserError, match='dog.png: is absent or other than when the bench was made'):
+        bench.load(tmp_path / 'bench')
+
+
+def test_empty_folders_and_effects_without_targets_are_named(own, tmp_path):
+    root, m = own
+    (tmp_path / 'empty').mkdir()
+    shutil.copytree(root / 'bench', tmp_path / 'bench')
+    bare = dict(m, effects=[dict(m['effects'][0], heldout=[]), *m['effects'][1:]])
+    bare.pop('sha256')
+    (tmp_path / 'bench/bench.json').write_text(json.dumps(sealed(bare)))
+    said = {
+        'holds no folder of pictures': ['make', tmp_path / 'empty', root / 'effects', '-o', tmp_path / 'b'],
+        'no effects were given': ['make', root / 'photos', '-o', tmp_path / 'b'],
+        'holds no': ['make', root / 'photos', tmp_path / 'empty', '-o', tmp_path / 'b'],
+        'cannot be held out': ['make', root / 'photos', root / 'effects', '-o', tmp_path / 'b', '--heldout', 6],
+        'has no held-out target': ['score', tmp_path / 'bench', root / 'made'],
+        'holds no pictures of any method': ['score', root / 'bench', tmp_path / 'empty'],
+        'no such folder': ['score', root / 'bench', tmp_path / 'nothing'],
+        'holds no bench.json': ['score', tmp_path / 'empty', root / 'made'],
+        'is not scored': ['table', tmp_path / 'empty'],
+        'Nothing is downloaded': ['score', root / 'bench', root / 'made', '-e', tmp_path / 'no-clip'],
+        'holds no worker': ['reward', root / 'bench', root / 'made', '--worker', tmp_path / 'empty']
+        + ['--checkpoint', 'a', '--config', 'b'],
+        'alexnet.pth: no such file': ['score', root / 'bench', root / 'made', '--lpips', tmp_path / 'empty'],
+    }
+    for words, command in said.items():
+        done = call('bench', *command)
+        text = ' '.join(done.stderr.split())
+        assert done.exit_code == 2 and words in text and 'Traceback' not in text, (command, done.output, done.stderr)
+    assert not (tmp_path / 'b').exists()
+
+
+def test_what_is_wrong_is_said(own, tmp_path):
     root, m = own
     shutil.copytree(root / 'bench', tmp_path / 'bench')
     shutil.copytree(root / 'made', tmp_path / 'made')
@@ -226,11 +374,8 @@ class EditRewardInferencer:
 
 
 def test_a_reward_model_in_a_process_of_its_own_becomes_columns(own, tmp_path):
-    import shutil
-    import sys
-
     root, _ = own
-    made, call = tmp_path / 'made', lambda *words: CliRunner().invoke(app, [str(w) for w in words])
+    made = tmp_path / 'made'
     shutil.copytree(root / 'made', made)
     (tmp_path / 'repository').mkdir()
     assert (
@@ -275,16 +420,130 @@ def test_the_extra_of_photographs_is_named_where_it_is_absent(monkeypatch):
             f()
 
 
-def test_the_same_columns_for_an_evaluation_of_the_world():
-    from collectionlora.judge.evaluate import held_out, references
+@pytest.fixture(scope='module')
+def world_rows():
+    "Rows of the reference policies and of a method that fails once, with the paper's columns."
+    from collectionlora import world
+    from collectionlora.judge import columns
+    from collectionlora.judge.evaluate import held_out, judge_all, references
 
-    items = held_out({'lava_creature': 'animal'}, images=3)
-    rows = bench.item_rows(items, references(items) | {'lost': [None, *(i.source for i in items[1:])]})
-    lines = {line['method']: line for line in bench.table(rows)}
-    kinds = {c.split('[')[0] for c in bench.columns(rows)}
-    assert kinds == {'CLIP-I', 'DreamSim', 'DINO'} and lines['lost']['invalid'] == 1
+    items = held_out({'lava_creature': 'animal', 'candy_world': 'animal'}, images=3)
+    shown = references(items)
+    shown = {'ours': [None, *shown['another true target'][1:]]} | shown
+    oracle = world.Oracle(['lava_creature', 'candy_world'])
+    rows = judge_all({m: (p, 0.0, 8) for m, p in shown.items()}, items, oracle)
+    return rows, columns.with_columns(rows, items, shown)
+
+
+def test_the_same_columns_for_an_evaluation_of_the_world(world_rows):
+    from collectionlora.judge import columns
+    from collectionlora.judge.gate import Item
+
+    plain, rows = world_rows
+    lines = {line['method']: dict(zip(columns.ORDER, line['cells'])) | line for line in columns.paper_table(rows)}
+    assert columns.paper_table(plain) == [] and columns.as_markdown(plain) == []
+    assert lines['ours']['invalid'] == 1 and lines['ours']['clip']['n'] == 5 and lines['ours']['n'] == 6
+    assert lines['copy the source']['clip']['share'] == '0 %' and lines['copy the source']['dino_kept']['n'] == 0
+    assert float(lines['copy the source']['dino']['value']) == 1
+    assert float(lines['ours']['clip']['value']) > float(lines["another effect's target"]['clip']['value'])
+    found = columns.paper_contrasts(rows, 'another true target', ['copy the source', "another effect's target"])
+    assert len(found) == 10 and all(p >= c.p or np.isnan(p) for c, p in found)
     with pytest.raises(UserError, match='no true target'):
-        bench.item_rows([items[0].__class__('a', 'animal', 'i', 0, items[0].source)], {})
+        bench.item_rows([Item('a', 'animal', 'i', 0, np.zeros((8, 8, 3), np.uint8))], {})
+
+
+def test_columns_stay_with_their_rows(world_rows, tmp_path):
+    from collectionlora.judge import columns
+    from collectionlora.judge.gate import read_rows, write_rows
+
+    _, rows = world_rows
+    write_rows(tmp_path / 'rows.jsonl', rows)
+    again = read_rows(tmp_path / 'rows.jsonl')
+    assert columns.as_markdown(again) == columns.as_markdown(rows) and 'nano-image' in columns.as_markdown(rows)[0]
+    assert 'CLIP-I (nano-image)' in columns.in_words(rows, 'ours', 'copy the source')
+    assert columns.in_words(rows, 'ours', 'nobody') == ''
+
+
+def test_the_report_shows_the_columns_of_the_paper(world_rows, tmp_path):
+    from collectionlora.judge.report import render
+
+    plain, rows = world_rows
+    about = {e: dict(category='animal', description=e) for e in ('lava_creature', 'candy_world')}
+    page = render(tmp_path / 'r.html', 'T', 'L', 'B', 'ours', rows, about, {})
+    assert 'The columns of the paper' in page and 'DreamSim (nano-place)' in page and 'EditReward needs' in page
+    before = render(tmp_path / 'r.html', 'T', 'L', 'B', 'ours', plain, about, {})
+    assert 'The columns of the paper' not in before  # rows from before have no columns
+
+
+def tiny_collection(root, effects, seed=0):
+    "(folder of a base of the real classes at random weights, a collection of random weights for it)."
+    from collectionlora.bases.pipeline import load_base
+    from collectionlora.bases.tiny import tiny_base
+    from collectionlora.files.dialects import Lora
+    from collectionlora.files.lora import write_lora
+    from collectionlora.flow import few_step_times
+
+    base = load_base(tiny_base(root / 'base'))
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: 0.05 * torch.randn(*shape, generator=g)
+    factors = {n: (draw(2, i), draw(o, 2)) for n, (i, o) in base.backbone.modules().items()}
+    words = dict(category='animal', description='tints it', teacher_prompt='make it so')
+    entries = [dict(id=e, trigger=f'{"zv"[k]}orvik', **words) for k, e in enumerate(effects)]
+    sampling = dict(steps=2, shift=3.0, times=few_step_times(2, 3.0), stochastic=False, cfg=1.0)
+    about = {'collectionlora.base': {'hash': base.hash}, 'collectionlora.effects': entries}
+    write_lora(root / 'c.safetensors', Lora(factors), about | {'collectionlora.sampling': sampling})
+    return root / 'base', root / 'c.safetensors'
+
+
+@pytest.mark.slow
+def test_the_full_architecture_at_random_weights_goes_through_all_four_commands(own, tmp_path):
+    root, m = own
+    base, file = tiny_collection(tmp_path, ('red', 'blue'))
+    run = ['bench', 'run', root / 'bench', '-c', file, '--base', base, '-o', tmp_path / 'made', '--device', 'cpu']
+    done = call(*run, '--methods', 'base,ours')
+    assert done.exit_code == 0 and done.output.count('8 painted now') == 2, done.output
+    pictures = sorted(tmp_path.glob('made/ours*/*/*.png'))
+    before = [f.read_bytes() for f in pictures]
+    for f in pictures[::3]:
+        f.unlink()
+    assert call(*run, '--methods', 'ours').exit_code == 0
+    assert [f.read_bytes() for f in pictures] == before  # the same pictures, painted in another batch
+    done = call('bench', 'score', root / 'bench', tmp_path / 'made', '-e', 'nano', '-e', 'nano-dino')
+    assert done.exit_code == 0, done.output
+    done = call('bench', 'table', tmp_path / 'made')
+    assert done.exit_code == 0 and 'n=8' in done.output and (tmp_path / 'made/scores/table.md').is_file()
+    other = bench.make(root / 'photos', [root / 'effects'], tmp_path / 'bench2', heldout=4, seed=1)
+    again = call(*['bench', 'run', tmp_path / 'bench2', *run[3:]], '--methods', 'ours')
+    assert other['sha256'] != m['sha256'] and again.exit_code == 2 and 'was painted on another bench' in again.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_run_and_two_at_once_give_the_same_pictures(own, tmp_path):
+    root, _ = own
+    base, file = tiny_collection(tmp_path, ('red', 'blue'))
+    words = ['bench', 'run', root / 'bench', '-c', file, '--base', base, '--methods', 'ours', '--batch', 1]
+    start = lambda out: subprocess.Popen(
+        [
+            sys.executable,
+            '-c',
+            'from collectionlora.run.cli import main; main()',
+            *map(str, words),
+            '-o',
+            tmp_path / out,
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    made = lambda out: {p.name + p.parent.name: p.read_bytes() for p in (tmp_path / out).rglob('*.png')}
+    killed = start('killed')
+    while killed.poll() is None and len(made('killed')) < 2:
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    assert 0 < len(made('killed')) < 8
+    both = [start('both'), start('both'), start('killed')]
+    assert [p.wait() for p in both] == [0, 0, 0]
+    assert made('both') == made('killed') and len(made('both')) == 8
 
 
 @pytest.mark.slow

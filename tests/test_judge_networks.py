@@ -128,7 +128,9 @@ def test_dino_equals_facebooks_code_and_dreambooths_preparation(tmp_path, pictur
             norm_layer=lambda d: torch.nn.LayerNorm(d, eps=1e-6),
         )
     )
-    save_file({k: v.contiguous() for k, v in renamed(vit, FACEBOOK).items()}, tmp_path / 'model.safetensors', {'format': 'pt'})
+    save_file(
+        {k: v.contiguous() for k, v in renamed(vit, FACEBOOK).items()}, tmp_path / 'model.safetensors', {'format': 'pt'}
+    )
     about = dict(model_type='vit', image_size=224, patch_size=32, layer_norm_eps=1e-6, **SMALL)
     (tmp_path / 'config.json').write_text(json.dumps(about))
     encoder = networks.dino_encoder(tmp_path)
@@ -276,3 +278,75 @@ def test_openais_archives_open_only_with_their_published_hash(tmp_path, monkeypa
     with torch.no_grad():
         theirs = unit(model.encode_image(torch.from_numpy(np.stack([encoder.prepare(p) for p in pictures]))))
     assert np.abs(theirs - encoder.embed(pictures)).max() < BOUND
+
+
+def test_lpips_equals_the_package(tmp_path, pictures):
+    package = pytest.importorskip('lpips')
+    from collectionlora.judge.outside import open_lpips
+
+    torch.manual_seed(0)
+    theirs = package.LPIPS(net='alex', pnet_rand=True, spatial=True, verbose=False).eval()
+    own = {f'features.{k.split(".", 1)[1]}': v for k, v in theirs.net.state_dict().items()}
+    torch.save(own, tmp_path / 'alexnet-random.pth')
+    torch.save(
+        {k: v for k, v in theirs.state_dict().items() if k[:4] in ('lin0', 'lin1', 'lin2', 'lin3', 'lin4')},
+        tmp_path / 'alex.pth',
+    )
+    ours = open_lpips(tmp_path)
+    for p in pictures:
+        x, y = np.asarray(p), np.asarray(p.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        pair = [torch.from_numpy(v.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1 for v in (x, y)]
+        with torch.no_grad():
+            wanted = theirs(*pair)[0, 0].numpy()
+        assert wanted.max() > 0 and np.abs(ours.map(x, y) - wanted).max() < BOUND
+
+
+def test_csd_equals_its_formula_on_open_clips_tower(tmp_path, pictures):
+    "CSD: the class token of CLIP's tower before its projection, times `last_layer_style`."
+    import argparse
+
+    open_clip = pytest.importorskip('open_clip')
+    vision = dict(image_size=64, layers=3, width=64, head_width=64, patch_size=16)
+    model = shaken(
+        open_clip.model.CLIP(
+            32, vision, dict(context_length=8, vocab_size=50, width=32, heads=2, layers=1), quick_gelu=True
+        )
+    )
+    model.visual.proj = None
+    style = torch.randn(64, 24, generator=torch.Generator().manual_seed(1))
+    state = {f'module.backbone.{k}': v for k, v in model.visual.state_dict().items()}
+    state |= {'module.last_layer_style': style, 'module.last_layer_content': style * 2}
+    torch.save(dict(model_state_dict=state, args=argparse.Namespace(lr=1)), tmp_path / 'csd.pth')
+    encoder = networks.open_encoder(tmp_path / 'csd.pth')
+    with torch.no_grad():
+        theirs = unit(model.visual(torch.from_numpy(np.stack([encoder.prepare(p) for p in pictures]))) @ style)
+    assert np.abs(theirs - encoder.embed(pictures)).max() < BOUND and encoder.spec().name.startswith(
+        'CSD[csd-vit-64-16'
+    )
+    torch.save(dict(state_dict={'a': style}), tmp_path / 'other.pth')
+    with pytest.raises(UserError, match='no checkpoint of CSD'):
+        networks.open_encoder(tmp_path / 'other.pth')
+
+
+def test_an_exported_network_is_opened_by_the_table_beside_it(tmp_path, pictures):
+    class Means(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3)) + 1
+
+    dims = [{0: torch.export.Dim('batch', min=1, max=64)}]
+    torch.export.save(
+        torch.export.export(Means(), (torch.zeros(2, 3, 8, 8),), dynamic_shapes=dims), tmp_path / 'face.pt2'
+    )
+    with pytest.raises(UserError, match='face.json: no such file'):
+        networks.open_encoder(tmp_path / 'face.pt2')
+    said = dict(metric='face identity', size=8, way='squash', mean=[0.5] * 3, std=[0.5] * 3)
+    for wrong, words in (
+        (said | dict(way='stretch'), "unknown key 'stretch'"),
+        (said | dict(crop=1), "unknown key 'crop'"),
+    ):
+        (tmp_path / 'face.json').write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=words):
+            networks.open_encoder(tmp_path / 'face.pt2')
+    (tmp_path / 'face.json').write_text(json.dumps(said))
+    encoder = networks.open_encoder(tmp_path / 'face.pt2')
+    assert encoder.embed(pictures).shape == (4, 3) and encoder.metric == 'face identity'

@@ -121,7 +121,7 @@ def _fault(at: Endpoint, response) -> str:
         raise UserError(
             f'{at.url}: refuses the key (status {status}: {words[:120]}); set the environment variable {at.key_name}'
         )
-    raise UserError(f'{at.url}: status {status} for model {at.model!r} ({words[:160]}); check the address and the model')
+    raise UserError(f'{at.url}: status {status} for model {at.model!r} ({words[:160]}); check address and model')
 
 # %% ../../nbs/bases/endpoint.ipynb #dac412c4
 def _post(at: Endpoint, body: dict) -> tuple[str, dict]:

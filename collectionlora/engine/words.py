@@ -85,7 +85,6 @@ def question(pairs, teacher_prompt: str) -> list[dict]:
             parts += [text_part(label), picture_part(image)]
     return [dict(role='user', content=parts)]
 
-
 # %% ../../nbs/engine/words.ipynb #123b6938
 def answer_text(where: str, kind: str, reply: dict) -> str:
     "The text of an answer of `Endpoint.chat`. Raises `Refusal` where the model declined or a filter stopped it."
@@ -110,7 +109,6 @@ class OpenAIVision:
         body = dict(messages=question(pairs, teacher_prompt), temperature=0, max_tokens=200)
         return answer_text(self.at.url, *self.at.chat(body))
 
-
 # %% ../../nbs/engine/words.ipynb #7d6ce0ca
 class LocalQwenVL:
     "A Qwen2.5-VL in `folder` (see `endpoint.LocalVision`); the same pairs always get the same words."
@@ -121,7 +119,6 @@ class LocalQwenVL:
     def __call__(self, pairs, teacher_prompt: str) -> str:
         body = dict(messages=question(pairs, teacher_prompt), max_tokens=self.max_new_tokens)
         return answer_text(str(self.model.folder), *self.model.chat(body))
-
 
 # %% ../../nbs/engine/words.ipynb #1ea3f25a
 PROMPT_KEYS = ('trigger', 'description', 'by', 'refusal')

@@ -74,7 +74,8 @@ def references(items: Sequence[Item]) -> dict[str, list[np.ndarray]]:
         mine = list(dict.fromkeys(i.effect for i in items if i.category == item.category))
         if len(mine) < 2:
             mine = [e for e, v in world.EFFECTS.items() if item.category in v.categories]
-        return mine[(mine.index(item.effect) + 1) % len(mine)]
+        at = mine.index(item.effect) + 1 if item.effect in mine else 0  # a chain 'a+b' is not among the world's effects
+        return mine[at % len(mine)]
 
     def draw(item: Item, effect: str, why: str):
         return world.apply_effect(item.spec, effect, rng(why, item.effect, item.image, item.seed))
@@ -192,14 +193,20 @@ def recognisable(collection: Collection) -> list[str]:
 def evaluate(
     base: Base, methods: Mapping[str, Method], items: Sequence[Item], oracle, batch: int = 16, run: str = ''
 ) -> tuple[list[Row], dict[str, list[Output]]]:
-    "(rows of all methods and reference policies, outputs by method name); the oracle: from `oracle_for` the same base."
+    """(rows of all methods and reference policies, outputs by method name); the oracle: from `oracle_for` the same base.
+
+    The rows hold the paper's columns by the encoders that ship (see `columns`)."""
+    from collectionlora.judge.columns import with_columns
+
     made, shown = {}, {}
     for m in methods.values():
         made[m.name], seconds = run_method(base, m, items, batch)
         shown[m.name] = [o.image for o in made[m.name]], seconds, m.nfe
     scale = references(items)
     scale[ENCODED] = [round_trip(base)(p) for p in scale[CEILING]]
-    return judge_all(shown | {name: (pictures, 0.0, 0) for name, pictures in scale.items()}, items, oracle, run), made
+    shown |= {name: (pictures, 0.0, 0) for name, pictures in scale.items()}
+    rows = judge_all(shown, items, oracle, run)
+    return with_columns(rows, items, {name: pictures for name, (pictures, *_) in shown.items()}), made
 
 # %% ../../nbs/judge/evaluate.ipynb #5f2d0e30
 NO_ORACLE = (

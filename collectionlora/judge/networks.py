@@ -5,22 +5,24 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'RENAMED', 'SIZES', 'TOWERS', 'SHIPPED', 'weight_files', 'weights_hash', 'from_open_clip', 'clip_of',
            'read_state', 'openai_state', 'clip_encoder', 'dino_encoder', 'tower_of', 'export_dreamsim', 'Tower',
-           'Ensemble', 'dreamsim_encoder', 'exported_encoder', 'open_encoder']
+           'Ensemble', 'dreamsim_encoder', 'csd_encoder', 'exported_encoder', 'described_encoder', 'open_encoder']
 
 # %% ../../nbs/judge/networks.ipynb #074462bb
+import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..core import nearest, read_json, replacing, sha256_file, sha256_json, UserError
+from ..core import check_keys, nearest, read_json, replacing, sha256_file, sha256_json, UserError
 from .locked import listed
-from .metrics import Encoder, IMAGENET, OPENAI, Prepare
+from .metrics import Encoder, IMAGENET, OPENAI, Prepare, WAYS
 
 # %% ../../nbs/judge/networks.ipynb #cdf98af8
 WEIGHTS = ('*.safetensors', 'pytorch_model*.bin')
@@ -164,14 +166,15 @@ def read_state(path: str | Path) -> dict:
     if not path.is_file():
         raise UserError(f'{path}: no such file of weights; nothing is downloaded, copy it here')
     try:
-        state = (
-            load_file(path)
-            if path.suffix == '.safetensors'
-            else torch.load(path, map_location='cpu', weights_only=True)
-        )
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # what authors trained with lies beside the weights
+            binary = path.suffix != '.safetensors'
+            state = torch.load(path, map_location='cpu', weights_only=True) if binary else load_file(path)
     except Exception as e:
         raise UserError(f'{path}: cannot be read as weights ({" ".join(str(e).split())[:160]}); copy it again') from e
-    state = state.get('state_dict', state)
+    for name in ('state_dict', 'model_state_dict'):
+        state = state.get(name, state)
     return {k.removeprefix('module.'): v for k, v in state.items() if isinstance(v, torch.Tensor)}
 
 
@@ -397,6 +400,19 @@ def dreamsim_encoder(file: str | Path, device: str = 'cpu') -> Encoder:
         'DreamSim', 'dreamsim-ensemble', prepare, sha256_file(file), _forward(model, lambda m, x: m(x), device), True
     )
 
+# %% ../../nbs/judge/networks.ipynb #9adf71f8
+def csd_encoder(file: str | Path, device: str = 'cpu') -> Encoder:
+    "CSD's style vector from its published checkpoint. Raises UserError for any other file."
+    state = read_state(file)
+    if 'last_layer_style' not in state:
+        raise UserError(f"{file}: holds no last_layer_style, so it is no checkpoint of CSD; copy CSD's file here")
+    tower = {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')}
+    model = clip_of(from_open_clip(tower | dict(proj=state['last_layer_style'])), quick_gelu=True)
+    c = model.config
+    prepare = Prepare(c.image_size, 'crop', mean=OPENAI[0], std=OPENAI[1])
+    forward = _forward(model, lambda m, x: m(pixel_values=x).image_embeds, device)
+    return Encoder('CSD', _title('csd', c.hidden_size, c.patch_size), prepare, sha256_file(file), forward)
+
 # %% ../../nbs/judge/networks.ipynb #d338aa33
 def exported_encoder(file: str | Path, metric: str, prepare: Prepare, distance: bool = False) -> Encoder:
     "An encoder from a file of `torch.export.save`: float32 [B, 3, size, size] -> [B, D]. Raises UserError for others."
@@ -414,16 +430,35 @@ def exported_encoder(file: str | Path, metric: str, prepare: Prepare, distance: 
 
     return Encoder(metric, file.stem, prepare, sha256_file(file), forward, distance)
 
+# %% ../../nbs/judge/networks.ipynb #e2107935
+def described_encoder(file: str | Path) -> Encoder:
+    "`exported_encoder` of a .pt2 file by the .json beside it. Raises UserError where that is absent or says other things."
+    said = Path(file).with_suffix('.json')
+    if not said.is_file():
+        raise UserError(
+            f'{said}: no such file; write {{"metric": "face identity", "size": 112, "way": "squash"}} into it, '
+            'which says what the encoder measures and how pictures are prepared'
+        )
+    told = read_json(said)
+    check_keys(told, ('metric', 'size', 'way', 'resize', 'mean', 'std', 'distance'), str(said))
+    for key in ('metric', 'size', 'way'):
+        if key not in told:
+            raise UserError(f'{said}: lacks {key!r}; add it')
+    check_keys([told['way']], WAYS, f'{said}: ways')
+    how = {k: tuple(told[k]) if k in ('mean', 'std') else told[k] for k in told if k not in ('metric', 'distance')}
+    return exported_encoder(file, told['metric'], Prepare(**how), bool(told.get('distance')))
+
 # %% ../../nbs/judge/networks.ipynb #86fa850f
-SHIPPED = {'nano': 'image', 'nano-place': 'place'}
+SHIPPED = {'nano': 'image', 'nano-place': 'place', 'nano-dino': 'place'}
 
 
 def open_encoder(path: str | Path, device: str = 'cpu') -> Encoder:
-    "The encoder in a folder or file, by what it says of itself; `nano` and `nano-place` ship. Raises UserError."
+    "The encoder in a folder or file, by what it says of itself, or one of `SHIPPED`. Raises UserError."
     from collectionlora.judge.metrics import nano_encoders
 
     if str(path) in SHIPPED:
-        return nano_encoders()[SHIPPED[str(path)]]
+        found = nano_encoders()[SHIPPED[str(path)]]
+        return found if str(path) != 'nano-dino' else replace(found, metric='DINO', distance=False)
     path = Path(path)
     if not path.exists():
         raise UserError(
@@ -431,6 +466,10 @@ def open_encoder(path: str | Path, device: str = 'cpu') -> Encoder:
         )
     if path.name in listed()['openai']['files']:
         return clip_encoder(path, device=device)
+    if path.suffix == '.pt2':
+        return described_encoder(path)
+    if path.suffix in ('.pth', '.pt', '.bin'):
+        return csd_encoder(path, device)
     if path.is_file():
         return dreamsim_encoder(path, device)
     if (path / 'open_clip_config.json').is_file():

@@ -149,6 +149,17 @@ higher is noise. Lines in italics are reference policies, the floor and the ceil
 {% for m in contestants %}<th>{{ m }}{% endfor %}</tr></thead>{% for e in per_effect %}<tr><td>{{ e.effect }}
 {% for c in e.cells %}<td><span class="chip" style="--s:{{ '%.2f' % c.share }}">{{ c.k }} of {{ c.n }}</span>
 <small>{{ c.low }} … {{ c.high }} %</small>{% endfor %}</tr>{% endfor %}</table></div></details></section>
+{% if paper %}<section><h2>The columns of the paper</h2><p>{{ paper_note }} Below a style number stands where it lies between
+the unedited source (0 %) and other true targets (100 %).</p>
+<div class="scroll"><table class="main"><thead><tr><th>method{% for t, h in paper_titles %}<th title="{{ h }}">{{ t }}
+{% endfor %}<th>n</tr></thead><tbody>
+{% for l in paper %}<tr class="{{ 'ref' if l.reference else 'own' if l.method == own }}"><td>{{ l.method }}
+{% for c in l.cells %}<td>{{ c.value }}<small>{{ c.interval }}</small>{% if c.share %}<small>{{ c.share }}</small>{% endif %}
+{% if c.n != l.n %}<small>n = {{ c.n }}</small>{% endif %}{% endfor %}<td>{{ l.n }}
+<small>{{ l.effects }} effects, {{ l.invalid }} invalid</small></tr>
+{% endfor %}</tbody></table></div>
+<details><summary>Each difference with its test</summary>{% for o, said in paper_tests.items() %}<p>{{ own }} minus {{ o }}</p>
+<ul>{% for s in said %}<li>{{ s }}</li>{% endfor %}</ul>{% endfor %}</details></section>{% endif %}
 <section><h2>Which effect did it look like?</h2><p>Rows are the asked effect, columns what the judge recognised. The
 outlined diagonal is success.</p><div class="heats">{% for h in heats %}<div class="scroll">{{ h|safe }}</div>
 {% endfor %}</div></section>{% endif %}

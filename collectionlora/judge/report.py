@@ -21,6 +21,7 @@ from PIL import Image
 
 from ..core import check_keys, replacing
 from .charts import charts_of, curves, finite, line_chart, lists, thin, ticks  # noqa: F401
+from . import columns as paper
 from .gate import bleed, confusion, METRICS, NONE, Row
 from .page import PAGE, STYLE
 from .statistics import Contrast, Estimate, newcombe, show_p, wilson
@@ -328,7 +329,8 @@ def measured(rows: Sequence[Row], own: str, effects: Sequence[str], sizes: Mappi
     contestants, groups = [l['method'] for l in lines if not l['reference']], by_method(rows)
     check_keys([own], contestants, 'own method of the report')
     first, basis = headline(rows, own, seed)
-    tested = contrasts(rows, own, [m for m in contestants if m != own], seed=seed)
+    others = [m for m in contestants if m != own]
+    tested = contrasts(rows, own, others, seed=seed)
     return dict(
         lines=lines,
         verdicts=[verdict(c, p) for c, p in tested],
@@ -338,8 +340,17 @@ def measured(rows: Sequence[Row], own: str, effects: Sequence[str], sizes: Mappi
         per_effect=effect_table(rows, effects, contestants),
         heats=[confusion_table(groups[m], effects) for m in contestants],
         headline=first,
-        basis=basis,
+        basis=' '.join(w for w in (basis, paper.in_words(rows, own, teachers_among(others) or '')) if w),
+        **_paper(rows, own, others, seed),
     )
+
+
+def _paper(rows: Sequence[Row], own: str, others: Sequence[str], seed: int) -> dict:
+    "What the page shows of the paper's columns; empty lists where the rows lack them."
+    found = paper.paper_contrasts(rows, own, others, seed)
+    tests = {o: [paper.difference_words(c, p) for c, p in found if c.b == o] for o in others} if found else {}
+    titles = [(paper.TITLES[k], paper.HELP[k]) for k in paper.ORDER]
+    return dict(paper=paper.paper_table(rows, seed), paper_titles=titles, paper_note=paper.NOTE, paper_tests=tests)
 
 
 def unmeasured(distances: Sequence[Mapping], own: str) -> dict:
@@ -349,6 +360,7 @@ def unmeasured(distances: Sequence[Mapping], own: str) -> dict:
     near = sum(d['distance'] < d['floor'] for d in told)
     said = f'The outputs are nearer to the effect than the unedited pictures, for {near} of {len(told)} effects.'
     nothing = dict(lines=[], verdicts=[], comparisons=[], contestants=[], how='', per_effect=[], heats=[])
+    nothing |= dict(paper=[], paper_titles=[], paper_note='', paper_tests={})
     basis = 'No oracle knows these effects, so this is a distance and no judgement.'
     return nothing | dict(headline=said if told else '', basis=basis)
 

@@ -38,10 +38,9 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, flo
 def by_effect(rows: Sequence[Row], value: str) -> dict[str, float]:
     "Mean of a quantity within each effect (effects without a defined value are left out)."
     groups: dict[str, list] = {}
-    for r in rows:
-        groups.setdefault(r.effect, []).append(r)
-    means = {e: numbers(rs, value) for e, rs in groups.items()}
-    return {e: float(v.mean()) for e, v in means.items() if len(v)}
+    for r, v in defined(rows, value):
+        groups.setdefault(r.effect, []).append(v)
+    return {e: float(np.mean(v)) for e, v in groups.items()}
 
 # %% ../../nbs/judge/statistics.ipynb #5f2d0b17
 def crossed(pairs: Sequence[tuple[Row, float]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -9,7 +9,7 @@ __all__ = ['COPY', 'CEILING', 'FLOOR', 'REFERENCES', 'ENCODED', 'by_method', 'su
 from collections.abc import Iterable, Sequence
 
 from ..core import nearest, UserError
-from .gate import bleed, bounds, confusion, gate, METRICS, NONE, Row, VALUES
+from .gate import bleed, bounds, COLUMNS, confusion, gate, METRICS, NONE, Row, VALUES
 from .statistics import Contrast, estimate, holm, paired
 
 # %% ../../nbs/judge/tables.ipynb #5f2d0c05
@@ -36,7 +36,7 @@ def summary(rows: Sequence[Row], seed: int = 0) -> dict:
         'invalid': sum(not r.valid for r in rows),
         'bounds': bounds(rows),
         **bleed(confusion(rows, effects)),
-        **{v: estimate(rows, v, seed) for v in (*VALUES, *METRICS)},
+        **{v: estimate(rows, v, seed) for v in (*VALUES, *METRICS, *COLUMNS)},
     }
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 from collectionlora.bases.endpoint import (
@@ -177,7 +178,6 @@ def local_judge(folder: str | Path, device: str = 'cpu', budget: int = 0) -> Loc
     local = LocalVision(folder, device)
     return LocalJudge(local, weights_hash(local.encoder), budget)
 
-
 # %% ../../nbs/judge/vlm.ipynb #a5fdcc29
 def _format(rung: str, stage: str) -> dict:
     if rung == 'json_schema':
@@ -255,27 +255,30 @@ def ask(judge: Judge | LocalJudge, asked: list[dict], stage: str, pace: Pace) ->
 
 # %% ../../nbs/judge/vlm.ipynb #f4650811
 class Answers:
-    "A file of answers by content; several threads may write. Raises UserError for a file that holds other lines."
+    "A file of answers by content; threads and processes may write. Raises UserError for a file that holds other lines."
 
     def __init__(self, path: str | Path):
-        self.path, self.lock, self.known = Path(path), threading.Lock(), {}
+        self.path, self.known = Path(path), {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = self.path.read_text(encoding='utf-8') if self.path.is_file() else ''
-        whole = text[: text.rfind('\n') + 1]
+        self.lock, self.mine = FileLock(f'{self.path}.lock'), threading.Lock()
+        with self.lock:
+            text = self.path.read_text(encoding='utf-8') if self.path.is_file() else ''
+            whole = text[: text.rfind('\n') + 1]
+            if len(whole) != len(text):
+                with open(self.path, 'r+', encoding='utf-8') as f:
+                    f.truncate(len(whole.encode()))
         for n, line in enumerate(whole.split('\n')[:-1], 1):
             try:
                 row = json.loads(line)
                 key = row.pop('key')
                 self.known[key] = Answer(**row)
-            except (ValueError, KeyError, TypeError) as e:
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
                 raise UserError(f'{path}, line {n}: is no answer of a judge ({e}); delete the line') from e
-        if len(whole) != len(text):
-            with open(self.path, 'r+', encoding='utf-8') as f:
-                f.truncate(len(whole.encode()))
 
     def put(self, key: str, answer: Answer) -> None:
+        "Appends an answer; it is on the disk when this returns."
         line = json.dumps(dict(key=key, **asdict(answer)), ensure_ascii=False) + '\n'
-        with self.lock, open(self.path, 'a', encoding='utf-8') as f:
+        with self.mine, self.lock, open(self.path, 'a', encoding='utf-8') as f:
             f.write(line)
             f.flush()
             os.fsync(f.fileno())

@@ -123,7 +123,7 @@ class Knowledge:
 
     def __init__(self, draws, strangers, seed, through, kept=None):
         self.draws, self.strangers, self.seed, self.through = draws, strangers, seed, through
-        self._specs, self.kept = {}, Path(kept) / f'{draws}-{strangers}-{seed}' if kept else None
+        self._specs, self.kept = {}, kept and Path(kept) / f'{draws}-{strangers}-{seed}'
         self.fit, self._spoils = functools.lru_cache(2048)(self._fit), functools.lru_cache(2048)(self._spoil)
         self._subjects = functools.lru_cache(1024)(self._kept)
 
@@ -140,8 +140,7 @@ class Knowledge:
         if not path.is_file():
             with replacing(path) as part, open(part, 'wb') as f:
                 np.savez(f, **make(key, id))
-        with np.load(path) as found:
-            return dict(found)
+        return dict(np.load(path))
 
     def _drawn(self, key, id):
         "Descriptions V [K, D] of draws, and the description and floor of their average."
@@ -170,7 +169,7 @@ class Knowledge:
     def _spoil(self, key, id):
         "For every flaw: the row that reads its share off a deviation, and the share from which it counts."
         V, fitted, _, mean = self.fit(key, id)
-        floor = describe_picture(render(self._specs[key]))[1]
+        _, floor = describe_picture(render(self._specs[key]))
         shift = {'mean': mean - fitted.mu} | self._remembered('flaws', key, id, self._flawed)
         return {k: (_row(fitted, d), _least(V, floor, d)) for k, d in shift.items()}
 

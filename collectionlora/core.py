@@ -213,14 +213,17 @@ def save_state(path, state: dict) -> None:
         torch.save(state, part)
 
 
-def load_state(path) -> dict:
-    "What `save_state` wrote, if every byte is as it was written. Raises whatever reading a damaged file raises."
+def load_state(path, mapped: bool = False) -> dict:
+    """What `save_state` wrote, on the CPU, if every byte is as it was written. Raises whatever reading a damaged file
+    raises.
+
+    mapped: leave tensors in the file until they are copied from; the file must not be written to meanwhile."""
     import torch
 
     with zipfile.ZipFile(path) as z:
         if bad := z.testzip():
             raise zipfile.BadZipFile(f'{bad} does not match its checksum')
-    return torch.load(path, weights_only=True)
+    return torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
 
 # %% ../nbs/run/core.ipynb #886843cb
 def read_text(path) -> str:
@@ -239,10 +242,19 @@ def text_lines(path) -> list[tuple[int, str]]:
     return [(n, line) for n, line in enumerate(read_text(path).split('\n'), 1) if line.strip()]
 
 
+def _once(pairs) -> dict:
+    "A mapping of JSON. Raises `ValueError` for a name that is given twice, of which readers take different ones."
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [k for k, _ in pairs]
+        raise ValueError(f'{next(k for k in names if names.count(k) > 1)!r} is given twice; keep one')
+    return found
+
+
 def json_object(text: str, where: str, form: str) -> dict:
     "The JSON object in a text. Raises `UserError` that names `where` it stands and the `form` that it must have."
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as e:
         raise UserError(f'{where}: not valid JSON ({e})') from e
     if not isinstance(found, dict):

@@ -41,7 +41,9 @@ SPELLINGS += [
     ('model.diffusion_model.', 0, 'lora_A', 'lora_B', ''),
     ('_orig_mod.', 0, 'lora_down', 'lora_up', ''),
     ('transformer._orig_mod.', 0, 'lora_A', 'lora_B', ''),
+    ('module._fsdp_wrapped_module.', 0, 'lora_A', 'lora_B', ''),
 ]
+PRINTED, TEXT = "{'lora_alpha': 5, 'r': 2}", 'train.py --lora_rank 2 --lora_alpha 5'  # in any field of a header
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DIFFUSERS = {'lora_adapter_metadata': json.dumps({'transformer.r': 2, 'transformer.lora_alpha': 3})}
 
@@ -115,6 +117,7 @@ def decode(raw):
         ours = key == 'lora_adapter_metadata' or key.startswith('collectionlora.')
         if not ours and isinstance(found, dict) and 'transformer.lora_alpha' in found:
             nested.append({k.removeprefix('transformer.'): v for k, v in found.items()})
+    told = [v for k, v in meta.items() if 'collectionlora.schema' not in meta and not k.startswith('collectionlora.')]
     for prefix, flat, down, up, adapter in SPELLINGS + [
         (p, f, 'lora_A', 'lora_B', a)
         for p, f, *_ in SPELLINGS
@@ -167,6 +170,13 @@ def decode(raw):
                         return None
                     scale = scale_c
             if len({v for v in plain.values() if v is not None}) > 1:
+                return None
+            if PRINTED in told:
+                others = alpha is not None or config or nested or any(v is not None for v in plain.values())
+                if others and not math.isclose(scale, 5 / a.shape[0], rel_tol=1e-5):
+                    return None
+                scale = 5 / a.shape[0]
+            if TEXT in told and alpha is None and not math.isclose(scale, 5 / a.shape[0], rel_tol=1e-5):
                 return None
             if not math.isfinite(scale) or scale == 0:
                 return None
@@ -347,6 +357,8 @@ METAS = [
     '1e1',
     '-3',
     '0x10',
+    PRINTED,
+    TEXT,
 ]
 
 
@@ -366,6 +378,8 @@ def edit_metadata(raw, r):
             'lora_alpha',
             'network_alpha',
             'format',
+            'command',
+            'base_model',
         ],
     )
     if r.random() < 0.3:

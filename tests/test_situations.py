@@ -1,16 +1,19 @@
 """More situations of the kinds in test_inputs: what only people read about a LoRA, other models by other fields, wrappers of trainers, files that are something else, numbers and aliases."""
 
-import json, os, struct, tarfile
+import json, os, struct, tarfile, zlib
 
 import pytest
 import torch
+from hypothesis import given, HealthCheck, settings, strategies as st
 from PIL import Image
 from test_inputs import KOHYA, named, NAMES, RANK, save, scale_of
 from typer.testing import CliRunner
 
 import collectionlora.run.cli as cli
 from collectionlora.core import collection_dir, parse_yaml, UserError
+from collectionlora.files.adopt import listing
 from collectionlora.files.checked import inspect_file
+from collectionlora.files.effects import load_general
 from collectionlora.files.family import check_base, nested
 from collectionlora.files.lora import convert, read_lora
 from collectionlora.files.pictures import load_image
@@ -282,3 +285,113 @@ def test_adobe_rgb_by_the_colour_space_of_exif_is_converted(tmp_path):
     Image.new('RGB', (8, 8), (200, 30, 30)).save(tmp_path / 'a.png', exif=exif)
     r, g, b = load_image(tmp_path / 'a.png').getpixel((0, 0))
     assert r > 225 and g < 30
+
+
+# ---- pictures and data sets as they come
+
+NO_PICTURES = {
+    'lfs': (b'version https://git-lfs.github.com/spec/v1\noid sha256:a\n', 'git lfs pull'),
+    'page': (b'<!DOCTYPE html><html>', 'web page'),
+    'svg': (b'<svg xmlns="x"/>', 'SVG'),
+    'json': (b'{"error": 1}', 'JSON'),
+    'heic': (b'\0\0\0\x18ftypheic' + bytes(50), 'HEIC'),
+    'jxl': (b'\xff\x0a' + bytes(range(1, 30)), 'JPEG XL'),
+    'empty': (b'', 'empty'),
+    'zeros': (bytes(90), 'zeros'),
+    'noise': (bytes(range(128, 200)), 'no picture of a known kind'),
+}
+
+
+@pytest.mark.parametrize('name', NO_PICTURES)
+def test_what_is_no_picture_is_called_what_it_is(name, tmp_path):
+    content, word = NO_PICTURES[name]
+    (tmp_path / 'a.png').write_bytes(content)
+    with pytest.raises(UserError, match=word) as e:
+        load_image(tmp_path / 'a.png')
+    assert 'a.png' in str(e.value)
+
+
+def png(*chunks) -> bytes:
+    "A PNG of 16 bits and one colour, with these chunks before its pixels, written without Pillow."
+    part = lambda k, d: struct.pack('>I', len(d)) + k + d + struct.pack('>I', zlib.crc32(k + d))
+    rows = b''.join(b'\0' + struct.pack('>HHH', 51400, 7710, 7710) * 8 for _ in range(8))
+    head = part(b'IHDR', struct.pack('>IIBBBBB', 8, 8, 16, 2, 0, 0, 0))
+    body = b''.join(part(*c) for c in chunks) + part(b'IDAT', zlib.compress(rows)) + part(b'IEND', b'')
+    return b'\x89PNG\r\n\x1a\n' + head + body
+
+
+P3 = struct.pack('>8I', 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
+COLOURS = {
+    'nothing': ((), (200, 30, 30)),
+    'linear': (((b'gAMA', struct.pack('>I', 100000)),), (229, 96, 96)),
+    'P3 by codes': (((b'cICP', bytes([12, 13, 0, 1])),), (218, 0, 6)),
+    'P3 by points': (((b'cHRM', P3),), (218, 0, 6)),
+    'sRGB outweighs gamma': (((b'sRGB', b'\0'), (b'gAMA', struct.pack('>I', 100000))), (200, 30, 30)),
+}
+
+
+@pytest.mark.parametrize('name', COLOURS)
+def test_what_a_png_says_of_its_colours_is_followed(name, tmp_path):
+    chunks, want = COLOURS[name]
+    (tmp_path / 'a.png').write_bytes(png(*chunks))
+    assert load_image(tmp_path / 'a.png').getpixel((3, 3)) == pytest.approx(want, abs=1)
+
+
+@pytest.mark.parametrize(
+    'chunk',
+    [
+        (b'gAMA', struct.pack('>I', 2**31 - 1)),
+        (b'gAMA', struct.pack('>I', 1)),
+        (b'cHRM', struct.pack('>8I', 31270, 32900, 64000, 0, 30000, 60000, 15000, 6000)),
+        (b'cHRM', bytes(32)),
+        (b'iCCP', b'x\0\0not compressed'),
+        (b'iCCP', b'x\0\0' + zlib.compress(b'no profile')),
+        (b'cICP', b'\x0c'),
+        (b'cICP', bytes([9, 16, 0, 1])),
+    ],
+)
+def test_colours_that_cannot_be_known_are_refused(chunk, tmp_path):
+    (tmp_path / 'a.png').write_bytes(png(chunk))
+    with pytest.raises(UserError, match='a.png'):
+        load_image(tmp_path / 'a.png')
+
+
+def test_a_name_given_twice_in_a_line_of_json_is_refused(tmp_path):
+    Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
+    (tmp_path / 'manifest.jsonl').write_text('{"image": "b.png", "image": "a.png", "prompt": "p"}\n')
+    with pytest.raises(UserError, match="line 1.*'image' is given twice"):
+        load_general(tmp_path)
+
+
+words = st.sampled_from(
+    ['a', 'b', 'source', 'p.png', '', '\0', '.', '..', 3, 1.5, None, True, {}, {'x': 1}, [], ['a'], [['b']]]
+)
+ROWS = ('image', 'edit_image', 'prompt', 'edited_image', 'control')
+SHAPES = {
+    'x.yaml': lambda d: {'config': {'process': [{'datasets': [d], 'trigger_word': d.get('trigger_word')}]}},
+    'x.json': lambda d: [d, {'id': 'b', 'instance_data_dir': 'source'}],
+    'y.json': lambda d: {'data_backend_config': d.get('id')},
+    'x.jsonl': lambda d: {k: d.get(k) for k in ROWS},
+    'x.toml': lambda d: d,
+}
+FIELDS = ('folder_path', 'control_path', 'caption_ext', 'default_caption', 'trigger_word', 'id', 'conditioning_data')
+FIELDS += ('instance_data_dir', 'caption_strategy', 'instance_prompt', *ROWS)
+MUSUBI = ('image_directory', 'control_directory', 'caption_extension', 'image_jsonl_file')
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(sorted(SHAPES)), values=st.fixed_dictionaries({k: words for k in FIELDS + MUSUBI}))
+def test_any_configuration_of_another_trainer_is_adopted_or_refused_in_a_sentence(name, values, tmp_path):
+    for side in ('a', 'source'):
+        (tmp_path / side).mkdir(exist_ok=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / side / 'p.png')
+    if name == 'x.toml':
+        told = {k: json.dumps(v) for k, v in values.items() if k in MUSUBI and isinstance(v, (str, int, float))}
+        text = '[[datasets]]\n' + ''.join(f'{k} = {v}\n' for k, v in told.items())
+    else:
+        text = json.dumps(SHAPES[name](values))
+    (tmp_path / name).write_text(text)
+    try:
+        listing(tmp_path / name)
+    except UserError as e:
+        assert name in str(e) or str(tmp_path) in str(e)

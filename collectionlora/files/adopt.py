@@ -110,6 +110,17 @@ def _dicts(value) -> list[dict]:
     return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
 
 
+def _word(value) -> str | None:
+    "A text, or a number as one; None for anything else."
+    return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+
+
+def _ending(value) -> str:
+    "The ending of caption files that a configuration gives, with its dot; .txt where it gives none that can be one."
+    text = (_word(value) or 'txt').lstrip('.')
+    return f'.{text}' if text.isalnum() else '.txt'
+
+
 def _ai_toolkit(config: Path, found) -> list[Sides]:
     "The folders of an ai-toolkit configuration."
     inner = found.get('config') if isinstance(found, dict) else None
@@ -118,9 +129,9 @@ def _ai_toolkit(config: Path, found) -> list[Sides]:
         for d in _dicts(process.get('datasets')):
             control = _first(d.get('control_path') or d.get('control_path_1'), 'control folders', config)
             if control:
-                ending = '.' + str(d.get('caption_ext') or 'txt').lstrip('.')
                 words = d.get('default_caption'), d.get('trigger_word') or process.get('trigger_word')
-                out.append(Sides(_there(d.get('folder_path'), config), _there(control, config), ending, *words))
+                sides = _there(d.get('folder_path'), config), _there(control, config)
+                out.append(Sides(*sides, _ending(d.get('caption_ext')), *map(_word, words)))
     return out
 
 # %% ../../nbs/files/adopt.ipynb #3a5b0537
@@ -138,26 +149,30 @@ def _toml(file: Path) -> dict:
 
 def _musubi(config: Path, found: dict) -> list[Sides | Path]:
     "The folders, or files of JSON lines, of a musubi-tuner configuration."
-    general, out = found.get('general') or {}, []
+    general, out = found.get('general'), []
+    general = general if isinstance(general, dict) else {}
     for d in _dicts(found.get('datasets')):
         d = {**general, **d}
         if d.get('image_jsonl_file'):
             out.append(_there(d['image_jsonl_file'], config))
+            if not out[-1].is_file():
+                raise UserError(f'{config}: image_jsonl_file {d["image_jsonl_file"]} is a folder; name a file of JSON lines')
         elif d.get('control_directory'):
             sides = [_there(d.get(k), config) for k in ('image_directory', 'control_directory')]
-            out.append(Sides(*sides, d.get('caption_extension') or '.txt'))
+            out.append(Sides(*sides, _ending(d.get('caption_extension'))))
     return out
 
 
 def _simpletuner(config: Path, found) -> list[Sides]:
     "The folders of a SimpleTuner list of data backends."
-    backends, out = {d.get('id'): d for d in _dicts(found)}, []
+    backends, out = {_word(d.get('id')): d for d in _dicts(found)}, []
     for d in backends.values():
-        other = backends.get(_first(d.get('conditioning_data'), 'conditioning data sets', config))
+        wanted = _word(_first(d.get('conditioning_data'), 'conditioning data sets', config))
+        other = backends.get(wanted) if wanted else None
         if other:
             sides = [_there(b.get('instance_data_dir'), config) for b in (d, other)]
             way = d.get('caption_strategy', 'filename')
-            prompt = d.get('instance_prompt') if way == 'instanceprompt' else None
+            prompt = _word(d.get('instance_prompt')) if way == 'instanceprompt' else None
             out.append(Sides(*sides, '.none' if prompt else '.txt', prompt, by_name=way == 'filename'))
     return out
 
@@ -195,8 +210,10 @@ def _listed(file: Path) -> list[Pair]:
         if target is None or source is None:
             lack, names = ('target', TARGETS) if target is None else ('source', SOURCES)
             raise UserError(f'{where}: names no {lack} picture; its column may be called {", ".join(names)}')
-        source, target = _there(source, file), _there(target, file)
-        out.append(Pair(f'{len(out):04d}', source, target, _column(row, CAPTIONS)))
+        source, target, caption = _there(source, file), _there(target, file), _column(row, CAPTIONS)
+        if caption is not None and not isinstance(caption, str):
+            raise UserError(f'{where}: the caption {str(caption)[:40]!r} is no text; put it in quotes')
+        out.append(Pair(f'{len(out):04d}', source, target, caption))
     return out
 
 # %% ../../nbs/files/adopt.ipynb #60eaf7b5
@@ -231,8 +248,8 @@ BEFORE += ('conditioning', 'condition', 'original', 'originals', 'start')
 LAYOUT = 'see "Data sets of other trainers" in the documentation for the layouts that are known'
 
 
-def _configured(file: Path) -> tuple[str, list[Pair]] | None:
-    "(trainer, pairs) of a configuration or list; None for a file that is none."
+def _configured(file: Path, inner=False) -> tuple[str, list[Pair]] | None:
+    "(trainer, pairs) of a configuration or list; None for a file that is none. `inner`: another file led to it."
     ending = file.suffix.lower()
     if ending in ('.jsonl', '.csv'):
         return 'list of pictures', _listed(file)
@@ -242,8 +259,8 @@ def _configured(file: Path) -> tuple[str, list[Pair]] | None:
         name, sides = 'ai-toolkit', _ai_toolkit(file, parse_yaml(read_text(file), str(file)))
     elif ending == '.json':
         found = read_json(file)
-        if isinstance(found, dict) and found.get('data_backend_config'):
-            return _configured(_there(found['data_backend_config'], file))
+        if isinstance(found, dict) and found.get('data_backend_config') and not inner:
+            return _configured(_there(found['data_backend_config'], file), inner=True)
         name, sides = 'SimpleTuner', _simpletuner(file, found)
     else:
         return None

@@ -11,7 +11,6 @@ import math
 from typing import Callable
 
 import torch
-from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
 
 from ..core import check_keys, seed_of, UserError
 from .dialects import Lora
@@ -75,13 +74,7 @@ def compress_then_merge(As, Bs, weights, rank: int, rule: Callable = weighted_su
     return balanced(u @ ur @ x, s, v @ vr @ yt.T)
 
 # %% ../../nbs/files/merging.ipynb #8266f92f
-RULES = {
-    'sum': weighted_sum,
-    'ties': ties,
-    'dare_linear': dare_linear,
-    'dare_ties': dare_ties,
-    'magnitude_prune': magnitude_prune,
-}
+RULES = ('sum', 'ties', 'dare_linear', 'dare_ties', 'magnitude_prune')  # all but the sum are functions of PEFT
 
 
 def make_rule(name: str, density: float = 0.2, seed: int = 0) -> Callable:
@@ -94,10 +87,12 @@ def make_rule(name: str, density: float = 0.2, seed: int = 0) -> Callable:
             f'density is {density}; it must lie between 0 and 1 (1 would prune nothing, use the method svd).'
         )
 
+    from peft.utils import merge_utils  # seconds, which programs that merge nothing should not wait for
+
     def rule(ms, weights):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed % (1 << 63))
-            return RULES[name](ms, torch.tensor(weights, dtype=ms[0].dtype), density)
+            return getattr(merge_utils, name)(ms, torch.tensor(weights, dtype=ms[0].dtype), density)
 
     return rule
 

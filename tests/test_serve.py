@@ -1,6 +1,7 @@
 "Serving: the line, the folder that survives a crash, the web server, and what it refuses."
 
 import base64
+import importlib
 import io
 import pickle
 import signal
@@ -171,9 +172,7 @@ def test_the_folder_takes_no_path_for_an_id_and_no_second_writer(tmp_path):
     kept = Kept(tmp_path / 'k')
     for id in ('', '../x', 'a' * 63, 'A' * 64, 'a' * 64 + '/..', 'a' * 64 + '\n'):
         assert 'no id' in core.refusal(kept.png, id), id
-    code = f'from collectionlora.use.serve import Kept; Kept({str(tmp_path / "k")!r})'
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert 'another run is writing here' in done.stderr
+    assert 'another run is writing here' in core.refusal(Kept, tmp_path / 'k')
     kept.close()
 
 
@@ -240,7 +239,8 @@ def test_addresses_and_tokens():
 @pytest.fixture(scope='module')
 def web():
     pytest.importorskip('fastapi')
-    return pytest.importorskip('prometheus_client') and __import__('collectionlora.use.web', fromlist=['web'])
+    pytest.importorskip('prometheus_client')
+    return importlib.import_module('collectionlora.use.web')
 
 
 def client_of(app, **kw):
@@ -365,15 +365,11 @@ def test_results_are_kept_found_again_and_made_once(web, collection, tmp_path):
     assert 'collectionlora_batch_orders_count 1.0' in numbers
 
 
-def test_an_extra_that_is_absent_is_named():
-    code = (
-        "import sys; sys.modules['prometheus_client'] = None\n"
-        'from collectionlora.core import UserError\n'
-        'try: import collectionlora.use.web\n'
-        'except UserError as e: print(e)'
-    )
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert 'pip install "collectionlora[serve]"' in done.stdout
+def test_an_extra_that_is_absent_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'prometheus_client', None)
+    monkeypatch.delitem(sys.modules, 'collectionlora.use.web', raising=False)
+    said = core.refusal(importlib.import_module, 'collectionlora.use.web')
+    assert said == 'serve: prometheus_client is not installed; run `pip install "collectionlora[serve]"`'
 
 
 # ---------------------------------------------------------------- killed

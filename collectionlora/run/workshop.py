@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SUBJECTS', 'ROOTS', 'SAVE_EVERY', 'TEMPERATURE', 'Piece', 'missing', 'Rates', 'Materials', 'Subjects', 'both',
            'Asked', 'code_of', 'Stopped', 'Bench', 'Supplies', 'Painters', 'Students', 'Trainers', 'Workshop',
-           'rows_of', 'pictures_of', 'soft_labels', 'labels', 'edits', 'contest', 'with_second_opinion',
-           'open_workshop']
+           'rows_of', 'pictures_of', 'soft_labels', 'labels', 'edits', 'contest', 'open_workshop']
 
 # %% ../../nbs/run/workshop.ipynb #71b5e564
 import functools
@@ -34,8 +33,9 @@ from ..files.effects import borrow, EffectSet, general_pictures, load_effect, lo
 from ..files.header import catalogue, read_header
 from ..files.lora import write_lora
 from ..judge import effectbench
+from ..judge.columns import with_columns
 from ..judge.evaluate import held_out, judge_all, oracle_for, references, round_trip
-from ..judge.gate import Item, Metric, METRICS, read_rows, Row, write_rows
+from ..judge.gate import Item, METRICS, read_rows, Row, write_rows
 from ..judge.methods import Method, run_method
 from ..judge.retention import EditCase, edit_cases, edit_rows
 from ..judge.tables import CEILING, ENCODED, REFERENCES
@@ -212,6 +212,7 @@ ROOTS = dict(  # kind of piece -> what of the package makes it; the code behind 
     student='engine.loop import distill',
     child='use.extend import rehearsals',
     rows='judge.evaluate import judge_all',
+    columns='judge.columns import with_columns',
     labels='judge.evaluate import judge_all',
     edits='judge.retention import edit_rows',
     fits='world.oracle import Oracle',
@@ -468,14 +469,15 @@ class Workshop(Trainers):
         return [asked.made_of, asdict(subjects), bench, list(known), acceleration, sorted(METRICS), self.base.hash]
 
     def judged(self, asked: Asked, subjects: Subjects, known: Sequence[str]) -> Piece:
-        "The rows of a contestant on subjects, by the oracle that can tell `known`."
+        "The rows of a contestant on subjects, by the oracle that can tell `known`, with the paper's columns."
 
         def judge(piece):
             items = subjects.items()
             pictures, seconds, nfe = pictures_of(self, asked, items)
-            write_rows(piece.file, judge_all({asked.name: (pictures, seconds, nfe)}, items, self.oracle(tuple(known))))
+            rows = judge_all({asked.name: (pictures, seconds, nfe)}, items, self.oracle(tuple(known)))
+            write_rows(piece.file, with_columns(rows, items, {asked.name: pictures}))
 
-        made_of, needs = self._made_of(asked, subjects, known), self._needs(asked, subjects)
+        made_of, needs = [self._made_of(asked, subjects, known), code_of('columns')], self._needs(asked, subjects)
         return self.piece('rows', _slug(asked.name), made_of, '.rows.jsonl', len(subjects), judge, needs)
 
 
@@ -627,21 +629,6 @@ def contest(shop: Workshop, plan: Mapping[tuple[str, str], tuple[Asked, Subjects
     pieces = {who: shop.judged(*what) for who, what in plan.items()}
     shop.make(pieces.values())
     return [r for (method, run), piece in pieces.items() for r in rows_of(piece, method, run)]
-
-
-def with_second_opinion() -> bool:
-    "Adds the columns `clip` and `perceptual` to `gate.METRICS`; whether the second judge's encoders are there."
-    from collectionlora.judge.second import description, Opinion
-
-    try:
-        o = Opinion()
-    except UserError:
-        return False
-    says = lambda item, picture, _: o.says([picture], [description(item.effect, item.spec)]).item()
-    far = lambda item, picture, _: float(o.distance([picture], [item.truth])[0])
-    METRICS['clip'] = Metric('CLIP-like', 'cosine of picture and description, by the second judge', says, 3)
-    METRICS['perceptual'] = Metric('DreamSim-like', 'distance to a true target, by the second judge', far, 3)
-    return True
 
 
 def open_workshop(

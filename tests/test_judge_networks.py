@@ -27,6 +27,13 @@ def pictures():
     return out
 
 
+def near(what, ours, theirs):
+    "Whether two arrays agree to `BOUND`; `pytest -s` prints the largest difference."
+    far = float(np.abs(np.asarray(ours) - np.asarray(theirs)).max())
+    print(f'parity: {what}: {far:.1e}')
+    return far < BOUND
+
+
 def unit(x):
     x = x.detach().float().numpy()
     return x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -58,10 +65,10 @@ def test_clip_equals_open_clip(tmp_path, pictures, quick, mode):
     (tmp_path / 'open_clip_config.json').write_text(json.dumps(about))
     encoder = networks.clip_encoder(tmp_path)
     for p in pictures:
-        assert np.abs(prepare(p).numpy() - encoder.prepare(p)).max() < BOUND
+        assert near(f'open_clip, {mode}, picture prepared', prepare(p), encoder.prepare(p))
     with torch.no_grad():
         theirs = unit(model.encode_image(torch.stack([prepare(p) for p in pictures])))
-    assert np.abs(theirs - encoder.embed(pictures)).max() < BOUND
+    assert near(f'open_clip, {mode}, {"quick " if quick else ""}GELU', theirs, encoder.embed(pictures))
     other = networks.clip_encoder(tmp_path / 'open_clip_model.safetensors', quick_gelu=not quick)
     if mode == 'shortest':  # a file alone is prepared so; with the wrong activation the numbers differ
         assert np.abs(theirs - other.embed(pictures)).max() > 10 * BOUND
@@ -85,7 +92,7 @@ def test_clip_equals_transformers_with_its_processor(tmp_path, pictures):
     )  # a margin of 67 rows: torchvision, hence OpenAI and we, cut after row 34, the processor after 33
     with torch.no_grad():
         found = unit(model.get_image_features(pixel_values=torch.from_numpy(ours)).pooler_output)
-    assert found.shape[1] == 48 and np.abs(found - encoder.embed(pictures)).max() < BOUND
+    assert found.shape[1] == 48 and near('transformers CLIP', found, encoder.embed(pictures))
 
 
 NAMES = {'attn.proj': 'attention.output.dense'}
@@ -138,10 +145,10 @@ def test_dino_equals_facebooks_code_and_dreambooths_preparation(tmp_path, pictur
     steps = [transforms.Resize(256, interpolation=bicubic), transforms.CenterCrop(224), transforms.ToTensor()]
     prepare = transforms.Compose([*steps, transforms.Normalize(*IMAGENET)])
     for p in pictures:
-        assert np.abs(prepare(p).numpy() - encoder.prepare(p)).max() < BOUND
+        assert near("DreamBooth's preparation", prepare(p), encoder.prepare(p))
     with torch.no_grad():
         theirs = unit(vit(torch.stack([prepare(p) for p in pictures])))
-    assert np.abs(theirs - encoder.embed(pictures)).max() < BOUND and encoder.prepare.words == 'crop256-224'
+    assert near('DINO, Facebook code', theirs, encoder.embed(pictures)) and encoder.prepare.words == 'crop256-224'
 
 
 def test_dinov2_equals_timm(tmp_path, pictures):
@@ -161,7 +168,7 @@ def test_dinov2_equals_timm(tmp_path, pictures):
     x = torch.from_numpy(np.stack([encoder.prepare(p) for p in pictures]))
     with torch.no_grad():
         theirs = unit(vit(x))
-    assert encoder.name.startswith('dinov2') and np.abs(theirs - encoder.embed(pictures)).max() < BOUND
+    assert encoder.name.startswith('dinov2') and near('DINOv2, timm', theirs, encoder.embed(pictures))
 
 
 def packaged(folder, monkeypatch, sizes):
@@ -222,6 +229,7 @@ def dreamsim_difference(folder, monkeypatch, pictures, sizes):
 def test_dreamsim_equals_the_package(tmp_path, monkeypatch, pictures):
     sizes = dict(img_size=[224], patch_size=16, embed_dim=48, num_heads=3)
     ready, far, largest = dreamsim_difference(tmp_path, monkeypatch, pictures, sizes)
+    print(f'parity: DreamSim, picture prepared: {ready:.1e}\nparity: DreamSim, distances: {far:.1e}')
     assert ready < BOUND and far < BOUND and largest > 100 * BOUND
 
 
@@ -277,7 +285,7 @@ def test_openais_archives_open_only_with_their_published_hash(tmp_path, monkeypa
     encoder = networks.open_encoder(file)
     with torch.no_grad():
         theirs = unit(model.encode_image(torch.from_numpy(np.stack([encoder.prepare(p) for p in pictures]))))
-    assert np.abs(theirs - encoder.embed(pictures)).max() < BOUND
+    assert near('OpenAI archive', theirs, encoder.embed(pictures))
 
 
 def test_lpips_equals_the_package(tmp_path, pictures):
@@ -298,7 +306,7 @@ def test_lpips_equals_the_package(tmp_path, pictures):
         pair = [torch.from_numpy(v.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1 for v in (x, y)]
         with torch.no_grad():
             wanted = theirs(*pair)[0, 0].numpy()
-        assert wanted.max() > 0 and np.abs(ours.map(x, y) - wanted).max() < BOUND
+        assert wanted.max() > 0 and near('LPIPS map', ours.map(x, y), wanted)
 
 
 def test_csd_equals_its_formula_on_open_clips_tower(tmp_path, pictures):
@@ -320,9 +328,7 @@ def test_csd_equals_its_formula_on_open_clips_tower(tmp_path, pictures):
     encoder = networks.open_encoder(tmp_path / 'csd.pth')
     with torch.no_grad():
         theirs = unit(model.visual(torch.from_numpy(np.stack([encoder.prepare(p) for p in pictures]))) @ style)
-    assert np.abs(theirs - encoder.embed(pictures)).max() < BOUND and encoder.spec().name.startswith(
-        'CSD[csd-vit-64-16'
-    )
+    assert near('CSD', theirs, encoder.embed(pictures)) and encoder.spec().name.startswith('CSD[csd-vit-64-16')
     torch.save(dict(state_dict={'a': style}), tmp_path / 'other.pth')
     with pytest.raises(UserError, match='no checkpoint of CSD'):
         networks.open_encoder(tmp_path / 'other.pth')

@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import collectionlora.run.cli as cli
-from collectionlora.core import collection_dir, folder_lock, notebooks_dir, read_json, replacing, write_json
+from collectionlora.core import collection_dir, folder_lock, notebooks_dir, read_json, replacing, repo_root, write_json
 from collectionlora.files.effects import load_effect, load_general, write_effect, write_general
 from collectionlora.files.lora import convert, read_lora
 from collectionlora.run.execute import execute
@@ -333,3 +333,19 @@ def test_names_that_are_no_text_are_shown_and_read(coding, tmp_path):
             done.stderr
         )
         assert b'\x1b[31m' not in done.stdout
+
+
+@pytest.mark.slow
+def test_commands_that_read_a_file_start_at_once():
+    sys.path.insert(0, str(repo_root() / 'tools'))
+    import start_times
+
+    found = start_times.times()
+    assert {name: round(s, 2) for name, s in found.items() if s > start_times.BAR} == {}
+
+
+@pytest.mark.parametrize('words', [['inspect', str(TEACHER)], ['info'], ['edit', '--list'], ['--help']])
+def test_commands_that_read_a_file_need_no_torch(words):
+    code = 'import sys\nfrom collectionlora.run.cli import app\napp(standalone_mode=False)\nprint(sorted(sys.modules))'
+    done = subprocess.run([sys.executable, '-c', code, *words], capture_output=True, text=True, check=True)
+    assert {'torch', 'transformers', 'diffusers', 'peft', 'scipy', 'matplotlib'}.isdisjoint(eval(done.stdout.splitlines()[-1]))

@@ -9,7 +9,7 @@ __all__ = ['FROZEN', 'MOMENT', 'LIBRARIES', 'SHARD', 'TEACHERS', 'CONDITIONS', '
            'card_of', 'seconds_of', 'hours', 'changed', 'ways_out', 'Verdict', 'said', 'verdict', 'overview', 'refuse',
            'check_room']
 
-# %% ../../nbs/engine/fits.ipynb #75176492
+# %% ../../nbs/engine/fits.ipynb #d95811bd
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import product
@@ -23,7 +23,7 @@ from .plan import plan
 from .settings import Settings
 from .terms import active
 
-# %% ../../nbs/engine/fits.ipynb #5834763e
+# %% ../../nbs/engine/fits.ipynb #c871f727
 @dataclass(frozen=True)
 class Work:
     """What a chain makes: a collection by settings `s` from `effects` teachers of rank `teacher_rank`, each with `targets`
@@ -41,20 +41,20 @@ class Work:
 @dataclass(frozen=True)
 class Way:
     """How it is computed: samples in one forward; blocks recomputed in backward; AdamW's moments in 'fp32' or '8bit';
-    frozen weights as they are (''), in 'int8', 'fp8' or 'nf4'; blocks waiting on the host; base or moments spread over
-    the processes; and how many processes there are, one a card."""
+    frozen weights as they are (''), in 'int8', 'fp8' or 'nf4', or waiting on the 'host'; base or moments spread over the
+    processes; and how many processes there are, one a card."""
 
     micro_batch: int = 1
     checkpointing: bool = True
     moments: str = 'fp32'
     frozen: str = ''
-    blocks_on_host: bool = False
     spread_base: bool = False
     spread_moments: bool = False
     processes: int = 1
 
-# %% ../../nbs/engine/fits.ipynb #c13dbb8c
-FROZEN = {'': 0.0, 'int8': 1.0, 'fp8': 1.0, 'nf4': 0.5 + 4 / 64}  # bytes a number; nf4 has a scale for every 64
+# %% ../../nbs/engine/fits.ipynb #0a9b8cd8
+FROZEN = {'': None, 'int8': 1.0, 'fp8': 1.0, 'torchao_int8': 1.0, 'torchao_fp8': 1.0}  # bytes a number on the card
+FROZEN |= {'nf4': 0.5 + 4 / 64, 'host': 0.0}  # nf4 has a scale for every 64 numbers
 MOMENT = {'fp32': 4.0, '8bit': 1 + 4 / 256}  # bytes a number; 8bit has a scale for every 256
 
 
@@ -81,7 +81,7 @@ def asked_for(preset: str, given: Mapping) -> tuple[Work, Way]:
         _checked(name, value, getattr(Work(s) if name in work else Way(), name))
     return Work(s, **work), Way(**way)
 
-# %% ../../nbs/engine/fits.ipynb #44f1d2b1
+# %% ../../nbs/engine/fits.ipynb #c3793865
 @dataclass(frozen=True)
 class Base:
     "A base that need not be there: its folder with configuration files, what a sample looks like, bytes of a number."
@@ -120,22 +120,19 @@ def per_forward(batch: int, way: Way) -> int:
     share = -(-batch // way.processes)
     return min(way.micro_batch or share, share)
 
-# %% ../../nbs/engine/fits.ipynb #711403a1
+# %% ../../nbs/engine/fits.ipynb #a589e59b
 def frozen_bytes(base: Base, way: Way) -> int:
     "Bytes of the frozen transformer on one card."
     w = base.weights
-    number = FROZEN[way.frozen] or base.bytes
-    block = (w.block * number) if way.frozen else w.block * base.bytes
-    outside = (w.transformer - w.blocks * w.block) * base.bytes
-    blocks = w.blocks * block
-    if way.blocks_on_host:
-        blocks = min(blocks, 2 * block)
-    elif way.spread_base and way.processes > 1:
-        blocks = min(blocks, blocks / way.processes + 2 * block)
-        outside = 2 * outside / way.processes
-    return round(blocks + outside + (2 * w.largest * base.bytes if way.frozen else 0))
+    if way.frozen:
+        outside, widened = (w.transformer - w.adapted) * base.bytes, 2 * w.largest * base.bytes
+        return round(outside + w.adapted * FROZEN[way.frozen] + widened)
+    whole, block = w.transformer * base.bytes, w.block * base.bytes
+    if way.spread_base and way.processes > 1:
+        return round(min(whole, whole / way.processes + 2 * block))
+    return whole
 
-# %% ../../nbs/engine/fits.ipynb #144ed9e9
+# %% ../../nbs/engine/fits.ipynb #f0d3f94e
 def learning_bytes(base: Base, work: Work, way: Way) -> dict[str, int]:
     "Bytes of everything that learns, on one card, by what it is for."
     student, fake = base.lora(work.s.rank_student), base.lora(work.s.rank_fake)
@@ -154,7 +151,7 @@ def micro_bytes(base: Base, n: int) -> int:
     x = base.sample
     return 4 * n * (10 * x.tokens * x.channels + 3 * (x.source * x.channels + x.text * x.width))
 
-# %% ../../nbs/engine/fits.ipynb #9836e169
+# %% ../../nbs/engine/fits.ipynb #7fb8d9cd
 def device_bytes(base: Base, work: Work, way: Way) -> dict[str, dict[str, int]]:
     "Bytes on one card, stage -> what for -> bytes; a stage's sum is its peak."
     w, held, pictures = base.weights, frozen_bytes(base, way), picture_costs(base.folder, base.sample, base.dtype)
@@ -182,7 +179,7 @@ def peak(base: Base, work: Work, way: Way) -> tuple[str, int]:
     stage = max(sums, key=sums.get)
     return stage, sums[stage]
 
-# %% ../../nbs/engine/fits.ipynb #0523bbe6
+# %% ../../nbs/engine/fits.ipynb #04e86ac8
 LIBRARIES, SHARD = 3e9, 10e9  # bytes of Python with PyTorch and CUDA; the largest file that the full model comes in
 TEACHERS, CONDITIONS = 8 << 30, 2 << 30  # what a bank and a condition cache hold in memory at most
 
@@ -211,13 +208,13 @@ def host_bytes(base: Base, work: Work, way: Way) -> dict[str, int]:
         'gradients looked at': len(active(work.s)) * student,
         'saving': student,
     }
-    if way.blocks_on_host:
-        training['blocks that wait'] = w.blocks * w.block * (FROZEN[way.frozen] or base.bytes)
+    if way.frozen == 'host':
+        training['frozen weights that wait'] = w.adapted * base.bytes
     loading = {'loading: a shard or the encoders': max(shard, w.encoder * base.bytes)}
     larger = max(training, loading, key=lambda rows: sum(rows.values()))
     return {k: round(v * way.processes) for k, v in {'Python and libraries': LIBRARIES, **larger}.items()}
 
-# %% ../../nbs/engine/fits.ipynb #e5f2fdd8
+# %% ../../nbs/engine/fits.ipynb #7eb23c6c
 def disk_bytes(base: Base, work: Work, way: Way) -> dict[str, int]:
     "Bytes on the disk, by what they are for."
     w, student, fake = base.weights, base.lora(work.s.rank_student), base.lora(work.s.rank_fake)
@@ -234,7 +231,7 @@ def disk_bytes(base: Base, work: Work, way: Way) -> dict[str, int]:
 
 gigabytes = lambda rows: {k: f'{v / 1e9:.1f} GB' for k, v in rows.items()}
 
-# %% ../../nbs/engine/fits.ipynb #e3728505
+# %% ../../nbs/engine/fits.ipynb #dea9f945
 @dataclass(frozen=True)
 class Card:
     "A card: gibibytes as it is sold, a name, and its peak in bfloat16, operations per second."
@@ -262,16 +259,15 @@ def card_of(size: float, used: float = 0.45) -> Card:
     like = CARDS[max((k for k in CARDS if k <= size), default=24)]
     return replace(CARDS.get(size, replace(like, size=size, name=f'like {like.name}')), used=used)
 
-# %% ../../nbs/engine/fits.ipynb #5eee0507
+# %% ../../nbs/engine/fits.ipynb #35579cf8
 def seconds_of(base: Base, work: Work, way: Way, card: Card) -> dict[str, float]:
     "Seconds of a forward and of a gradient pass per sample, of a picture encoded and decoded, of a prompt encoded."
     rate, n, costs = card.peak * card.used, per_forward(work.s.batch, way), base.pass_(work, way)
     pictures = picture_costs(base.folder, base.sample, base.dtype)
-    waits = base.weights.blocks * base.weights.block * (FROZEN[way.frozen] or base.bytes) / BUS
-    waits = waits if way.blocks_on_host else 0.0
+    waits = base.weights.adapted * base.bytes / BUS if way.frozen == 'host' else 0.0
     return {
-        'forward': max(costs.forward_flops / rate, waits) / n,
-        'gradient': max(costs.gradient_flops / rate, waits * (3 if way.checkpointing else 2)) / n,
+        'forward': (costs.forward_flops / rate + waits) / n,
+        'gradient': (costs.gradient_flops / rate + waits * (3 if way.checkpointing else 2)) / n,
         'encode': pictures['encode'][1] / rate,
         'decode': pictures['decode'][1] / rate,
         'prompt': 2 * base.weights.encoder * (base.sample.text + 64) / rate,
@@ -288,7 +284,7 @@ def hours(base: Base, work: Work, way: Way, card: Card) -> dict[str, float]:
     found = {'encoding': encoding / way.processes, 'painting': painting / way.processes, 'distilling': training}
     return {k: v / 3600 for k, v in found.items()}
 
-# %% ../../nbs/engine/fits.ipynb #37fe4b02
+# %% ../../nbs/engine/fits.ipynb #e987976e
 SPARE = 0.03  # share of what a run needs that must stay free
 PRICES = {
     'micro_batch': {1: 1},
@@ -296,9 +292,8 @@ PRICES = {
     'spread_moments': {True: 2},
     'moments': {'8bit': 3},
     'spread_base': {True: 5},
-    'frozen': {'int8': 8, 'nf4': 14},
+    'frozen': {'int8': 8, 'nf4': 14, 'host': 20},
     'rank': {64: 10, 32: 16, 16: 24},
-    'blocks_on_host': {True: 20},
 }
 
 
@@ -318,7 +313,7 @@ def _useful(work: Work, way: Way, changes: dict) -> bool:
     if changes.get('rank', 0) >= work.s.rank_student:
         return False
     after = changed(work, way, changes)[1]
-    at_once = after.spread_base + bool(after.frozen) + after.blocks_on_host > 1  # one way for the base, or none
+    at_once = after.spread_base and after.frozen  # one way for the base, or none
     same = any(getattr(way, k) == v for k, v in changes.items() if k != 'rank')
     return not (same or at_once or (after.spread_moments and after.moments == '8bit'))
 
@@ -330,7 +325,7 @@ def ways_out(work: Work, way: Way) -> Iterator[dict]:
     found = [(sum(price for price, _ in picked), together(picked)) for picked in product(*choices)]
     yield from (c for _, c in sorted(found, key=lambda f: f[0]) if _useful(work, way, c))
 
-# %% ../../nbs/engine/fits.ipynb #7a0afdf4
+# %% ../../nbs/engine/fits.ipynb #eca4cfc3
 @dataclass(frozen=True)
 class Verdict:
     "Whether a run fits a card: what was asked for, what fits (None: nothing), and by which changes."
@@ -377,7 +372,7 @@ def verdict(base: Base, work: Work, way: Way, room: float) -> Verdict:
             return Verdict(room, asked, stage, changes, needed, *after)
     return Verdict(room, asked, stage, None, asked, work, way)
 
-# %% ../../nbs/engine/fits.ipynb #16d6e4ba
+# %% ../../nbs/engine/fits.ipynb #004da7a5
 def overview(base: Base, work: Work, way: Way, cards=(24, 48, 80, 141), numbers=(1, 2, 8), used=0.45) -> list[dict]:
     "One row for every size of card and number of cards: verdict, and what it then takes."
     rows = []
@@ -394,7 +389,7 @@ def overview(base: Base, work: Work, way: Way, cards=(24, 48, 80, 141), numbers=
         )
     return rows
 
-# %% ../../nbs/engine/fits.ipynb #d952dbb4
+# %% ../../nbs/engine/fits.ipynb #326171db
 def refuse(what: str, needed: float, there: float, fix: str) -> None:
     "Raises UserError if `needed` bytes are more than `there` are."
     if needed > there:

@@ -143,10 +143,10 @@ def explodes(monkeypatch, at, halved):
     "From here on the generator update after `at` steps diverges until the rates were halved `halved` times."
     true = generator_update
 
-    def update(engine, state, *args):
+    def update(engine, state, *args, **kw):
         if state.step == at and state.slower < halved:
             raise Diverged(f'step {at + 1}: boom')
-        return true(engine, state, *args)
+        return true(engine, state, *args, **kw)
 
     monkeypatch.setattr(loop, 'generator_update', update)
 
@@ -314,7 +314,7 @@ def test_the_plan_counts_memory_and_disk(world):
     kept = lambda p: p['memory']['activations of a gradient pass']
     assert (
         1.7 < kept(double) / kept(plan) < 2.1
-        and plan['disk']['collection'] == plan['memory']['student: weights, mean, two moments, gradients'] / 7
+        and plan['disk']['collection'] == plan['memory']['student: weights, two moments'] / 3
     )
     load_pools(cache, samples_of(effects, general))
     assert (

@@ -5,13 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from collectionlora.engine import terms
+from collectionlora.core import load_state, save_state
+from collectionlora.engine import state, terms
 from collectionlora.engine.pools import load_pools, samples_of
 from collectionlora.engine.rollouts import Engine
 from collectionlora.engine.settings import resolved, schedule_of
 from collectionlora.engine.state import Guard, State
 
-from test_distill import engine_of, make_world, open_world, SMALL
+from collectionlora.files.lora import read_lora
+
+from test_distill import engine_of, fails, make_world, open_world, run, same_history, SMALL
 
 BATCH = replace(SMALL, batch=5, fake_targets=0.5, p_switch=0.7)
 
@@ -163,3 +166,114 @@ def test_one_batch_holds_pictures_of_all_shapes(shapes):
         b.micro_batch = 0
         for role in ('student', 'fake'):
             b.remove(role)
+
+
+# --- checkpoints
+def stopping(where, times, monkeypatch):
+    "Makes a function of the loop run out of memory on these calls (from 1)."
+    from collectionlora.engine import loop
+
+    true, calls = getattr(loop, where), []
+
+    def short(*args, **kw):
+        calls.append(1)
+        if len(calls) in times:
+            raise RuntimeError('CUDA out of memory. Tried to allocate 3.63 GiB')
+        return true(*args, **kw)
+
+    monkeypatch.setattr(loop, where, short)
+
+
+LOOKED = replace(SMALL, steps=3, fake_warmup=1)
+
+
+@pytest.fixture(scope='module')
+def looked(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp('looked')
+    return run(world, LOOKED, out, val_every=2, save_every=3), (out / 'collection.safetensors').read_bytes()
+
+
+def test_out_of_memory_at_a_look_loses_no_step(world, looked, tmp_path, monkeypatch):
+    "The step before a look is on disk, and the run goes on with the look it missed."
+    stopping('validate', {1}, monkeypatch)
+    assert 'micro_batch' in fails(world, LOOKED, tmp_path, val_every=2, save_every=3)
+    assert [p.name[:7] for p in (tmp_path / 'checkpoints').glob('*.pt')] == ['0000002']
+    history = run(world, LOOKED, tmp_path, val_every=2, save_every=3)
+    assert same_history(history, looked[0]) and 'val' in history[1]
+    assert (tmp_path / 'collection.safetensors').read_bytes() == looked[1]
+
+
+def test_out_of_memory_at_a_checkpoint_loses_only_what_came_after_the_last(world, looked, tmp_path, monkeypatch):
+    def short(path, packed):
+        if packed['step'] == 2:
+            raise MemoryError('out of memory')
+        save_state(path, packed)
+
+    monkeypatch.setattr(state, 'save_state', short)
+    assert 'the last checkpoint is whole' in fails(world, LOOKED, tmp_path, val_every=2, save_every=1)
+    monkeypatch.undo()
+    assert [p.name[:7] for p in (tmp_path / 'checkpoints').glob('*.pt')] == ['0000001']
+    assert same_history(run(world, LOOKED, tmp_path, val_every=2, save_every=3), looked[0])
+    assert (tmp_path / 'collection.safetensors').read_bytes() == looked[1]
+
+
+def test_checkpoints_come_by_time_too_and_within_a_step(world, tmp_path, monkeypatch):
+    from collectionlora.engine import loop
+
+    written, true = [], loop.save_checkpoint
+    monkeypatch.setattr(loop, 'save_checkpoint', lambda *a: written.append(true(*a).stem))
+    run(world, replace(LOOKED, steps=1, fake_warmup=2), tmp_path, save_every=50, save_minutes=0.0, keep=2)
+    assert written[:3] == ['0000000-00000001', '0000000-00000002', '0000000-00000003'] and len(written) == 5
+    left = sorted(p.stem for p in (tmp_path / 'checkpoints').glob('*.pt'))
+    assert left == [written[0], *written[-2:]]  # the first of step 0, and the last two
+
+
+def test_a_resumed_state_keeps_nothing_of_its_file(world, roles, tmp_path):
+    engine = engine_of(world, SMALL)
+    now, guard = State.fresh(roles, engine.s), Guard(0)
+    terms.fake_update(engine, now, 'one', guard)
+    packed = now.pack({})
+    assert packed['student'].data_ptr() == now.student.data_ptr()  # no copy is made to be written
+    save_state(tmp_path / 'c.pt', packed)
+    again = State.fresh(roles, engine.s)
+    saved = load_state(tmp_path / 'c.pt', mapped=True)
+    again.unpack(saved)
+    of_file = {t.untyped_storage().data_ptr() for t in saved['opt_fake']['state'][0].values()} | {
+        saved[k].untyped_storage().data_ptr() for k in ('student', 'fake', 'mean')
+    }
+    held = [again.student, again.fake, again.mean, *again.opt_fake.state[again.fake].values()]
+    assert not of_file & {t.untyped_storage().data_ptr() for t in held}
+    assert torch.equal(again.opt_fake.state[again.fake]['exp_avg'], saved['opt_fake']['state'][0]['exp_avg'])
+
+
+def test_files_are_in_the_bases_numbers(world, tmp_path):
+    "A collection for a base in half precision is half as large; on an fp32 base it is asked for."
+    run(world, replace(LOOKED, steps=1), tmp_path / 'half', file_dtype=torch.bfloat16)
+    run(world, replace(LOOKED, steps=1), tmp_path / 'full')
+    half, full = (read_lora(tmp_path / n / 'collection.safetensors') for n in ('half', 'full'))
+    for name, (A, B) in full.factors.items():
+        assert torch.equal(half.factors[name][0].float(), A.bfloat16().float())
+
+
+def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    import hashlib
+
+    from collectionlora import core
+
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'home'))
+    monkeypatch.setattr(core, 'LARGE_FILE', 1000)
+    monkeypatch.setattr(core, 'SETTLED', -1.0)
+    file, small = tmp_path / 'base.safetensors', tmp_path / 'small'
+    file.write_bytes(b'a' * 2000)
+    small.write_bytes(b'a' * 10)
+    true = hashlib.sha256(b'a' * 2000).hexdigest()
+    assert core.sha256_file(file) == true and core.sha256_file(small) == hashlib.sha256(b'a' * 10).hexdigest()
+    (note,) = (p for p in (tmp_path / 'home').rglob('*') if p.is_file())
+    note.write_text('0' * 64)
+    assert core.sha256_file(file) == '0' * 64  # it was not read again
+    file.write_bytes(b'b' * 2000)
+    assert core.sha256_file(file) == hashlib.sha256(b'b' * 2000).hexdigest()
+    monkeypatch.setattr(core, 'SETTLED', 60.0)
+    file.write_bytes(b'c' * 2000)
+    core.sha256_file(file)
+    assert len([p for p in (tmp_path / 'home').rglob('*') if p.is_file()]) == 2  # too fresh to be trusted

@@ -120,7 +120,7 @@ def test_settings_are_checked(bad):
 
 def test_a_batch_is_a_function_of_its_step(world):
     data = world[2]
-    a, b, c = (draw_batch(data, SMALL, k) for k in (3, 3, 4))
+    a, b, c = (draw_batch(data, SMALL, k)[0] for k in (3, 3, 4))
     assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3])) and torch.equal(a[3].emb, b[3].emb)
     assert not torch.equal(a[1], c[1])
 
@@ -131,7 +131,7 @@ def test_instructions_are_dropped_at_the_asked_rate(world):
     empty = bucket.cond.index([M])
     dropped = 0
     for step in range(100):
-        cond = draw_batch(data, s, step)[3]
+        cond = draw_batch(data, s, step)[0][3]
         for i in range(4):
             row = cond.index([i])
             dropped += row.emb.shape == empty.emb.shape
@@ -150,7 +150,7 @@ def test_two_shapes_and_flips_train_together(base, world, tmp_path):
     wide = effect_at(tmp_path, 'wide', 2, (160, 64))
     data = flow_data(world[1], examples(world[0]) + examples(wide, 'other words'), flip=True)
     assert [len(b.groups) for b in data.buckets] == [6, 4] and data.hash != flow_data(world[1], examples(world[0])).hash
-    seen = {draw_batch(data, SMALL, k)[0].shape[1] for k in range(20)}
+    seen = {x0.shape[1] for k in range(20) for x0, *_ in draw_batch(data, SMALL, k)}
     assert len(seen) == 2
     lora, infos = finish(train_fm(base.backbone, data, replace(SMALL, steps=3)), 3)
     assert len(infos) == 3

@@ -9,7 +9,7 @@ __all__ = ['Example', 'examples', 'Bucket', 'FlowData', 'flow_data', 'FlowSettin
 # %% ../../nbs/engine/finetune.ipynb #d19e9714
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from ..bases.backbone import Backbone, Cond
+from ..bases.slots import stored_dtype
 from ..core import bar, load_state, rng, save_state, seed_of, sha256_file, sha256_json, UserError
 from .pools import deal, decks
+from .state import restore
 from .words import with_words
 from ..files.conditions import ConditionCache
 from ..files.dialects import Lora
@@ -148,17 +150,22 @@ def balanced_rows(groups: Sequence[str], n: int, r) -> list[int]:
     return [next(turns[g]) for g in names]
 
 
-def draw_batch(data: FlowData, s: FlowSettings, step: int) -> tuple[Tensor, Tensor, Tensor, Cond]:
-    "(x0, eps [B, N, C], t [B], cond) of a step, a function of (settings, step) only."
+def draw_batch(data: FlowData, s: FlowSettings, step: int) -> list[tuple[Tensor, Tensor, Tensor, Cond]]:
+    "The batch of a step, shape by shape: (x0, eps [n, N, C], t [n], cond); a function of (settings, step) only."
     r, g = rng('flow batch', s.seed, step), torch.Generator().manual_seed(seed_of('flow noise', s.seed, step))
-    sizes = [len(b.groups) for b in data.buckets]
-    bucket = data.buckets[int(r.choice(len(sizes), p=[n / sum(sizes) for n in sizes]))]
-    rows = torch.tensor(balanced_rows(bucket.groups, s.batch, r))
-    x0 = bucket.x0[rows.to(bucket.x0.device)]
-    eps = torch.randn(x0.shape, generator=g).to(x0.device)
-    t = draw_times(s.batch, s.times, s.shift, g).to(x0.device)
+    r.random()  # chose a shape when a batch had only one; runs from then go on with the same rows
+    where = [(k, i) for k, b in enumerate(data.buckets) for i in range(len(b.groups))]
+    dealt = [where[i] for i in balanced_rows([data.buckets[k].groups[i] for k, i in where], s.batch, r)]
+    noises = [torch.randn(s.batch, *b.x0.shape[1:], generator=g) for b in data.buckets]
+    t = draw_times(s.batch, s.times, s.shift, g)
     dropped = torch.rand(s.batch, generator=g) < s.dropout
-    return x0.float(), eps, t, bucket.cond.index((rows + len(bucket.groups) * dropped).tolist())
+    found = []
+    for k, (bucket, eps) in enumerate(zip(data.buckets, noises)):
+        if mine := [i for i, (j, _) in enumerate(dealt) if j == k]:
+            rows, x = torch.tensor([dealt[i][1] for i in mine]), bucket.x0
+            cond = bucket.cond.index((rows + len(bucket.groups) * dropped[mine]).tolist())
+            found.append((x[rows.to(x.device)].float(), eps[mine].to(x.device), t[mine].to(x.device), cond))
+    return found
 
 # %% ../../nbs/engine/finetune.ipynb #e991f65f
 class FlowRun:
@@ -171,30 +178,37 @@ class FlowRun:
         self.opt = torch.optim.AdamW(self.params, lr=s.lr, betas=(0.9, 0.999), weight_decay=decay, fused=True)
 
     def pack(self) -> dict:
-        "What a checkpoint holds."
+        "What a checkpoint holds: the present tensors themselves, to be written before the next step."
         return {
             'settings': asdict(self.s),
             'data': self.data.hash,
             'step': self.step,
             'history': self.history,
-            'weights': self.backbone.flat(self.role).cpu().clone(),
+            'weights': self.backbone.flat(self.role),
             'optimiser': self.opt.state_dict(),
         }
 
     def unpack(self, saved: dict) -> None:
         "Takes over what `pack` wrote."
         self.backbone.flat(self.role).copy_(saved['weights'])
-        self.opt.load_state_dict(saved['optimiser'])
+        restore(self.opt, saved['optimiser'])
         self.step, self.history = saved['step'], saved['history']
+
+    def parts(self, step: int) -> Iterator[Tensor]:
+        "The loss of a step's batch in parts that add up to it: of one shape each and as small as the backbone wants."
+        for whole in draw_batch(self.data, self.s, step):
+            x0, eps, t, cond = (v.to(self.backbone.device) for v in whole)
+            for i in self.backbone.parts(len(x0)):
+                v = self.backbone.velocity(self.role, add_noise(x0[i], eps[i], t[i]), t[i], cond.index(i))
+                yield flow_loss(v, x0[i], eps[i]) * (len(v) / self.s.batch)
 
     def one(self) -> dict:
         "One step; returns {step, loss, grad_norm, lr, seconds}. Raises `UserError` if the loss is not finite."
-        start, s, step, device = time.perf_counter(), self.s, self.step, self.backbone.device
-        x0, eps, t, cond = (v.to(device) for v in draw_batch(self.data, s, step))
-        loss = flow_loss(self.backbone.velocity(self.role, add_noise(x0, eps, t), t, cond), x0, eps)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.params, s.clip)
-        loss, norm, lr = loss.item(), norm.item(), s.lr_at(step)
+        start, s, step, loss = time.perf_counter(), self.s, self.step, 0.0
+        for part in self.parts(step):
+            part.backward()
+            loss += part.item()
+        norm, lr = torch.nn.utils.clip_grad_norm_(self.params, s.clip).item(), s.lr_at(step)
         if not math.isfinite(loss + norm):
             raise UserError(f'step {step}: loss {loss}, gradient {norm}; lower lr ({s.lr})')
         for group in self.opt.param_groups:
@@ -226,7 +240,7 @@ def _restore(path: Path, settings: dict, data_hash: str) -> dict | None:
         return None
     fix = 'delete it to start anew, or choose another output folder'
     try:
-        state = load_state(path)
+        state = load_state(path, mapped=True)
     except Exception as e:
         raise UserError(f'{path}: damaged checkpoint ({type(e).__name__}); {fix}') from e
     was = state['settings']
@@ -251,16 +265,19 @@ def train_fm(
     saved = _restore(checkpoint, asdict(s), data.hash)
     backbone.add_role(role, s.rank, s.alpha, seed=seed_of('flow init', s.seed))
     try:
-        return (yield from _train(FlowRun(backbone, data, s, role), checkpoint and Path(checkpoint), saved))
+        run = FlowRun(backbone, data, s, role)
+        if saved:
+            run.unpack(saved)
+            saved = None
+        return (yield from _train(run, checkpoint and Path(checkpoint)))
     finally:
         backbone.remove(role)
 
 
-def _train(run: FlowRun, checkpoint: Path | None, saved: dict | None) -> Generator[dict, None, Lora]:
-    "The steps of a run, saved now and then; recorded ones first."
-    if saved:
-        run.unpack(saved)
-        yield from run.history
+def _train(run: FlowRun, checkpoint: Path | None, minutes: float = 20.0) -> Generator[dict, None, Lora]:
+    "The steps of a run, saved now and then and when `minutes` have passed; recorded ones first."
+    saved_at = time.monotonic()
+    yield from list(run.history)
 
     def save():
         if checkpoint and run.whole:
@@ -269,8 +286,10 @@ def _train(run: FlowRun, checkpoint: Path | None, saved: dict | None) -> Generat
     try:
         while run.step < run.s.steps:
             info = run.one()
-            if run.step % run.s.save_every == 0 or run.step == run.s.steps:
+            late = time.monotonic() - saved_at > 60 * minutes
+            if late or run.step % run.s.save_every == 0 or run.step == run.s.steps:
                 save()
+                saved_at = time.monotonic()
             yield info
     except (KeyboardInterrupt, GeneratorExit):
         save()
@@ -341,5 +360,5 @@ def sample_teacher(base, cache: ConditionCache, folder, id: str, seed: int, pair
     effect = write_world_effect(folder / 'effects' / id, id, pairs, seed)
     file = folder / 'teachers' / f'{id}.safetensors'
     lora, _ = finish(train_teacher(base, effect, cache, FlowSettings(steps=2, batch=2, rank=4)), 2, id)
-    write_lora(file, lora, lora.meta['header'])
+    write_lora(file, lora, lora.meta['header'], stored_dtype(base.folder))
     return with_words(effect, seed), file

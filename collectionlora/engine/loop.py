@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['check_inputs', 'fingerprint_of', 'catalogue_entry', 'parents_of', 'collection_header', 'add_roles', 'remove_roles',
-           'learning_roles', 'prepare', 'Training', 'fakes_by', 'writers', 'go_back', 'distill']
+           'learning_roles', 'prepare', 'read_in', 'begin', 'Training', 'fakes_by', 'writers', 'go_back', 'distill']
 
 # %% ../../nbs/engine/loop.ipynb #616a0326
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from ..bases.backbone import Backbone
 from ..bases.pipeline import Base
+from ..bases.slots import stored_dtype
 from ..c2fdo import generator_times
 from ..core import load_state, nearest, seed_of, sha256_file, sha256_json, UserError
 from .looks import Look, look_at, validate
@@ -41,6 +43,8 @@ from ..teachers import TeacherBank
 def check_inputs(effects, general, bank, s: Settings) -> None:
     "Raises UserError if effects, general data, teachers and settings do not fit together."
     check_terms(s)
+    if s.p_switch > 0 and s.weight_ts > 0:
+        generator_times(schedule_of(s), s.tau_max)
     if s.p_switch > 0 and not effects:
         raise UserError('distill: p_switch is above 0 but there are no effects; give some or set p_switch to 0')
     if s.p_switch < 1 and not general:
@@ -158,6 +162,21 @@ def prepare(base: Base, effects, general, cache: ConditionCache, s: Settings) ->
     add_roles(base, s)
     return pools
 
+# %% ../../nbs/engine/loop.ipynb #18676873
+def read_in(cache: ConditionCache, effects, general, shown, n: int, words: str) -> tuple[list[Pool], Look | None]:
+    "All that needs the encoders: the pools, and looks at n pairs of each of the effects `shown`."
+    pools = load_pools(cache, samples_of(effects, general, words))
+    return pools, look_at(cache, shown, n, words) if shown else None
+
+
+def begin(base: Base, s: Settings, ranks: Ranks, saved: dict | None) -> State:
+    "Fresh roles and the state of a run: that before the first update, or a checkpoint's."
+    add_roles(base, s)
+    state = State.fresh(base.backbone, s, ranks)
+    if saved:
+        state.unpack(saved)
+    return state
+
 # %% ../../nbs/engine/loop.ipynb #529145b0
 @dataclass
 class Training:
@@ -175,6 +194,23 @@ class Training:
     look: Look | None
     val_every: int
     look_every: int
+    save_minutes: float = math.inf
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def checkpoint(self) -> None:
+        "Saves, and notes when."
+        self.save()
+        self.saved_at = time.monotonic()
+
+    def overdue(self) -> bool:
+        "Whether the last checkpoint is older than `save_minutes`; all processes ask together and agree."
+        return self.engine.ranks.any(time.monotonic() - self.saved_at > 60 * self.save_minutes)
+
+    def unseen(self) -> bool:
+        "Whether the last step is one whose pictures are to be looked at, and have not been."
+        state, now = self.state, self.look and self.state.step
+        wanted = now and (now % self.val_every == 0 or now == self.engine.s.steps)
+        return bool(wanted) and bool(state.history) and 'val' not in state.history[-1]
 
     def table(self) -> list[str | None]:
         """The effect, or None, of every route of every generator step; while there is only the anchor, an effect on
@@ -200,8 +236,19 @@ def fakes_by(s: Settings, step: int) -> int:
     return s.fake_warmup + (step + 1 - s.anchor_first) * s.fake_per_generator if step >= s.anchor_first else 0
 
 # %% ../../nbs/engine/loop.ipynb #7e0b2df7
-def writers(base: Base, effects, engine: Engine, state: State, out: Path, fingerprint: dict, keep: int, every: int):
-    "(save(agreed), publish(path)) of a run: the next checkpoint, and the student's present weights as a LoRA file."
+def writers(
+    base: Base,
+    effects,
+    engine: Engine,
+    state: State,
+    out: Path,
+    fingerprint: dict,
+    keep: int,
+    every: int,
+    dtype: torch.dtype = torch.float32,
+):
+    """(save(agreed), publish(path)) of a run: the next checkpoint, and the student's present weights as a LoRA file
+    of numbers in `dtype`."""
     write = lambda: save_checkpoint(out / 'checkpoints', state, fingerprint, keep, every)
     header = lambda: collection_header(base, engine.bank, effects, engine.s, engine.times, state, fingerprint)
 
@@ -210,7 +257,7 @@ def writers(base: Base, effects, engine: Engine, state: State, out: Path, finger
 
     def publish(path) -> None:
         with writing(path):
-            engine.ranks.first(lambda: write_lora(path, base.backbone.lora('student'), header()) and None)
+            engine.ranks.first(lambda: write_lora(path, base.backbone.lora('student'), header(), dtype) and None)
 
     return save, publish
 
@@ -238,14 +285,16 @@ def _findings(history: Sequence[dict], info: dict) -> dict:
 
 
 def _validate(t: Training) -> dict:
-    "The validation sheet of a step and its numbers; the best weights so far are written as a file."
+    """The validation sheet of the last step and its numbers, which join its monitors; the best weights so far are
+    written as a file."""
     sheet = t.out / 'validation' / f'{t.state.step:07d}.png'
     with weights_of(t.base.backbone, 'student', t.state.mean):
         path = None if t.engine.ranks.rank else sheet
         seen = validate(t.base, t.look, t.engine.times, t.engine.s.seed, path, t.engine.s.sampler)
         if is_best(t.state.history, seen):
             t.publish(t.out / 'best.safetensors')
-    return seen
+    t.state.history[-1] |= seen
+    return t.state.history[-1]
 
 # %% ../../nbs/engine/loop.ipynb #74fa3198
 def _step(t: Training, stop: Interruption, table: Sequence[str | None]) -> dict:
@@ -262,14 +311,14 @@ def _step(t: Training, stop: Interruption, table: Sequence[str | None]) -> dict:
             engine.bank.move(coming[0])
         with stop.unit(), engine.in_step(), telling_what_helps(s):
             fake_update(engine, state, stream(state.fakes), guard)
+        if t.overdue():
+            t.checkpoint()
     with stop.unit(), engine.in_step(), telling_what_helps(s):
         watch, info = _watch(t, now[0]), dict(step=state.step + 1, effect=now if s.routes > 1 else now[0])
         info |= generator_update(engine, state, now, guard, look=watch is not None)
         info |= watch.after() if watch else {}
         info |= {k: engine.ranks.total(engine.passes[k] - before[k]) for k in before}
         info |= dict(seconds=time.perf_counter() - start)
-        if t.look and (state.step % t.val_every == 0 or state.step == s.steps):
-            info |= _validate(t)
         state.history.append(info | _findings(state.history, info))
     return state.history[-1]
 
@@ -281,7 +330,7 @@ def _regular(folder: Path, before: int, every: int) -> dict | None:
         if int(path.stem[:7]) >= before or int(path.stem[:7]) % every:
             continue
         try:
-            saved = load_state(path)
+            saved = load_state(path, mapped=True)
         except Exception:
             continue
         if not saved['recent']:
@@ -308,6 +357,7 @@ def go_back(t: Training, why: Diverged) -> None:
     ranks.same(saved and saved['step'], folder)  # also holds back whoever would write before all have read
     if saved:
         state.unpack(saved)
+        saved = None
     else:
         add_roles(t.base, s)
         vars(state).update(vars(State.fresh(t.base.backbone, s, ranks)))
@@ -318,20 +368,34 @@ def go_back(t: Training, why: Diverged) -> None:
     ranks.first(lambda: _forget_after(folder, f'{state.step:07d}-{state.fakes:08d}'))
 
 # %% ../../nbs/engine/loop.ipynb #f01ea366
-def _train(t: Training) -> Generator[dict, None, None]:
-    "The loop: updates, between which it may stop, be saved and be resumed."
-    s, state, stop, table = t.engine.s, t.state, Interruption(t.engine.ranks), t.table()
+def _advance(t: Training, stop: Interruption, table: Sequence[str | None]) -> dict | None:
+    "One step and its checkpoint, where one is due; None where the run has diverged and gone back."
+    s, state = t.engine.s, t.state
     try:
-        while state.step < s.steps:
-            try:
-                info = _step(t, stop, table)
-            except Diverged as why:
-                go_back(t, why)
-                stop.whole = True
-                continue
-            if state.step % t.save_every == 0 or state.step == s.steps:
-                t.save()
-            yield info
+        info = _step(t, stop, table)
+    except Diverged as why:
+        go_back(t, why)
+        stop.whole = True
+        return None
+    if state.step % t.save_every == 0 or state.step == s.steps or t.unseen() or t.overdue():
+        t.checkpoint()
+    return info
+
+
+def _train(t: Training) -> Generator[dict, None, None]:
+    "The loop: updates, between which it may stop, be saved and be resumed; what they made is saved before it is shown."
+    s, state, stop, table = t.engine.s, t.state, Interruption(t.engine.ranks), t.table()
+    yield from state.history[:-1] if t.unseen() else list(state.history)  # what is recorded
+    try:
+        while state.step < s.steps or t.unseen():
+            info = None if t.unseen() else _advance(t, stop, table)
+            if t.unseen():
+                with stop.unit(), t.engine.in_step(), telling_what_helps(s):
+                    info = _validate(t)
+                if state.step == s.steps:
+                    t.checkpoint()
+            if info:
+                yield info
     except (KeyboardInterrupt, GeneratorExit):
         if stop.whole:
             t.save(stop.asked)
@@ -356,6 +420,8 @@ def distill(
     ranks: Ranks | None = None,
     look_every: int = 10,
     drop_encoders: bool = False,
+    save_minutes: float = 20.0,
+    file_dtype: torch.dtype | None = None,
 ) -> Generator[dict, None, Path]:
     """Trains the student; yields the monitors of each generator step (recorded ones first), returns the path of the
     LoRA file.
@@ -366,15 +432,15 @@ def distill(
     look; file (default out_folder/collection.safetensors) appears at the end. validation: effect sets to look at
     every val_every steps (default: the training effects). look_every: steps between looks at the run's health (0:
     never), whose findings are said once and stand in the infos. drop_encoders: unload them once all is cached.
-    ranks: the processes that share the work (default: those that torchrun or its like started), each of which calls
-    this function. A run that diverges goes back and takes smaller steps; an info whose step was yielded before then
-    replaces everything from there on. Raises UserError before training for anything that does not fit."""
+    save_minutes: a checkpoint is written whenever the last one is older, within a step too. file_dtype: of the files'
+    numbers (default: bfloat16 where the base is stored in it). ranks: the processes that share the work (default:
+    those that torchrun or its like started), each of which calls this function. A run that diverges goes back and
+    takes smaller steps; an info whose step was yielded before then replaces everything from there on. Raises UserError
+    before training for anything that does not fit."""
     ranks = ranks or join(base.backbone.device.type)
     out, s, backbone = Path(out_folder), resolved(settings, float(base.info['shift'])), base.backbone
     check_inputs(effects, general, bank, s)
     times, file = schedule_of(s), Path(file or out / 'collection.safetensors')
-    if s.p_switch > 0 and s.weight_ts > 0:
-        generator_times(times, s.tau_max)
     check_scale(ranks, backbone, s)
     with ranks.holding(out):
         fingerprint = fingerprint_of(base, bank, effects, general, s)
@@ -382,21 +448,19 @@ def distill(
         ranks.same(saved and (saved['step'], saved['fakes']), f'{out}/checkpoints')
         with learning_roles(backbone):
             with telling_what_helps(s):
-                pools = ranks.in_turn(lambda: prepare(base, effects, general, cache, s))
-            shown = (validation or effects) if val_every else ()
-            look = ranks.in_turn(lambda: look_at(cache, shown, val_per_effect, s.prompts)) if shown else None
-            with telling_what_helps(s):
-                state = State.fresh(backbone, s, ranks)
-            if saved:
-                state.unpack(saved)
+                shown = (validation or effects) if val_every else ()
+                pools, look = ranks.in_turn(lambda: read_in(cache, effects, general, shown, val_per_effect, s.prompts))
             if drop_encoders:
                 base.drop_encoders()
-            yield from list(state.history)
+            with telling_what_helps(s):
+                state, saved = begin(base, s, ranks, saved), None
             plain = frozenset(e.id for e in effects if isinstance(e, Rehearsal))
             engine = Engine(backbone, bank, pools, s, times, ranks, plain=plain)
-            save, publish = writers(base, effects, engine, state, out, fingerprint, keep, save_every)
-            ids, often = [e.id for e in effects], (save_every, look, val_every, look_every)
-            yield from _train(Training(base, engine, state, ids, out, fingerprint, save, publish, *often))
+            dtype = file_dtype or stored_dtype(base.folder)
+            save, publish = writers(base, effects, engine, state, out, fingerprint, keep, save_every, dtype)
+            ids, often = [e.id for e in effects], (save_every, look, val_every, look_every, save_minutes)
+            t = Training(base, engine, state, ids, out, fingerprint, save, publish, *often)
+            yield from _train(t)
             with weights_of(backbone, 'student', state.mean):
                 publish(file)
             return file

@@ -152,10 +152,11 @@ class _Encoder(_Entries):
             if not self._whole(key):
                 missing.setdefault(self._shape(p, c), []).append((p, c))
         with bar(total=sum(map(len, missing.values())), desc=desc) as progress:
+            most = min(self.batch, self.base.backbone.micro_batch or self.batch)
             for group in missing.values():
-                for i in range(0, len(group), self.batch):
-                    self._encode(group[i : i + self.batch], flip)
-                    progress.update(len(group[i : i + self.batch]))
+                for i in range(0, len(group), most):
+                    self._encode(group[i : i + most], flip)
+                    progress.update(len(group[i : i + most]))
 
     def _get(self, asked, flip: bool) -> list[dict]:
         asked = [(Path(p), c) for p, c in asked]

@@ -407,8 +407,19 @@ def _write_csv(path: Path, rows: list) -> None:
         csv.writer(f).writerows(rows)
 
 # %% ../../nbs/run/judging.ipynb #316f2992
-def _cell(estimate) -> str:
-    return f'{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}] n={estimate.n}'
+def _cell(estimate, outputs: int) -> str:
+    "Mean, interval and count; '–' where the column is defined for no output."
+    if estimate is None or estimate.n == 0:
+        return '–'
+    count = f'n={estimate.n}' if estimate.n == outputs else f'n={estimate.n} of {outputs}'
+    return f'{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}] {count}'
+
+
+def _contrast(c, p: float) -> tuple:
+    "A line of the table of differences: t interval over effects, and the two-way bootstrap where effects are few."
+    both = f'[{c.two_way[0]:+.3f}, {c.two_way[1]:+.3f}]' if c.two_way else ''
+    size = f'{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]'
+    return _short(c.value), c.b, size, both, f'{c.p:.3f}', f'{p:.3f}', c.pairs
 
 
 def _short(column: str) -> str:
@@ -434,25 +445,13 @@ def show_table(
     rows, about = rooms.load_scores(made)
     names = [c for c in rooms.columns(rows) if everything or not any(w in c for w in ('; max]', '; centroid]'))]
     lines = rooms.table(rows, seed)
-    cells = [[_short(c), *(_cell(line[c]) if c in line else '' for line in lines)] for c in names]
+    cells = [[_short(c), *(_cell(line.get(c), line['n']) for line in lines)] for c in names]
     counts = ['outputs (invalid)', *(f'{line["n"]} ({line["invalid"]})' for line in lines)]
     Console(width=max(120, 34 * (1 + len(lines)))).print(
         grid(f'{made}: gate {about.get("gate")}', ['', *(line['method'] for line in lines)], [counts, *cells])
     )
     if against:
         found = rooms.contrasts(rows, against, names, seed)
-        told = [
-            (
-                _short(c.value),
-                c.b,
-                f'{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]',
-                f'{c.p:.3f}',
-                f'{p:.3f}',
-                c.pairs,
-            )
-            for c, p in found
-        ]
-        Console(width=140).print(
-            grid(f'{against} minus another', ('column', 'other', 'difference', 'p', 'Holm', 'pairs'), told)
-        )
+        heads = ('column', 'other', 'difference', 'two-way bootstrap', 'p', 'Holm', 'pairs')
+        Console(width=150).print(grid(f'{against} minus another', heads, [_contrast(c, p) for c, p in found]))
     _write_tables(made / 'scores', names, lines, [counts, *cells])

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent
 config = configparser.ConfigParser(delimiters=['='], interpolation=None)
 config.read(ROOT / 'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
-extras = ('', 'dev_', 'eval_', 'docs_', 'slurm_', 'photographs_', 'serve_', 'app_', 'deployment_', 'study_')
+extras = ('', 'dev_', 'eval_', 'docs_', 'slurm_', 'photographs_', 'serve_', 'app_', 'deployment_', 'study_', 'quantise_')
 requirements = {k: shlex.split(cfg[f'{k}requirements']) for k in extras}
 
 setup(

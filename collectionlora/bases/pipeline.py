@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['INFO_FILE', 'INFO', 'MOST_LONG', 'SPECIAL', 'PICTURE', 'Images', 'read_info', 'use_areas', 'token_types',
-           'fix_mm_token_type_ids', 'PilProcessor', 'has_torchvision', 'load_pipe', 'quiet', 'Parts', 'Pictures',
-           'Base', 'checked_device', 'load_base', 'scheduler_times', 'few_step_scheduler', 'plain_noise']
+           'fix_mm_token_type_ids', 'PilProcessor', 'has_torchvision', 'load_pipe', 'load_transformer',
+           'blank_transformer', 'quiet', 'Parts', 'Staged', 'Pictures', 'Base', 'checked_device', 'load_base',
+           'scheduler_times', 'few_step_scheduler', 'plain_noise']
 
 # %% ../../nbs/bases/pipeline.ipynb #f4e4a5e6
 import gc
@@ -15,7 +16,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from safetensors import safe_open, SafetensorError
 from torch import nn, Tensor
 
 from .backbone import Backbone, Cond
+from .fewer_bits import BY_LIBRARY, by_library, check_kind, to_four_bits, to_host
+from .frugal import EIGHT_BITS
 from ..core import read_json, sha256_folder, UserError
 
 # %% ../../nbs/bases/pipeline.ipynb #4601220b
@@ -123,6 +126,40 @@ def load_pipe(folder: Path, dtype: torch.dtype, **without):
         pipe.register_modules(processor=PilProcessor(folder / 'processor'))
     return pipe
 
+# %% ../../nbs/bases/pipeline.ipynb #3d84dc7a
+def _transformer_class(folder: Path):
+    library, name = read_json(folder / 'model_index.json')['transformer']
+    return getattr(importlib.import_module(library), name)
+
+
+def load_transformer(folder: Path, dtype: torch.dtype, device: str, frozen: str = '') -> nn.Module:
+    """The transformer of a pipeline folder, file by file straight to `device`; frozen: '' or a kind of
+    `fewer_bits.KINDS`, in which the weights under possible adapters are held."""
+    by_hand = frozen == 'nf4' and device == 'cpu'
+    config = (
+        by_library(frozen, dtype, blank_transformer(folder, dtype)) if frozen in BY_LIBRARY and not by_hand else None
+    )
+    place = None if frozen == 'host' or device == 'cpu' else {'': device}
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='.*torch_dtype.*')
+        found = _transformer_class(folder).from_pretrained(
+            folder / 'transformer', torch_dtype=dtype, device_map=place, quantization_config=config
+        )
+    if by_hand:
+        to_four_bits(found, dtype)
+    if frozen == 'host':
+        to_host(found, device)
+    return found
+
+
+def blank_transformer(folder: Path, dtype: torch.dtype) -> nn.Module:
+    "The transformer of a folder without numbers, on the meta device: what stands in for one that is not loaded yet."
+    with torch.device('meta'):
+        blank = _transformer_class(folder).from_config(read_json(folder / 'transformer' / 'config.json'))
+    for p in blank.parameters():
+        p.data = p.data.to(dtype)
+    return blank
+
 # %% ../../nbs/bases/pipeline.ipynb #cf28a140
 @contextmanager
 def quiet(folder: Path) -> Iterator[None]:
@@ -144,15 +181,25 @@ def quiet(folder: Path) -> Iterator[None]:
         for log in logs:
             log.enable_progress_bar()
 
+# %% ../../nbs/bases/pipeline.ipynb #003d8e3a
+def _backbone(transformer: nn.Module, frozen: str, hash: Callable[[], str]) -> Backbone:
+    "A transformer as backbone; what no library has held in fewer bits while it was loaded is so held here."
+    backbone = Backbone(transformer, hash=hash)
+    if frozen in EIGHT_BITS:
+        backbone.quantise(frozen)
+    backbone.frozen = frozen
+    return backbone
+
 # %% ../../nbs/bases/pipeline.ipynb #4a07c3d9
 @dataclass(eq=False, repr=False)
 class Parts:
-    "A Qwen-Image-Edit-Plus pipeline, its backbone, folder and settings; what only encodes can leave and come back."
+    "A Qwen-Image-Edit-Plus pipeline, its backbone, folder and settings."
 
     pipe: object
     backbone: Backbone
     folder: Path
     info: dict
+    asked: Mapping = field(default_factory=dict)  # dtype, device and frozen, as `load_base` was asked
 
     def __repr__(self):
         roles, numbers = ', '.join(self.backbone.roles) or 'none', str(self.backbone.dtype).removeprefix('torch.')
@@ -170,8 +217,13 @@ class Parts:
 
     @property
     def device(self) -> torch.device:
-        "Where transformer and latents are."
-        return self.backbone.device
+        "Where transformer and latents are, or will be."
+        device = self.backbone.device
+        return torch.device(self.asked['device']) if device.type == 'meta' else device
+
+# %% ../../nbs/bases/pipeline.ipynb #e0731902
+class Staged(Parts):
+    "A base whose encoders can leave and come back, and whose transformer may be loaded after them."
 
     @property
     def encoder_bytes(self) -> int:
@@ -192,6 +244,19 @@ class Parts:
         if self.device.type == 'cuda':
             torch.cuda.empty_cache()
         return freed
+
+    def load_transformer(self) -> None:
+        """Unloads the encoders of a base that was loaded `staged`, and loads its transformer; elsewhere nothing happens.
+
+        `backbone` is another object afterwards."""
+        if self.backbone.device.type != 'meta':
+            return
+        self.drop_encoders()
+        with quiet(self.folder):
+            transformer = load_transformer(self.folder, **self.asked)
+        _check_numbers(transformer, self.folder / 'transformer', self.asked['frozen'])
+        self.pipe.register_modules(transformer=transformer)
+        self.backbone = _backbone(transformer, self.asked['frozen'], lambda: self.hash)
 
     def load_encoders(self) -> None:
         "Loads again what `drop_encoders` has unloaded; nothing happens where it has not."
@@ -223,7 +288,7 @@ def _fits(area: int, ratio: float) -> bool:
     return min(w, h) > 0 and max(w, h) < MOST_LONG * min(w, h)
 
 # %% ../../nbs/bases/pipeline.ipynb #6130d281
-class Pictures(Parts):
+class Pictures(Staged):
     "Pictures to packed latents and back."
 
     def check_encoders(self, what: str) -> None:
@@ -274,7 +339,9 @@ class Pictures(Parts):
         z = pipe._unpack_latents(tokens, grid[0] * k, grid[1] * k, pipe.vae_scale_factor)
         z = z.to(self.device, pipe.vae.dtype)
         wide = lambda v: torch.tensor(v, device=z.device, dtype=z.dtype).view(1, -1, 1, 1, 1)
-        px = pipe.vae.decode(z * wide(config.latents_std) + wide(config.latents_mean), return_dict=False)[0][:, :, 0]
+        z = z * wide(config.latents_std) + wide(config.latents_mean)
+        parts = [pipe.vae.decode(z[i], return_dict=False)[0][:, :, 0] for i in self.backbone.parts(len(z))]
+        px = torch.cat(parts)
         return pipe.image_processor.postprocess(px, output_type=output_type)
 
 # %% ../../nbs/bases/pipeline.ipynb #169d9075
@@ -404,18 +471,15 @@ def _check_files(folder: Path) -> None:
         )
 
 # %% ../../nbs/bases/pipeline.ipynb #0d3ae65e
-def _check_weights(pipe, folder: Path) -> None:
-    "All weights came from the files. Raises UserError that names the part."
-    for part in _WEIGHTS:
-        weights = {w.data_ptr() or id(w): w.numel() for w in getattr(pipe, part).parameters()}  # tied ones once
-        stored = 0
-        for file in (folder / part).glob('*.safetensors'):
-            with safe_open(file, 'pt') as f:
-                stored += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
-        if stored < sum(weights.values()):
-            raise UserError(
-                f'{folder / part}: its files hold {stored} numbers, the model has {sum(weights.values())}; {_AGAIN}'
-            )
+def _check_numbers(part: nn.Module, folder: Path, frozen: str = '') -> None:
+    "All weights of a part came from its files. Raises UserError that names the part."
+    weights = {w.data_ptr() or id(w): w.numel() for w in part.parameters()}  # tied ones once
+    stored = 0
+    for file in folder.glob('*.safetensors'):
+        with safe_open(file, 'pt') as f:
+            stored += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
+    if stored < sum(weights.values()) and not frozen:
+        raise UserError(f'{folder}: its files hold {stored} numbers, the model has {sum(weights.values())}; {_AGAIN}')
 
 
 def _check_offset(pipe, folder: Path) -> None:
@@ -442,24 +506,36 @@ def checked_device(device: str | torch.device) -> str:
     return str(device)
 
 # %% ../../nbs/bases/pipeline.ipynb #0c884b3c
-def _checked_pipe(folder: Path, dtype: torch.dtype):
-    "The pipeline of a folder whose files have been checked; its weights are checked here."
+def _checked_pipe(folder: Path, dtype: torch.dtype, device: str, frozen: str, staged: bool):
+    """(pipeline, transformer) of a folder whose files have been checked; its weights are checked here. staged: the
+    transformer has no numbers yet, and the pipeline lacks it."""
     try:
         with quiet(folder):
-            pipe = load_pipe(folder, dtype)
+            pipe = load_pipe(folder, dtype, transformer=None)
+            for part in (pipe.vae, pipe.text_encoder):
+                part.to(device)
+            found = blank_transformer(folder, dtype) if staged else load_transformer(folder, dtype, device, frozen)
+    except UserError:
+        raise
     except Exception as e:  # whatever the libraries raise for configurations and weights that do not fit
         why = f'{type(e).__name__}: {" ".join(str(e).split())[:300]}'
         raise UserError(f'{folder}: its parts do not fit together ({why}); {_AGAIN}') from e
-    _check_weights(pipe, folder)
+    for part in ('text_encoder', 'vae'):
+        _check_numbers(getattr(pipe, part), folder / part)
+    if not staged:
+        _check_numbers(found, folder / 'transformer', frozen)
+        pipe.register_modules(transformer=found)
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe, found
 
 # %% ../../nbs/bases/pipeline.ipynb #1e0966af
-def load_base(folder, device: str = 'cpu', dtype: torch.dtype | None = None, frozen: str = '') -> Base:
+def load_base(
+    folder, device: str = 'cpu', dtype: torch.dtype | None = None, frozen: str = '', staged: bool = False
+) -> Base:
     """A Qwen-Image-Edit-Plus pipeline folder (nano, tiny or full) as a `Base`.
 
-    dtype None: float32 on CPU, else bfloat16; frozen: '', or 'int8' or 'fp8' to hold the transformer's frozen weights
-    in eight bits.
+    dtype None: float32 on CPU, else bfloat16; frozen: '', or a kind of `fewer_bits.KINDS` to hold the transformer's frozen
+    weights in fewer bits; staged: the encoders alone, until `load_transformer` lets them go and loads the transformer.
 
     Raises UserError if the folder is no such pipeline, lacks a file or holds a damaged one, or its tokenizer does not
     fit the prompt template."""
@@ -472,19 +548,17 @@ def load_base(folder, device: str = 'cpu', dtype: torch.dtype | None = None, fro
         raise UserError(f'{index}: _class_name is {name!r}; only QwenImageEditPlusPipeline folders can be a base.')
     if dtype is None:
         dtype = torch.float32 if device == 'cpu' else torch.bfloat16
+    check_kind(frozen)
     _check_files(folder)
-    info = read_info(folder)
-    pipe = _checked_pipe(folder, dtype)
-    backbone = Backbone(pipe.transformer, hash=lambda: base.hash)
-    if frozen:
-        backbone.quantise(frozen)
-    pipe.to(device)
+    info, asked = read_info(folder), dict(dtype=dtype, device=device, frozen=frozen)
+    pipe, transformer = _checked_pipe(folder, **asked, staged=staged)
+    backbone = _backbone(transformer, '' if staged else frozen, lambda: base.hash)
     _check_offset(pipe, folder)
     fix_mm_token_type_ids(pipe.text_encoder)
     use_areas(info)
     for part in (pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()
-    base = Base(pipe, backbone, folder, info)
+    base = Base(pipe, backbone, folder, info, asked)
     return base
 
 # %% ../../nbs/bases/pipeline.ipynb #59919b2e

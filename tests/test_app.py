@@ -184,10 +184,9 @@ def test_the_whole_way_of_a_user(site, browser, tmp_path):
     effect('lava creature').check()
     page.wait_for_timeout(2000)
     make.click()
-    page.locator('.toast-body').first.wait_for()
+    said(page, 'cannot be read as PNG, JPEG or WebP')
     assert not page.locator('#history img').count()
-    page.reload()
-    page.wait_for_selector('#subjects img')
+    effect('lava creature').uncheck()
 
     page.locator('#subjects button').nth(2).click()
     page.wait_for_selector('#picture img')
@@ -269,4 +268,23 @@ def test_nothing_sticks_out(site, browser, width):
     boxes = [page.locator(i).bounding_box() for i in ('#picture', '#effects', '#make', '#compare')]
     assert all(b['x'] >= 0 and b['x'] + b['width'] <= width and b['width'] > 200 for b in boxes)
     assert (boxes[3]['y'] > boxes[2]['y']) == (width == 400)  # below on a phone, beside on a desk
+    context.close()
+
+
+@pytest.mark.slow
+def test_a_prompt_of_the_gallery_is_copied_by_a_click(browser, tmp_path):
+    from collectionlora.files.card import gallery_html, inspect
+
+    page_file = tmp_path / 'gallery.html'
+    page_file.write_text(gallery_html(inspect(COLLECTION)), encoding='utf-8')
+    context = browser.new_context()
+    context.grant_permissions(['clipboard-read', 'clipboard-write'])
+    page, errors = context.new_page(), []
+    page.on('console', lambda m: errors.append(m.text))
+    page.goto(page_file.as_uri())
+    page.get_by_role('button', name='copy').nth(2).click()
+    page.get_by_role('button', name='copied').wait_for()
+    assert page.evaluate('navigator.clipboard.readText()').startswith('nopesut, a black lava creature')
+    page.evaluate("document.body.append(Object.assign(document.createElement('script'), {textContent: 'var evil = 1'}))")
+    assert page.evaluate('typeof evil') == 'undefined' and 'Content Security Policy' in errors[-1]
     context.close()

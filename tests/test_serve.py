@@ -372,6 +372,31 @@ def test_an_extra_that_is_absent_is_named(monkeypatch):
     assert said == 'serve: prometheus_client is not installed; run `pip install "collectionlora[serve]"`'
 
 
+@pytest.mark.parametrize(
+    'words, said',
+    [
+        (['--host', '0.0.0.0'], 'others can reach it; give --token'),
+        (['--host', '0.0.0.0', '--token', 'short'], 'at least 16'),
+        (['--host', '203.0.113.7', '--token', 'x' * 16], 'cannot listen there'),
+        ([__file__], 'test_serve.py'),
+        (['absent.safetensors'], 'absent.safetensors'),
+        (['--base', 'absent-base'], '--collection'),
+        ([str(COLLECTION), '--base', 'absent-base'], 'absent-base'),
+        (['--device', 'gpu'], 'gpu'),
+        (['--port', '99999'], '65535'),
+    ],
+)
+def test_the_command_refuses_before_anything_is_loaded(web, words, said, monkeypatch):
+    from typer.testing import CliRunner
+
+    from collectionlora.run.cli import app
+    from collectionlora.use import edit
+
+    monkeypatch.setattr(edit, 'load_base', None)
+    done = CliRunner().invoke(app, ['serve', *words])
+    assert done.exit_code == 2 and said in done.output, done.output
+
+
 # ---------------------------------------------------------------- killed
 
 

@@ -69,21 +69,19 @@ def jpeg(picture: Image.Image, path: Path) -> None:
     raise SystemExit(f'{path}: over {MOST} bytes at every quality')
 
 
-def strip_of(shots: list[Image.Image], height: int = 700) -> Image.Image:
-    "Screenshots side by side."
-    small = [s.resize((round(s.width * height / s.height), height), Image.LANCZOS) for s in shots]
-    strip = Image.new('RGB', (sum(s.width + 8 for s in small) - 8, height), 'white')
-    at = 0
-    for s in small:
-        strip.paste(s, (at, 0))
-        at += s.width + 8
+def strip_of(shots: list[Image.Image], width: int = 480) -> Image.Image:
+    "Screenshots side by side, each so wide."
+    small = [s.resize((width, round(s.height * width / s.width)), Image.LANCZOS) for s in shots]
+    strip = Image.new('RGB', (len(small) * (width + 8) - 8, max(s.height for s in small)), 'white')
+    for k, s in enumerate(small):
+        strip.paste(s, (k * (width + 8), 0))
     return strip
 
 
 def main() -> None:
     args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     args.add_argument('--width', type=int, default=1400)
-    args.add_argument('--to', type=Path, default=ROOT / 'assets' / 'app.jpg')
+    args.add_argument('--to', type=Path, help='default: assets/app.jpg')
     args.add_argument('--strip', type=Path)
     args = args.parse_args()
     told, ready, end, folder = [], threading.Event(), threading.Event(), tempfile.mkdtemp()
@@ -97,9 +95,11 @@ def main() -> None:
     end.set()
     app.join()
     shutil.rmtree(folder)
-    jpeg(shots[2].resize((min(args.width, 1200), round(shots[2].height * min(args.width, 1200) / args.width))), args.to)
+    wide = min(args.width, 1200)
+    shown = shots[2].resize((wide, round(shots[2].height * wide / args.width)), Image.LANCZOS)
+    jpeg(shown, args.to or ROOT / 'assets' / 'app.jpg')
     if args.strip:
-        jpeg(strip_of(shots), args.strip)
+        jpeg(strip_of(shots, 480 if args.width > 700 else 240), args.strip)
 
 
 if __name__ == '__main__':

@@ -236,7 +236,7 @@ footer { display: none !important }
   grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)) }
 #subjects .grid-container, #results .grid-container, #history .grid-container { grid-auto-rows: auto }
 #results .caption-label, #history .caption-label { left: 4px; right: 4px; bottom: 4px; max-width: none; padding: 1px 5px;
-  font-size: .72rem; text-align: center }
+  font-size: .72rem; line-height: 1.15; text-align: center; white-space: normal }
 #subjects .thumbnail-item, #results .thumbnail-item, #history .thumbnail-item { height: auto; aspect-ratio: 1 }
 #subjects img, #results img, #history img { width: 100%; height: 100%; object-fit: contain }
 #effects .wrap { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 10px; padding: 2px }
@@ -311,6 +311,7 @@ class Page:
         gr, ids = self.gr, list(self.collection.catalogue)
         sources = ['upload', 'clipboard']
         self.picture = gr.Image(type='filepath', label='Picture', sources=sources, height=260, elem_id='picture')
+        self.picture.preprocess = lambda sent: sent.path if sent else None  # the file as it came; we say what is wrong
         gr.Markdown('Or one of these drawings:', visible=bool(self.subjects))
         small = dict(columns=6, allow_preview=False, buttons=[], show_label=False, elem_id='subjects')
         self.drawn = gr.Gallery([str(p) for p in self.subjects], visible=bool(self.subjects), **small)

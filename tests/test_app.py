@@ -285,6 +285,8 @@ def test_a_prompt_of_the_gallery_is_copied_by_a_click(browser, tmp_path):
     page.get_by_role('button', name='copy').nth(2).click()
     page.get_by_role('button', name='copied').wait_for()
     assert page.evaluate('navigator.clipboard.readText()').startswith('nopesut, a black lava creature')
-    page.evaluate("document.body.append(Object.assign(document.createElement('script'), {textContent: 'var evil = 1'}))")
+    page.evaluate(
+        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'var evil = 1'}))"
+    )
     assert page.evaluate('typeof evil') == 'undefined' and 'Content Security Policy' in errors[-1]
     context.close()

@@ -1,12 +1,14 @@
 "What needs memory and what does not change: micro-batches, gradients in place, states on the host."
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-from collectionlora.core import load_state, save_state
+from collectionlora.core import load_state, save_state, UserError
 from collectionlora.engine import state, terms
+from collectionlora.engine.parallel import optimiser, Ranks
 from collectionlora.engine.pools import load_pools, samples_of
 from collectionlora.engine.rollouts import Engine
 from collectionlora.engine.settings import resolved, schedule_of
@@ -277,3 +279,41 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeyp
     file.write_bytes(b'c' * 2000)
     core.sha256_file(file)
     assert len([p for p in (tmp_path / 'home').rglob('*') if p.is_file()]) == 2  # too fresh to be trusted
+
+
+# --- moments in eight bits
+def test_eight_bit_moments_are_refused_where_they_cannot_be():
+    with pytest.raises(UserError, match='low_precision rounds moments'):
+        replace(SMALL, moments='8bit', low_precision=True)
+    with pytest.raises(UserError, match="moments is '4bit'"):
+        replace(SMALL, moments='4bit')
+    with pytest.raises(UserError, match='blocks of 256'):
+        optimiser(torch.nn.Parameter(torch.zeros(100)), Ranks(), '8bit', lr=1e-3)
+    if find_spec('torchao') is None:
+        with pytest.raises(UserError, match='pip install torchao'):
+            optimiser(torch.nn.Parameter(torch.zeros(512)), Ranks(), '8bit', lr=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec('torchao') is None, reason='torchao is not installed')
+def test_eight_bit_moments_resume_to_the_same_bits_in_a_quarter_of_the_memory(tmp_path):
+    "The first step compiles, which takes a minute; the moments come back from a file bit for bit."
+    g = torch.Generator().manual_seed(0)
+    grads, start = torch.randn(4, 8192, generator=g) * 1e-3, torch.randn(8192, generator=g)
+    begin = lambda kind, w: optimiser(torch.nn.Parameter(w.clone()), Ranks(), kind, lr=1e-3, betas=(0.0, 0.99))
+    full, eight = begin('fp32', start), begin('8bit', start)
+    weights = lambda opt: opt.param_groups[0]['params'][0]
+    for grad in grads[:3]:
+        for opt in (full, eight):
+            terms.apply_gradient(weights(opt), grad.clone(), opt, 1e-3, SMALL)
+    moved, wanted = weights(eight).detach() - start, weights(full).detach() - start
+    assert (moved - wanted).norm() < 0.1 * wanted.norm()
+    moment = eight.state[weights(eight)]['exp_avg_sq']
+    held = sum(getattr(moment, name).nbytes for name in moment.__tensor_flatten__()[0])
+    assert held < 0.27 * start.nbytes + 1100  # the table of 256 numbers is held once for each moment
+    save_state(tmp_path / 'c.pt', eight.state_dict())
+    again = begin('8bit', weights(eight).detach())
+    state.restore(again, load_state(tmp_path / 'c.pt', mapped=True))
+    for opt in (eight, again):
+        terms.apply_gradient(weights(opt), grads[3].clone(), opt, 1e-3, SMALL)
+    assert torch.equal(weights(eight), weights(again))

@@ -25,7 +25,7 @@ from ..c2fdo import generator_times
 from ..core import load_state, nearest, seed_of, sha256_file, sha256_json, UserError
 from .looks import Look, look_at, validate
 from .monitors import diagnose, due, is_best, Watch
-from .parallel import check_scale, join, Ranks, save_together
+from .parallel import check_scale, eight_bit_adamw, join, Ranks, save_together
 from .pools import load_pools, Pool, Rehearsal, samples_of, student_words
 from .rollouts import Engine
 from .settings import resolved, schedule_of, Settings
@@ -43,6 +43,8 @@ from ..teachers import TeacherBank
 def check_inputs(effects, general, bank, s: Settings) -> None:
     "Raises UserError if effects, general data, teachers and settings do not fit together."
     check_terms(s)
+    if s.moments == '8bit':
+        eight_bit_adamw()  # a checkpoint with such moments cannot be read before
     if s.p_switch > 0 and s.weight_ts > 0:
         generator_times(schedule_of(s), s.tau_max)
     if s.p_switch > 0 and not effects:

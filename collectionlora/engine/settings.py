@@ -145,6 +145,7 @@ class Optimisers:
     lr_cosine: bool = knob(False, 'let both rates fall to a tenth along a cosine')
     betas: tuple[float, float] = knob((0.0, 0.99), "AdamW's, both optimisers")
     weight_decay: float = knob(0.0, "AdamW's, both optimisers")
+    moments: str = knob('fp32', "AdamW's moments: 'fp32', or in '8bit' by torchao, a quarter of the memory")
     clip: float = knob(1.0, 'largest gradient norm, both optimisers')
     ema: float = knob(0.99, 'decay of the running mean of the student; 0: keep the last weights')
 
@@ -302,6 +303,8 @@ def _ranges(s) -> list[tuple[bool, str]]:
         *((v is not None and v <= 0, f'{n} is {v}; give a positive number') for n, v in values(LARGER_THAN_0)),
         *((not 0 <= v <= 1, _outside(n, v)) for n, v in values(SHARES)),
         (s.fake_batch not in ('same', 'mixed'), f"fake_batch is {s.fake_batch!r}; give 'same' or 'mixed'"),
+        (s.moments not in ('fp32', '8bit'), f"moments is {s.moments!r}; give 'fp32' or '8bit'"),
+        (s.moments == '8bit' and s.low_precision, "low_precision rounds moments of 'fp32'; leave out one of the two"),
         (s.sampler not in ('ode', 'stochastic'), f"sampler is {s.sampler!r}; give 'ode' or 'stochastic'"),
         (
             s.prompts not in ('aop', 'trigger', 'description', 'teacher'),

@@ -29,15 +29,25 @@ from ..files.dialects import Lora
 def restore(opt: torch.optim.Optimizer, saved: dict) -> None:
     "Loads an optimiser's state into memory of its own; the saved tensors are not kept."
     opt.load_state_dict(saved)
-    theirs = {t.untyped_storage().data_ptr() for t in _tensors(saved['state'])}
+    theirs = {p for moments in saved['state'].values() for t in moments.values() for p in _memory(t)}
     for moments in opt.state.values():
         for name, t in moments.items():
-            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() in theirs:
-                moments[name] = t.clone()
+            if theirs & _memory(t):
+                moments[name] = _copied(t)
 
 
-def _tensors(states: dict) -> list[Tensor]:
-    return [t for moments in states.values() for t in moments.values() if isinstance(t, Tensor)]
+def _memory(t) -> set[int]:
+    "Addresses of a tensor's memory; one in eight bits is made of several."
+    if hasattr(t, '__tensor_flatten__'):
+        return {p for name in t.__tensor_flatten__()[0] for p in _memory(getattr(t, name))}
+    return {t.untyped_storage().data_ptr()} if isinstance(t, Tensor) else set()
+
+
+def _copied(t: Tensor) -> Tensor:
+    if not hasattr(t, '__tensor_flatten__'):
+        return t.clone()
+    names, rest = t.__tensor_flatten__()
+    return type(t).__tensor_unflatten__({n: getattr(t, n).clone() for n in names}, rest, t.size(), t.stride())
 
 
 @dataclass
@@ -60,7 +70,7 @@ class State:
     def fresh(cls, backbone: Backbone, s: Settings, ranks: Ranks = Ranks()) -> 'State':
         "The state before the first update; the roles 'student' and 'fake' must exist."
         student, fake = (nn.Parameter(backbone.flat(role)) for role in ('student', 'fake'))
-        adam = lambda p, lr: optimiser(p, ranks, lr=lr, betas=s.betas, weight_decay=s.weight_decay)
+        adam = lambda p, lr: optimiser(p, ranks, s.moments, lr=lr, betas=s.betas, weight_decay=s.weight_decay)
         opt_student, opt_fake = adam(student, s.lr_student), adam(fake, s.lr_fake)
         return cls(0, 0, student, fake, student.detach().to('cpu', copy=True), opt_student, opt_fake, [], [], {}, 0)
 

@@ -441,7 +441,8 @@ def apply_gradient(weights: nn.Parameter, grad: Tensor, opt, lr: float, s: Setti
     "One clipped optimiser step; returns the gradient's norm before clipping."
     norm = grad.norm().item()
     weights.grad = grad.mul_(min(1.0, s.clip / (norm + 1e-12)))
-    opt.param_groups[0]['lr'] = lr
+    group = opt.param_groups[0]
+    group['lr'] = group['lr'].fill_(lr) if isinstance(group['lr'], Tensor) else lr
     opt.step()
     weights.grad = None
     if s.low_precision:

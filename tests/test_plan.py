@@ -113,3 +113,20 @@ def test_the_papers_run_fits_one_card_of_80():
     full = fits.planned_base(core.data_dir() / 'qwen_image_edit_2509')
     found = fits.verdict(full, fits.Work(Settings.preset('paper')), fits.Way(), fits.card_of(80).room)
     assert found.changes == {'moments': '8bit'} and 65e9 < found.needed < 75e9
+
+
+def test_a_base_that_does_not_fit_is_refused_before_anything_is_loaded(small, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    import psutil
+
+    from collectionlora.files.drawn import write_world_effect
+    from collectionlora.run import chain
+
+    effects = {'confetti_party': write_world_effect(tmp_path / 'confetti_party', 'confetti_party', 2, 0).folder}
+    job, values = chain.Job(tmp_path, small.folder, 'paper'), dict(device='cpu', checkpointing=True, frozen='')
+    s = Settings.preset('paper', batch=2, rank_student=4, rank_fake=4)
+    chain.check_machine(job, s, values, effects, None)  # a small base is not asked
+    monkeypatch.setattr(psutil, 'virtual_memory', lambda: SimpleNamespace(available=1e6))
+    with pytest.raises(UserError, match='the card, while .*GB are missing'):
+        chain.check_machine(job, s, values, effects, None, least=1)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'base_folder', 'budgets', 'differences', 'Job', 'checked_effects', 'teach', 'describe', 'paint',
-           'distill_settings', 'distill', 'extend', 'plan', 'evaluate', 'ladder', 'rivals', 'write_report',
-           'shipped_acceleration', 'default_folder', 'compare', 'demo', 'ship', 'install_base', 'rebase']
+           'distill_settings', 'check_machine', 'distill', 'extend', 'plan', 'evaluate', 'ladder', 'rivals',
+           'write_report', 'shipped_acceleration', 'default_folder', 'compare', 'demo', 'ship', 'install_base',
+           'rebase']
 
 # %% ../../nbs/run/chain.ipynb #18847e5f
 import shutil
@@ -199,6 +200,32 @@ def distill_settings(job: Job, init: Path | None = None, given: dict | None = No
         raise UserError(f'{init}: has rank {held}, {more}; give -p rank={held} or more')
     return values, resolved(s, float(read_info(job.base)['shift']))
 
+# %% ../../nbs/run/chain.ipynb #d1e3f939
+def check_machine(job: Job, s, values: dict, effects: dict[str, Path], general: Path | None, least=4 << 30) -> None:
+    """Raises UserError, before anything is loaded, if a base of at least `least` bytes does not fit this machine: its
+    card, its memory or its disk. The sentence has the bytes that are missing and the cheapest change that fits."""
+    import psutil
+    import torch
+    from collectionlora.engine import fits
+    from collectionlora.files.effects import load_effects, load_general
+
+    stored = sum(f.stat().st_size for f in (job.base / 'transformer').glob('*.safetensors'))
+    if stored < least:
+        return
+    on_gpu, sets = values['device'].startswith('cuda'), load_effects(*effects.values())
+    names = [k for k in ('checkpointing', 'frozen', 'spread_base', 'spread_moments', 'micro_batch') if k in values]
+    moments = '8bit' if getattr(s, 'moments', '') == '8bit' else 'fp32'
+    way = fits.Way(moments=moments, **{k: values[k] for k in names})
+    targets = max(1, sum(map(len, sets)) // max(1, len(sets)))
+    shown = len(load_general(general)) if general else 0
+    work = fits.Work(s, effects=len(sets), targets=targets, general=shown, paint_steps=1)
+    host, disk = psutil.virtual_memory().available, shutil.disk_usage(job.base).free
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    card = torch.cuda.mem_get_info()[0] if on_gpu else host
+    made = sum(f.stat().st_size for f in job.base.rglob('*') if f.is_file())
+    fits.check_room(fits.planned_base(job.base, dtype=dtype), work, way, card, host, disk, made)
+
+
 # %% ../../nbs/run/chain.ipynb #a079076c
 def distill(
     job: Job,
@@ -210,7 +237,9 @@ def distill(
     words: Path | None = None,
 ) -> Path:
     "The collection (Eq. 9), one LoRA file: words for every effect, targets by its teacher, then the loop."
-    _stream(general, distill_settings(job, init, given)[1])
+    values, s = distill_settings(job, init, given)
+    _stream(general, s)
+    check_machine(job, s, values, effects, general)
     painted = paint(job, describe(job, effects, words), teachers, general)
     inputs = {'effects': list(painted.values()), 'teachers': list(teachers.values()), 'general': general, 'init': init}
     job.do('distill', 'collection', inputs, given)
@@ -268,6 +297,7 @@ def plan(
     sets = [_as_painted(e, lent) for e in load_effects(*effects.values())]
     base = load_base(job.base, device=values['device'], frozen=values.get('frozen', ''))
     base.backbone.checkpointing(values.get('checkpointing', False))
+    base.backbone.micro_batch = values.get('micro_batch') or base.backbone.micro_batch
     base.backbone.offload(values.get('offload', False))
     cache = ConditionCache(base, results_dir() / '.cache')
     return measured_plan(base, sets, stream if s.p_switch < 1 else [], cache, s)

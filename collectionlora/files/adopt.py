@@ -156,7 +156,9 @@ def _musubi(config: Path, found: dict) -> list[Sides | Path]:
         if d.get('image_jsonl_file'):
             out.append(_there(d['image_jsonl_file'], config))
             if not out[-1].is_file():
-                raise UserError(f'{config}: image_jsonl_file {d["image_jsonl_file"]} is a folder; name a file of JSON lines')
+                raise UserError(
+                    f'{config}: image_jsonl_file {d["image_jsonl_file"]} is a folder; name a file of JSON lines'
+                )
         elif d.get('control_directory'):
             sides = [_there(d.get(k), config) for k in ('image_directory', 'control_directory')]
             out.append(Sides(*sides, _ending(d.get('caption_extension'))))

@@ -208,7 +208,7 @@ def _drifting(history) -> Finding | None:
 def _terms_fight(history) -> Finding | None:
     for a, b in (('bs', 'ts'), ('bs', 'fm'), ('ts', 'fm')):
         found = late(history, f'cosine_{a}_{b}')
-        if len(found) >= 10 and statistics.fmean(found) < LIMITS['cosine']:
+        if len(found) >= 5 and statistics.fmean(found) < LIMITS['cosine']:  # cosines come with looks
             return Finding(
                 'terms fight',
                 f'the gradients of {a} and {b} have a cosine of {statistics.fmean(found):+.2f}',

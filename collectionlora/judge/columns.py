@@ -78,7 +78,8 @@ def _cell(e: Estimate, name: str, floor: float, ceiling: float) -> dict:
     "What the page shows of one number."
     if e.n == 0:
         return dict(value='–', interval='', n=0, share='')
-    share = f'{100 * (e.value - floor) / (ceiling - floor):.0f} %' if name in SCALED and ceiling != floor else ''
+    scaled = name in SCALED and ceiling != floor
+    share = f'{round(100 * (e.value - floor) / (ceiling - floor))} %' if scaled else ''
     return dict(value=f'{e.value:.3f}', interval=f'{e.low:.3f} … {e.high:.3f}', n=e.n, share=share)
 
 # %% ../../nbs/judge/columns.ipynb #704b53e3

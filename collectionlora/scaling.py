@@ -94,17 +94,14 @@ def scale_of(record: Mapping, where: str) -> dict:
 
 # %% ../nbs/method/10_scaling.ipynb #9337ab6b
 def scales(root: str | Path | None = None) -> dict[int, dict | None]:
-    """N -> column of Table 4 from `root`/scaling/<N>_effects.json, None where there is no finished record.
-
-    Raises UserError if N in a name is not the number of effects in the record."""
+    "N -> column of Table 4 from the finished record `root`/table_4/full.json, None for a size that it does not hold."
     columns = dict.fromkeys(PLANNED)
-    for name, record in finished('scaling', '*_effects.json', root).items():
-        column, n = scale_of(record, name), name.split('_')[0]
-        if n != str(len(column['effects'])):
-            raise UserError(
-                f'{name}: holds {len(column["effects"])} effects; name it {len(column["effects"])}_effects.json'
-            )
-        columns[int(n)] = column
+    for where, record in finished('table_4', 'full.json', root).items():
+        found = record['metrics']
+        for n in [s['effects'] for s in found['sizes'].values() if set(s) == {'effects'}]:
+            methods = {name: m for name, m in found['methods'].items() if name.endswith(f', {n} effects')}
+            part = dict(effects=found['effects'][:n], methods=methods, own=f'ours, {n} effects')
+            columns[n] = scale_of({**record, 'metrics': part}, f'{where}, {n} effects')
     return dict(sorted(columns.items()))
 
 

@@ -42,19 +42,33 @@ def test_energy_is_shared_where_directions_are():
     assert (np.diff(curve) > -1e-12).all() and curve[-1] == pytest.approx(1)
 
 
-def test_a_planned_column_is_missing_until_its_record_is_there(tmp_path):
+def a_table(*sizes, status='finished'):
+    "A record of table_4 that no run wrote, with nested sets of these sizes and one of another compute."
+    methods = {
+        f'{m}, {n} effects': dict(bcr=dict(value=0.5, low=0.0, high=1.0, n=0))
+        for n in sizes
+        for m in ('ours', 'teacher')
+    }
+    named = {f'ours, {n} effects': {'effects': n} for n in sizes} | {
+        'ours, 10 effects, steps 5': {'effects': 10, 'steps': 5}
+    }
+    return made_up(max(sizes), status=status, methods=methods, sizes=named)
+
+
+def test_a_planned_column_is_missing_until_the_table_holds_it(tmp_path):
     assert set(scaling.scales(tmp_path)) == set(scaling.PLANNED) and not any(scaling.scales(tmp_path).values())
     everything = len(scaling.METHODS) * len(scaling.PLANNED)
     assert scaling.table_4(scaling.scales(tmp_path)).count(scaling.MISSING) == everything
-    core.write_json(tmp_path / 'scaling' / '50_effects.json', made_up(50))
-    core.write_json(tmp_path / 'scaling' / '12_effects.json', made_up(12))
-    core.write_json(tmp_path / 'scaling' / '20_effects.json', made_up(20, status='running'))
-    core.write_json(tmp_path / 'scaling' / 'other.json', made_up(3))
+    core.write_json(tmp_path / 'table_4' / 'smoke.json', a_table(20))
+    core.write_json(tmp_path / 'table_4' / 'full.json', a_table(10, status='running'))
+    assert not any(scaling.scales(tmp_path).values())
+    core.write_json(tmp_path / 'table_4' / 'full.json', a_table(12, 50))
     columns = scaling.scales(tmp_path)
     assert [n for n, c in columns.items() if c] == [12, 50] and list(columns) == sorted(columns)
+    assert [len(c['effects']) for c in columns.values() if c] == [12, 50]
     shown = scaling.table_4(columns)
     assert shown.count(scaling.MISSING) == everything - len(scaling.METHODS)
-    assert shown.count('0.50 [0.00, 1.00], n = 0') == 2 and shown.count('`made up`') == 2
+    assert shown.count('0.50 [0.00, 1.00], n = 0') == 4 and shown.count('`made up`') == 2
     assert len({line.count('|') for line in shown.splitlines()}) == 1
 
 
@@ -64,13 +78,10 @@ def test_a_record_without_a_field_is_refused_by_its_name(field):
         scaling.scale_of(made_up(10, **{field: None}), '10_effects.json')
 
 
-def test_a_record_of_other_methods_or_of_another_number_is_refused(tmp_path):
+def test_a_record_of_other_methods_is_refused():
     unknown = made_up(10, own='nobody', methods={'teacher alone, 8 steps': dict(bcr={})})
     with pytest.raises(UserError, match='10_effects.json: metrics.methods holds none of teacher'):
         scaling.scale_of(unknown, '10_effects.json')
-    core.write_json(tmp_path / 'scaling' / '20_effects.json', made_up(10))
-    with pytest.raises(UserError, match='20_effects.json: holds 10 effects; name it 10_effects.json'):
-        scaling.scales(tmp_path)
 
 
 def test_the_kept_main_jobs_have_the_layout_of_a_column():

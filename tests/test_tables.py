@@ -186,8 +186,8 @@ def test_a_table_that_is_stopped_goes_on_and_ends_in_the_same_rows(tmp_path, mon
     assert {c['b'] for c in first['metrics']['contrasts']['bad']} == {
         'teacher',
         'teacher + acceleration',
-        'FM',
-        'FM + acceleration',
+        'all-in-one FM',
+        'all-in-one FM + acceleration',
     }
 
 

@@ -453,6 +453,8 @@ def read_upload(data: bytes, limits: Limits = Limits(), name: str = 'image') -> 
             return to_rgb(image, name, data[: 1 << 16])
     except UserError:
         raise
+    except Image.DecompressionBombError as e:  # Pillow's own limit comes first where a picture is far beyond ours
+        raise UserError(f'{name}: its pixels are over the limit of {limits.pixels:,}; shrink it') from e
     except Exception as e:  # decoders of damaged files raise whatever they please
         raise UserError(f'{name}: cannot be read as PNG, JPEG or WebP; export the picture again') from e
 

@@ -120,11 +120,12 @@ def memory(base: Base, s: Settings, cond: Cond, conditions: int, role: str) -> d
     frozen = sum(p.nbytes for p in base.backbone.transformer.parameters() if not p.requires_grad)
     weights = base.backbone.flat(role).nbytes
     fake = weights * s.rank_fake // s.rank_student
-    terms = sum(share_of(term, s) > 0 or term.plain for term in active(s).values())
     return {
         'frozen base': frozen,
-        'student: weights, mean, two moments, gradients': weights * (4 + terms),
-        'fake score: weights, two moments, gradient': 4 * fake,
+        'student: weights, two moments': 3 * weights,
+        'fake score: weights, two moments': 3 * fake,
+        'gradients: of a term, and their sum': 2 * max(weights, fake),
+        'running mean, on the host': weights,
         'activations of a gradient pass': kept_bytes(base.backbone, cond, role),
         'conditions and targets, on the host': conditions,
         'encoders, while they encode': base.encoder_bytes,
@@ -144,11 +145,13 @@ def disk(s: Settings, adapter: int, conditions: int, keep: int = 3) -> dict[str,
 
 # %% ../../nbs/engine/plan.ipynb #ef4692ca
 def measured_plan(base: Base, effects, general, cache: ConditionCache, s: Settings, processes: int = 1) -> dict:
-    """`plan` with pass times, memory and disk measured here, on one process's share of a batch of one of the run's own
+    """`plan` with pass times, memory and disk measured here, on a micro-batch of one process's share of one of the run's own
     samples (the teacher slot is not counted). Raises UserError naming the knobs where memory does not suffice."""
     samples = samples_of(effects, general, s.prompts)
     first, b = samples[0], base.backbone
-    cond = cache.cond([(first.source, first.student)]).repeat(-(-s.batch // processes)).to(b.device)
+    share = -(-s.batch // processes)
+    together = min(b.micro_batch or share, share)
+    cond = cache.cond([(first.source, first.student)]).repeat(together).to(b.device)
     entries, targets = condition_bytes(cond, sum(map(len, effects)), len(general))
     held = min(cache.memory, entries) + targets
     rehearsed = sum(isinstance(e, Rehearsal) for e in effects) / max(1, len(effects))

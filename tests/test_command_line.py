@@ -154,7 +154,8 @@ names = (
     .map(''.join)
     .map(lambda s: 'dot' if s in ('.', '..') else s)
 )
-kinds = st.sampled_from(['absent', 'lora', 'lora', 'collection', 'picture', 'effect', 'bytes', 'folder'])
+KINDS = ['absent', 'lora', 'lora', 'collection', 'picture', 'effect', 'bytes', 'folder', 'pipe', 'nowhere', 'itself']
+kinds = st.sampled_from(KINDS)
 files = st.tuples(names, st.sampled_from(ENDINGS), kinds, st.sampled_from(CONTENTS))
 words = st.sampled_from(VALUES) | names
 FILE, WORD = object(), object()
@@ -207,6 +208,10 @@ def put(folder: Path, name, ending, kind, content) -> str:
             Image.new('RGB', (64, 64), (9, 99, 9)).save(path, 'PNG')
         elif kind == 'bytes':
             path.write_bytes(content)
+        elif kind == 'pipe':
+            os.mkfifo(path)
+        elif kind in ('nowhere', 'itself'):
+            path.symlink_to(path.name if kind == 'itself' else 'nowhere')
         elif kind in ('effect', 'folder'):
             for side in ('source', 'target'):
                 (path / side).mkdir(parents=True, exist_ok=True)

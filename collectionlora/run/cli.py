@@ -90,6 +90,9 @@ def guarded(f):
         except KeyboardInterrupt as e:
             code, text = 130, str(e) or 'stopped'
         except RuntimeError as e:
+            if str(e).startswith('Symlink loop'):  # of Path.resolve
+                _say(f'{e}: a link that leads to itself; name another file')
+                raise typer.Exit(2) from e
             if type(e).__name__ != 'OutOfMemoryError':
                 raise  # torch's, which is not imported for a command that needs none
             code, text = 1, f'out of memory on the device: give fewer pictures or effects at once ({e})'

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUBJECTS', 'ROOTS', 'SAVE_EVERY', 'TEMPERATURE', 'Piece', 'missing', 'Rates', 'Materials', 'Subjects', 'both',
-           'Asked', 'code_of', 'Stopped', 'Bench', 'Supplies', 'Painters', 'Students', 'Trainers', 'Workshop',
-           'rows_of', 'pictures_of', 'soft_labels', 'labels', 'edits', 'contest', 'open_workshop']
+           'Asked', 'code_of', 'Bench', 'Supplies', 'Painters', 'Students', 'Trainers', 'Workshop', 'rows_of',
+           'pictures_of', 'soft_labels', 'labels', 'edits', 'contest', 'open_workshop']
 
 # %% ../../nbs/run/workshop.ipynb #71b5e564
 import functools
@@ -225,10 +225,6 @@ def code_of(kind: str) -> str:
     "Hash of the code that makes a kind of piece."
     return modules_hash(f'from collectionlora.{ROOTS[kind]}')[:12]
 
-
-class Stopped(SystemExit):
-    "The time of this piece of the run is over; the same command goes on."
-
 # %% ../../nbs/run/workshop.ipynb #ad8e5439
 class Bench:
     "Where pieces lie, and how the missing ones are made in a limited time."
@@ -243,9 +239,9 @@ class Bench:
         return Piece(kind, name, key, self.root / kind / f'{name}.{key}{ending}', amount, make, tuple(needs))
 
     def check_clock(self, todo: Sequence[Piece]) -> None:
-        "Raises `Stopped` where the time is over."
+        "Raises SystemExit where the time is over, which `execute` records as an interruption: the same command goes on."
         if time.time() > self.until:
-            raise Stopped(f'{self.rates.told(todo)} The time of this run is over; start it again to go on.')
+            raise SystemExit(f'{self.rates.told(todo)} The time of this run is over; start it again to go on.')
 
     def make(self, pieces: Iterable[Piece]) -> None:
         "Makes what is missing; says first what is left and how long it takes."

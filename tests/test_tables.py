@@ -75,6 +75,13 @@ def test_levels_are_less_sure_where_subjects_differ():
     assert estimate(rows, 'bcr').how.startswith('t over effects and subjects')
 
 
+def test_an_effect_of_two_categories_is_one_effect():
+    one = made_up_rows('ours', 0.3, effects=12, images=6, spread=2.0)
+    both = [*one, *(replace(r, category='portrait', image=f'portrait {r.image}') for r in one)]
+    width = lambda rows: estimate(rows, 'distance').high - estimate(rows, 'distance').low
+    assert width(both) == pytest.approx(width(one), rel=0.25)  # twice the pictures of the same effects
+
+
 def test_an_interval_of_one_image_counts_effects_alone():
     values = np.random.default_rng(1).normal(size=(15, 1))
     half, freedom = crossed_interval({'one': (values, np.ones((15, 1)))})

@@ -8,7 +8,7 @@ __all__ = ['MANY', 'RATES', 'wilson', 't_interval', 'by_effect', 'crossed', 'two
 
 # %% ../../nbs/judge/statistics.ipynb #5f2d0b03
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import ndtri, stdtr, stdtrit
@@ -84,7 +84,8 @@ def _crossed_variance(total: np.ndarray, count: np.ndarray) -> tuple[float, floa
     rest = 0.0
     if E > 1 and I > 1:
         left = cells - effects[:, None] - images[None] + mean
-        rest = np.nansum(left**2) / ((E - 1) * (I - 1)) / np.isfinite(cells).sum()
+        full = np.isfinite(cells).sum()
+        rest = np.nansum(left**2) / max(full - E - I + 1, 1) / full
     variance = max(by_effect + by_image - rest, by_effect, by_image)
     spread = by_effect**2 / max(E - 1, 1) + by_image**2 / max(I - 1, 1)
     return variance, variance**2 / spread if spread else np.inf
@@ -129,7 +130,7 @@ def estimate(rows: Sequence[Row], value: str, seed: int = 0, level: float = 0.95
         return Estimate(float('nan'), float('nan'), float('nan'), 0, 0, 'undefined')
     table = crossed(defined(rows, value))
     if len(means) >= MANY:
-        half, _ = crossed_interval(table, level)
+        half, _ = crossed_interval(crossed([(replace(r, category=''), v) for r, v in defined(rows, value)]), level)
         low, high, how = x.mean() - half, x.mean() + half, 't over effects and subjects'
     else:
         low, high = np.quantile(two_way_bootstrap(table, seed), [0.5 - level / 2, 0.5 + level / 2])

@@ -218,6 +218,7 @@ def _terms_fight(history) -> Finding | None:
 # %% ../../nbs/engine/monitors.ipynb #f2dcd517
 RULES = (_teacher_is_base, _wrong_teacher, _nothing_learnt, _rate_too_high, _starved, _drifting, _terms_fight)
 FOLLOWS = {
+    'a teacher is the base': {'terms fight'},
     'rate too high': {'fake score starved', 'samples drift', 'terms fight'},
     'fake score starved': {'samples drift', 'terms fight'},
 }

@@ -39,3 +39,18 @@ def roles(world):
     b.offload(False)
     for role in ('student', 'fake'):
         b.remove(role)
+
+
+@pytest.fixture(scope='module')
+def browser():
+    "Chromium, opened by playwright; both are extras of a machine."
+    import shutil
+
+    api = pytest.importorskip('playwright.sync_api')
+    found = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if not found:
+        pytest.skip('no Chromium on this machine')
+    with api.sync_playwright() as p:
+        opened = p.chromium.launch(executable_path=found, args=['--no-sandbox'])
+        yield opened
+        opened.close()

@@ -1,6 +1,5 @@
 "The app: what it does without a page, its programming interface, and the whole way of a user in a real browser."
 
-import shutil
 import threading
 import time
 from concurrent.futures import CancelledError, Future
@@ -15,7 +14,6 @@ from collectionlora.use import app
 from collectionlora.use.serve import Limits, read_recipe
 
 COLLECTION = core.collection_dir() / 'collection.safetensors'
-BROWSER = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 
 
 @pytest.fixture(scope='module')
@@ -131,17 +129,6 @@ def made_of(client, image, effects):
     parts = client.view_api(return_format='dict')['named_endpoints']['/make']['parameters']
     given = {'Picture': image, 'Effects': effects}
     return [given.get(p['label'], p.get('parameter_default')) for p in parts]
-
-
-@pytest.fixture(scope='module')
-def browser():
-    api = pytest.importorskip('playwright.sync_api')
-    if not BROWSER:
-        pytest.skip('no Chromium on this machine')
-    with api.sync_playwright() as p:
-        opened = p.chromium.launch(executable_path=BROWSER, args=['--no-sandbox'])
-        yield opened
-        opened.close()
 
 
 PATIENCE = 240_000  # milliseconds: the machine of a test may be busy

@@ -256,21 +256,6 @@ def test_the_commands(index, tmp_path):
 # ---- in a browser
 
 
-@pytest.fixture(scope='module')
-def browser():
-    "Debian's chromium by playwright."
-    import shutil
-
-    sync = pytest.importorskip('playwright.sync_api')
-    found = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    if not found:
-        pytest.skip('no chromium on this machine')
-    with sync.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=found, args=['--no-sandbox'])
-        yield b
-        b.close()
-
-
 def opened(browser, page, width, **kw):
     "A page of the study that reports every error, and what it reported."
     context = browser.new_context(viewport=dict(width=width, height=850), accept_downloads=True, **kw)

@@ -11,9 +11,9 @@ import torch
 
 # %% ../../nbs/bases/decoder.ipynb #6d51f987
 def seams(pictures, patch=4, token=8):
-    """How much larger steps between pixels are across borders than inside: `{'token': ratio, 'patch': ratio}`; 1: no seam.
+    """How much larger steps between pixels are across borders than inside: `{'token': ratio, 'patch': ratio}`.
 
-    pictures: uint8 `[B, H, W, 3]`; patch and token: their sides in pixels."""
+    1 is no seam. pictures: uint8 `[B, H, W, 3]`; patch and token: their sides in pixels."""
     x = np.asarray(pictures, np.float64) / 255
     steps = {'token': [], 'patch': [], 'inside': []}
     for step in (np.diff(x, axis=1), np.diff(x, axis=2).swapaxes(1, 2)):
@@ -27,7 +27,7 @@ def seams(pictures, patch=4, token=8):
 
 # %% ../../nbs/bases/decoder.ipynb #c2308aa3
 class Refiner(torch.nn.Module):
-    """What a linear decoder's picture lacks, from latents `[B, z_dim, h, w]` and that picture `[B, 3, h*patch, w*patch]`."""
+    "What a linear decoder's picture `[B, 3, h*patch, w*patch]` lacks, from its latents `[B, z_dim, h, w]` and itself."
 
     def __init__(self, z_dim=16, patch=4, width=64, fine=24):
         super().__init__()

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core import nearest, UserError
 from .gate import COLUMNS, METRICS, Row
-from .statistics import estimate, holm, paired, verdict
+from .statistics import estimate, holm, paired, show_p, verdict
 from .tables import by_method
 from ..style import base_words, longest
 
@@ -106,9 +106,8 @@ def contrast_words(c: Mapping) -> str:
 
 
 def _shown_p(p) -> str:
-    if p is None or np.isnan(p):
-        return ''
-    return '< 0.001' if p < 0.001 else f'{p:.3f}'
+    "A p-value below a heading that says what it is; empty where there is none."
+    return '' if p is None or np.isnan(p) else show_p(p).removeprefix('p ').removeprefix('= ')
 
 
 def contrast_table(contrasts: Mapping[str, Sequence[Mapping]], titles: Mapping[str, str] = {}) -> str:

@@ -18,14 +18,15 @@ from .gate import laplacian_energy, NONE, Row
 # %% ../../nbs/judge/retention.ipynb #c4f19ba0
 @dataclass(frozen=True)
 class EditCase:
-    """One general edit: pictures are uint8 [H, W, 3]; `asked` are true targets, `others` sets of targets that compete,
-    `truth` is one more true target."""
+    """One general edit: pictures are uint8 [H, W, 3]; `target` is what the instruction drew, `truth` another true target,
+    `asked` are further ones, `others` sets of targets that compete."""
 
     family: str
     category: str
     image: str
     instruction: str
     source: np.ndarray = field(repr=False)
+    target: np.ndarray = field(repr=False)
     truth: np.ndarray = field(repr=False)
     asked: list = field(repr=False)
     others: list = field(repr=False)
@@ -36,9 +37,19 @@ class EditCase:
         return seed_of('general edit', self.family, self.image)
 
 
-def edit_case(family: str, k: int, seed: int = 0, draws: int = 2, through: Callable = lambda p: p) -> EditCase:
-    "Case number k of a family of edits (`world.FAMILIES`) on a held-out scene; `draws` true targets stand for it."
-    r, category = rng('retention', seed, family, k), world.CATEGORIES[k % 2] if family != 'flip' else 'animal'
+def edit_case(
+    family: str,
+    k: int,
+    seed: int = 0,
+    draws: int = 2,
+    through: Callable = lambda p: p,
+    purposes: tuple[str, str] = ('retention', 'retention draws'),
+) -> EditCase:
+    """Case number k of a family of edits (`world.FAMILIES`) on a held-out scene; `draws` true targets stand for it.
+
+    through: what true targets are sent through, e.g. a base's autoencoder; purposes: of the random numbers for scene and
+    edits, and for targets."""
+    r, category = rng(purposes[0], seed, family, k), world.CATEGORIES[k % 2] if family != 'flip' else 'animal'
     edit = None
     while edit is None:
         scene = world.draw_scene(r, category, 'heldout')
@@ -47,12 +58,13 @@ def edit_case(family: str, k: int, seed: int = 0, draws: int = 2, through: Calla
     competing = [world.random_edit(scene, r, family if family != 'keep' else None) for _ in range(8)]
     known = (world.read_scene(target), world.read_scene(scene))
     wrong = [e[1] for e in competing if e and world.read_scene(e[1]) not in known]
-    dice = rng('retention draws', seed, family, k)
+    dice = rng(purposes[1], seed, family, k)
     drawn = lambda t: through(world.render(world.again(scene, t, dice)))
     asked, *others = [[drawn(t) for _ in range(draws)] for t in (target, *wrong)]
     if family != 'keep':
         others.append([through(world.render(scene))])
-    return EditCase(family, category, f'{k:03d}', said, world.render(scene), drawn(target), asked, others)
+    shown = (world.render(scene), world.render(target), drawn(target))
+    return EditCase(family, category, f'{k:03d}', said, *shown, asked, others)
 
 
 def edit_cases(n: int, seed: int = 0, draws: int = 2, through: Callable = lambda p: p) -> list[EditCase]:

@@ -214,8 +214,7 @@ def check_machine(job: Job, s, values: dict, effects: dict[str, Path], general: 
         return
     on_gpu, sets = values['device'].startswith('cuda'), load_effects(*effects.values())
     names = [k for k in ('checkpointing', 'frozen', 'spread_base', 'spread_moments', 'micro_batch') if k in values]
-    moments = '8bit' if getattr(s, 'moments', '') == '8bit' else 'fp32'
-    way = fits.Way(moments=moments, **{k: values[k] for k in names})
+    way = fits.Way(moments=s.moments, **{k: values[k] for k in names})
     targets = max(1, sum(map(len, sets)) // max(1, len(sets)))
     shown = len(load_general(general)) if general else 0
     work = fits.Work(s, effects=len(sets), targets=targets, general=shown, paint_steps=1)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import filelock
 import numpy as np
+from PIL import Image
 
 from .. import world
 from ..aop import compose, prompt_of, student_prompt
@@ -601,7 +602,7 @@ def edits(shop: Workshop, asked: Asked, n: int, seed: int = 0) -> Piece:
 
     def judge(piece):
         cases = shop.cases(n, seed)
-        sources, words = [_picture(c.source) for c in cases], [c.instruction for c in cases]
+        sources, words = [Image.fromarray(c.source) for c in cases], [c.instruction for c in cases]
         with _Contest(shop, asked, []) as contest:
             role = contest.roles[0] if contest.roles else BASE
             recipe, began = contest.method().recipe, time.time()
@@ -612,12 +613,6 @@ def edits(shop: Workshop, asked: Asked, n: int, seed: int = 0) -> Piece:
     made_of = [asked.made_of, n, seed, shop.base.hash]
     amount = n * len(world.FAMILIES)
     return shop.piece('edits', _slug(asked.name), made_of, '.rows.jsonl', amount, judge, asked.files)
-
-
-def _picture(source):
-    from PIL import Image
-
-    return Image.fromarray(source)
 
 # %% ../../nbs/run/workshop.ipynb #fb00ea16
 def contest(shop: Workshop, plan: Mapping[tuple[str, str], tuple[Asked, Subjects, Sequence[str]]]) -> list[Row]:

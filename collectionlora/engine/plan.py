@@ -14,6 +14,8 @@ import torch
 
 from ..bases.backbone import Backbone, Cond
 from ..bases.pipeline import Base
+from ..bases.slots import stored_dtype
+from .held import learning, left
 from .pools import Rehearsal, samples_of
 from .settings import Settings
 from .state import telling_what_helps
@@ -114,39 +116,44 @@ def condition_bytes(cond: Cond, of_effects: int, general: int) -> tuple[int, int
     return of_effects * (2 * source + 3 * emb) + general * (source + 2 * emb), of_effects * source
 
 # %% ../../nbs/engine/plan.ipynb #bb630e0b
-def memory(base: Base, s: Settings, cond: Cond, conditions: int, role: str) -> dict[str, int]:
-    """Bytes by what they are for. role: an adapter of rank s.rank_student; cond: one batch;
-    conditions: the bytes of conditions and targets that are held."""
+def memory(base: Base, s: Settings, cond: Cond, conditions: int, role: str, teacher_rank: int, parts: int) -> dict:
+    """Bytes by what they are for. role: an adapter of rank s.rank_student; cond: one batch; conditions: the bytes of
+    conditions and targets that are held; parts: processes over which the moments are spread."""
     frozen = sum(p.nbytes for p in base.backbone.transformer.parameters() if not p.requires_grad)
-    weights = base.backbone.flat(role).nbytes
-    fake = weights * s.rank_fake // s.rank_student
+    student = base.backbone.flat(role).nbytes
+    fake, teacher = (student * rank // s.rank_student for rank in (s.rank_fake, teacher_rank))
     return {
         'frozen base': frozen,
-        'student: weights, two moments': 3 * weights,
-        'fake score: weights, two moments': 3 * fake,
-        'gradients: of a term, and their sum': 2 * max(weights, fake),
-        'running mean, on the host': weights,
+        **learning(student, fake, teacher, s.moments, parts),
         'activations of a gradient pass': kept_bytes(base.backbone, cond, role),
+        'running mean, on the host': student,
         'conditions and targets, on the host': conditions,
         'encoders, while they encode': base.encoder_bytes,
     }
 
 
-def disk(s: Settings, adapter: int, conditions: int, keep: int = 3) -> dict[str, int]:
-    """Bytes of what a run leaves on disk, for an adapter of rank s.rank_student that holds `adapter` bytes
-    and a condition cache of `conditions` bytes."""
-    state = adapter * 4 + 3 * adapter * s.rank_fake // s.rank_student
-    return {
-        'collection': adapter,
-        'best look': adapter,
-        'checkpoints, at most': (keep + 3) * state,
-        'condition cache, shared between runs': conditions,
-    }
+def disk(base: Base, s: Settings, student: int, conditions: int) -> dict[str, int]:
+    """Bytes of what a run leaves on disk, for a student of `student` bytes in fp32 and a condition cache of
+    `conditions` bytes."""
+    stored = stored_dtype(base.folder).itemsize
+    rows = left(student, student * s.rank_fake // s.rank_student, s.moments, stored)
+    return {**rows, 'condition cache, shared between runs': conditions}
+
 
 # %% ../../nbs/engine/plan.ipynb #ef4692ca
-def measured_plan(base: Base, effects, general, cache: ConditionCache, s: Settings, processes: int = 1) -> dict:
-    """`plan` with pass times, memory and disk measured here, on a micro-batch of one process's share of one of the run's own
-    samples (the teacher slot is not counted). Raises UserError naming the knobs where memory does not suffice."""
+def measured_plan(
+    base: Base,
+    effects,
+    general,
+    cache: ConditionCache,
+    s: Settings,
+    processes: int = 1,
+    teacher_rank: int = 0,
+    spread_moments: bool = False,
+) -> dict:
+    """`plan` with pass times, memory and disk measured here, on a micro-batch of one process's share of one of the
+    run's own samples. teacher_rank: the largest of the teachers'. Raises UserError naming the knobs where memory does
+    not suffice."""
     samples = samples_of(effects, general, s.prompts)
     first, b = samples[0], base.backbone
     share = -(-s.batch // processes)
@@ -159,7 +166,8 @@ def measured_plan(base: Base, effects, general, cache: ConditionCache, s: Settin
     try:
         with telling_what_helps(s):
             found = plan(s, pass_seconds(b, cond, 'measured'), len(effects), len(general), rehearsed)
-            found |= {'memory': memory(base, s, cond, held, 'measured')}
-        return found | {'disk': disk(s, b.flat('measured').nbytes, entries)}
+            parts = processes if spread_moments else 1
+            found |= {'memory': memory(base, s, cond, held, 'measured', teacher_rank, parts)}
+        return found | {'disk': disk(base, s, b.flat('measured').nbytes, entries)}
     finally:
         b.remove('measured')

@@ -176,8 +176,24 @@ def device_of(device: str) -> str:
     return checked_device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
 
+def _check_cards(device: str, processes: int) -> None:
+    "Raises UserError for more processes than there are GPUs to run one each."
+    import torch
+
+    if device.startswith('cuda') and processes > torch.cuda.device_count():
+        n = torch.cuda.device_count()
+        raise UserError(f'--processes {processes}: this machine has {n} GPU{"s" * (n != 1)}, one for each; give at most {n}')
+
+
 def job_of(
-    out: Path, base: str, budget: str | None, seed: int, device: str = '', given: dict | None = None, replace=False
+    out: Path,
+    base: str,
+    budget: str | None,
+    seed: int,
+    device: str = '',
+    given: dict | None = None,
+    replace=False,
+    processes: int = 1,
 ):
     "The `chain.Job` that a command's options describe; a device among the parameters `given` is the whole job's."
     from collectionlora.run.chain import base_folder, Job
@@ -188,7 +204,8 @@ def job_of(
         nano = 'its steps and rates are those of the nano base; paper has the published ones'
         _say(f'--budget {budget}: {nano}', 'yellow')
     device = device_of((given or {}).pop('device', device))
-    return Job(out, folder, budget or ('full' if embedded else 'paper'), seed, device, replace)
+    _check_cards(device, processes)
+    return Job(out, folder, budget or ('full' if embedded else 'paper'), seed, device, replace, processes)
 
 
 def grid(title: str, columns, rows) -> Table:
@@ -215,6 +232,7 @@ def teach(
     budget: Budget = None,
     seed: Seed = 0,
     device: Device = '',
+    processes: Processes = 1,
     parameter: Given = None,
     replace: Replace = False,
 ):
@@ -222,7 +240,7 @@ def teach(
     from collectionlora.run import chain
 
     found, given = chain.checked_effects(effects), assignments(parameter)
-    job = job_of(out, base, budget, seed, device, given, replace)
+    job = job_of(out, base, budget, seed, device, given, replace, processes)
     for id, file in chain.teach(job, found, given).items():
         print(f'{id}\t{file}')
 
@@ -283,6 +301,7 @@ def distill(
     budget: Budget = None,
     seed: Seed = 0,
     device: Device = '',
+    processes: Processes = 1,
     parameter: Given = None,
     replace: Replace = False,
 ):
@@ -294,9 +313,10 @@ def distill(
         raise UserError('--init and --extend: an extension starts from its collection; give one of the two')
     if old and not extend:
         raise UserError('--old: names effects of a collection that is extended; give it with --extend FILE')
-    job = job_of(out, base, budget, seed, device, given, replace)
+    job = job_of(out, base, budget, seed, device, given, replace, processes)
     if dry_run:
-        _plan(chain.plan(job, found, general, init or extend, given, 'extend' if extend else 'distill'))
+        of = 'extend' if extend else 'distill'
+        _plan(chain.plan(job, found, general, init or extend, given, of, _files(teachers, found)))
     elif extend:
         before = list(chain.checked_effects(old).values()) if old else []
         file = chain.extend(job, extend, found, _files(teachers, found), general, before, given, words)
@@ -434,6 +454,7 @@ def evaluate(
     budget: Budget = None,
     seed: Seed = 0,
     device: Device = '',
+    processes: Processes = 1,
     parameter: Given = None,
     replace: Replace = False,
 ):
@@ -444,7 +465,7 @@ def evaluate(
 
     found, given = chain.checked_effects(effects), assignments(parameter)
     held = [e['id'] for e in catalogue(collection)]
-    job, made = job_of(out, base, budget, seed, device, given, replace), collection.with_suffix('.json')
+    job, made = job_of(out, base, budget, seed, device, given, replace, processes), collection.with_suffix('.json')
     if pictures:
         given['pictures'] = [str(p) for p in images_among(pictures)]
     chain.evaluate(job, collection, found, _files(teachers, held) if teachers else {}, acceleration, fm, given)

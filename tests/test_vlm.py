@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from collectionlora.bases import endpoint
+from collectionlora.bases.asking import key_of
 from collectionlora.core import UserError
 from collectionlora.judge import vlm
 
@@ -220,7 +221,7 @@ def test_pace_budget_and_key(tmp_path, monkeypatch):
 def test_a_question_names_no_method_and_changes_the_key():
     asked = vlm.messages(case(), 'gate')
     keys = {
-        vlm._key(vlm.Judge('u', m), vlm.messages(c, s, seed), s, r)
+        key_of(vlm.Judge('u', m), vlm.messages(c, s, seed), s, r)
         for m in ('m', 'n')
         for c in (case(), case('b'))
         for s in ('gate', 'score')

@@ -6,9 +6,9 @@
 __all__ = ['LARGE_FILE', 'SETTLED', 'DECIMAL', 'FLOAT', 'DISPUTED', 'OTHERWISE', 'UNFOLDED', 'PACKAGES', 'UserError', 'RunFailed',
            'nearest', 'check_keys', 'refusal', 'in_checkout', 'repo_root', 'data_dir', 'nano_dir', 'collection_dir',
            'notebooks_dir', 'results_dir', 'plain', 'sha256_json', 'sealed', 'is_sealed', 'sha256_file',
-           'sha256_folder', 'seed_of', 'rng', 'replacing', 'folder_lock', 'save_state', 'load_state', 'read_text',
-           'text_lines', 'json_object', 'yaml_text', 'parse_yaml', 'read_yaml', 'write_yaml', 'read_json', 'write_json',
-           'bar', 'versions', 'hardware', 'command', 'run_info', 'is_run', 'read_run', 'save_run']
+           'sha256_folder', 'seed_of', 'rng', 'wilson', 'replacing', 'folder_lock', 'save_state', 'load_state',
+           'read_text', 'text_lines', 'json_object', 'yaml_text', 'parse_yaml', 'read_yaml', 'write_yaml', 'read_json',
+           'write_json', 'bar', 'versions', 'hardware', 'command', 'run_info', 'is_run', 'read_run', 'save_run']
 
 # %% ../nbs/run/core.ipynb #7d0f1b17
 import difflib
@@ -197,6 +197,17 @@ def seed_of(*parts) -> int:
 def rng(*parts) -> np.random.Generator:
     "A numpy generator seeded by `seed_of(*parts)`."
     return np.random.default_rng(seed_of(*parts))
+
+# %% ../nbs/run/core.ipynb #b79a9b9c
+def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    "Wilson interval of a proportion with k hits in n trials; UserError unless 0 <= k <= n and n > 0."
+    from scipy.special import ndtri
+
+    if not 0 <= k <= n or n == 0:
+        raise UserError(f'wilson: {k} hits in {n} trials is no proportion')
+    z, p = ndtri(0.5 + level / 2), k / n
+    mid, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, float((mid - half) / (1 + z * z / n))), min(1.0, float((mid + half) / (1 + z * z / n)))
 
 # %% ../nbs/run/core.ipynb #25e1e2ab
 @contextmanager

@@ -1,13 +1,14 @@
 "Streams, cache, routers and the simulated fleet."
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from collectionlora import core, world
+from collectionlora.bases import endpoint
 from collectionlora.core import UserError
 from collectionlora.use import deployment as d
 
@@ -136,60 +137,94 @@ def test_a_file_is_right_at_least_as_often_as_an_effect():
     assert one['effect']['low'] < 1 / 6 < one['effect']['high']
 
 
-@pytest.fixture
-def endpoint():
-    "A chat server whose answers a test sets; it keeps what it was asked."
-    answers, asked = [], []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-            asked.append((self.path, self.headers['Authorization'], body))
-            status, text = answers.pop(0)
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{server.server_port}/v1/', answers, asked
-    server.shutdown()
-    server.server_close()
+CATALOGUE = [dict(id='a', description='apples'), dict(id='b')]
 
 
-def said(text):
-    return 200, json.dumps(dict(choices=[dict(message=dict(content=text))]))
+def routed(answers, requests, pictures=None, kept=None, **settings):
+    "(answers of the router, the router, what the server saw) where a server gives these answers in turn."
+    left = list(answers)
+    with endpoint.serving(lambda body, n: left.pop(0)) as (url, seen):
+        settings = dict(per_minute=1e6, longest_wait=0.01) | settings
+        router = d.ByModel(CATALOGUE, d.router_model(url, 'm', **settings), kept, workers=1)
+        return router(requests, pictures), router, seen
 
 
-def test_a_model_routes_with_a_schema_and_a_slip_is_a_wrong_route(endpoint, monkeypatch):
-    url, answers, asked = endpoint
+def said(text, **more):
+    return 200, endpoint.completion(text, **more)
+
+
+def ask_for(n):
+    return [d.Request('b', 'short', f'text {k}') for k in range(n)]
+
+
+def test_a_model_routes_with_a_schema_and_nothing_is_imputed(monkeypatch):
     monkeypatch.setenv('ROUTER_API_KEY', 'secret')
-    router = d.ByModel([dict(id='a', description='apples'), dict(id='b')], d.Endpoint(url, 'm'))
-    answers += [said('{"effect": "b"}'), said('I would say b'), said('[]'), (503, 'busy'), said('{"effect": "a"}')]
-    requests = [d.Request('b', 'short', f'text {k}') for k in range(4)]
-    assert router(requests) == ['b', 'I would say b', '[]', 'a']
-    path, key, body = asked[0]
-    assert path == '/v1/chat/completions' and key == 'Bearer secret' and body['messages'][1]['content'] == 'text 0'
-    assert body['response_format']['json_schema']['schema']['properties']['effect']['enum'] == ['a', 'b']
-    assert 'apples' in body['messages'][0]['content']
+    slips = [said('I would say b'), said('still b')], [said('{"effect": "c"}'), said('{"effect": "a"}')]
+    declined = [said('', refusal='no'), said('', finish='content_filter'), (400, 'content_filter')]
+    answers = [said('{"effect": "b"}'), *slips[0], *slips[1], *declined, (503, 'busy'), said('{"effect": "a"}')]
+    found, router, seen = routed(answers, ask_for(7))
+    assert found == ['b', '', 'a', '', '', '', 'a']
+    assert router.states == dict(ok=3, unparsable=1, refused=1, moderated=2) and len(router.seconds) == 7
+    _, body, headers = seen[0]
+    assert headers['Authorization'] == 'Bearer secret' and body['messages'][1]['content'] == 'text 0'
+    schema = body['response_format']['json_schema']['schema']
+    assert schema['properties']['effect']['enum'] == ['a', 'b'] and 'apples' in body['messages'][0]['content']
 
 
-def test_an_endpoint_that_refuses_or_stays_away_ends_it(endpoint):
-    url, answers, _ = endpoint
-    ask = lambda **kw: d.ByModel([dict(id='a')], d.Endpoint(**{'url': url, 'model': 'm', 'attempts': 2} | kw))
-    one = [d.Request('a', 'short', 'x')]
-    for reply, word in (((401, 'no key'), 'address, model and key'), ((200, 'hello'), 'no chat answer')):
-        answers.append(reply)
-        with pytest.raises(UserError, match=word):
-            ask()(one)
-    answers += [(500, ''), (500, '')]
-    with pytest.raises(UserError, match='no answer in 2 attempts .status 500'):
-        ask()(one)
-    with pytest.raises(UserError, match='no answer'):
-        ask(url='http://127.0.0.1:9/v1', timeout=1)(one)
+def test_a_question_is_asked_once_and_what_was_answered_is_kept(tmp_path):
+    one, two = ask_for(2)
+    kept = tmp_path / 'answers.jsonl'
+    found, _, seen = routed([said('{"effect": "b"}'), said('{"effect": "a"}')], [one, two, one], kept=kept)
+    assert found == ['b', 'a', 'b'] and len(seen) == 2 and len(kept.read_text().splitlines()) == 2
+    left = [(500, '')] * 3
+    with endpoint.serving(lambda body, n: left.pop(0)) as (url, _):
+        again = d.ByModel(CATALOGUE, d.router_model(url, 'm', attempts=1, per_minute=1e6), kept, workers=1)
+        with pytest.raises(UserError, match='what was answered is kept'):
+            again([one])  # another address is another model
+
+
+def test_a_model_is_shown_the_picture_and_a_weaker_form_is_tried():
+    pictures = [Image.new('RGB', (4, 4), 'red')]
+    answers = [(400, 'response_format json_schema is not supported'), said('So: {"effect": "a"}.')]
+    found, _, seen = routed(answers, ask_for(1), pictures)
+    content = seen[0][1]['messages'][1]['content']
+    assert found == ['a'] and endpoint.picture_of(content[0]).size == (4, 4) and content[1]['text'] == 'text 0'
+    with pytest.raises(ValueError, match='shorter'):
+        routed([], ask_for(2), pictures)
+
+
+@pytest.mark.parametrize(
+    'reply, word',
+    [((401, 'no key'), 'refuses the key'), ((200, 'hello'), 'no JSON'), ((500, ''), 'status 500'), ('hang', 'Timeout')],
+)
+def test_an_endpoint_that_refuses_or_stays_away_ends_it(reply, word):
+    with pytest.raises(UserError, match=word):
+        routed([reply] * 2, ask_for(1), attempts=2, timeout=0.3)
+
+
+@pytest.mark.slow
+def test_a_random_model_on_this_machine_routes_nothing_and_says_so():
+    router = d.ByModel(CATALOGUE, d.local_router_model(core.nano_dir()))
+    found = router(ask_for(2), [Image.new('RGB', (28, 28), 'red')] * 2)
+    assert len(found) == 2 and sum(router.states.values()) == 2 and set(found) <= {'', 'a', 'b'}
+
+
+@pytest.mark.slow
+def test_the_router_in_a_process_of_its_own_is_the_router_without():
+    ids = list(world.EFFECTS)[:12]
+    known, asked = [dict(id=e, description=world.EFFECTS[e].description) for e in ids], d.requests_for(ids)
+    script = core.repo_root() / 'tools/router_server.py'
+    process = subprocess.Popen([sys.executable, script, '--faults'], stdout=subprocess.PIPE, text=True)
+    try:
+        url = process.stdout.readline().strip()
+        router = d.ByModel(known, d.router_model(url, 'TF-IDF', per_minute=1e6, longest_wait=0.01))
+        found = router(asked)
+    finally:
+        process.kill()
+        process.wait()
+    direct = d.ByWords(known)(asked)
+    assert router.states['refused'] >= 1 and router.states['ok'] + router.states['refused'] == len(asked)
+    assert all(a in ('', b) for a, b in zip(found, direct)) and found.count('') == router.states['refused']
 
 
 # ---- fleets

@@ -199,15 +199,19 @@ class Questions:
         self.model, self.answers = model, Answers() if answers is None else answers
         self.pace, self.spent, self.asked = Pace(model.per_minute), 0, 0
 
+    def known(self, asked: list[dict], name: str, repeat: int = 0) -> Answer | None:
+        "The answer that is kept, None where there is none."
+        return self.answers.known.get(key_of(self.model, asked, name, repeat))
+
     def put(self, asked: list[dict], name: str, schema: Mapping, repeat: int = 0) -> Answer:
         "The answer to messages, kept or new. Raises UserError for a budget that is used up, and as `Endpoint.chat`."
-        key = key_of(self.model, asked, name, repeat)
-        if key in self.answers.known:
-            return self.answers.known[key]
+        kept = self.known(asked, name, repeat)
+        if kept is not None:
+            return kept
         if self.model.budget and self.spent >= self.model.budget:
             said = f'the budget of {self.model.budget:,} tokens is used up; what was answered is kept'
             raise UserError(f'{self.model.model}: {said}')
         made = ask(self.model, asked, name, schema, self.pace)
         self.spent, self.asked = self.spent + made.tokens, self.asked + 1
-        self.answers.put(key, made)
+        self.answers.put(key_of(self.model, asked, name, repeat), made)
         return made

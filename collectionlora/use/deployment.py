@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['STREAMS', 'stream', 'arrivals', 'Cache', 'grouped', 'counted', 'Request', 'requests_for', 'by_id', 'ByWords',
-           'ByMeaning', 'Endpoint', 'ByModel', 'share', 'right', 'Costs', 'Fleet', 'Device', 'Simulation', 'simulate',
-           'smallest_fleet', 'price_per_thousand']
+           'ByMeaning', 'router_model', 'local_router_model', 'ByModel', 'share', 'right', 'Costs', 'Fleet', 'Device',
+           'Simulation', 'simulate', 'smallest_fleet', 'price_per_thousand']
 
 # %% ../../nbs/use/deployment.ipynb #8d090a4d
 import json
-import os
+import time
 from collections import Counter, defaultdict, deque, OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from ..core import check_keys, data_dir, rng, text_lines, UserError
+from ..core import check_keys, data_dir, rng, text_lines, UserError, wilson
 
 # %% ../../nbs/use/deployment.ipynb #bf832978
 STREAMS = ('uniform', 'zipf', 'bursts')
@@ -171,82 +172,70 @@ class ByMeaning:
         likeness = self._encoded([r.text for r in requests], 1) @ self.known.T
         return [self.ids[k] for k in likeness.argmax(1)]
 
-# %% ../../nbs/use/deployment.ipynb #47753cd7
-@dataclass(frozen=True)
-class Endpoint:
-    """A chat endpoint: `url` up to /v1 and the name of a model. The key is read from environment variable `key_name`.
+# %% ../../nbs/use/deployment.ipynb #185a3057
+def router_model(url: str, name: str, **settings):
+    "The model `name` behind an OpenAI-compatible endpoint, as `ByModel` asks it; `settings`: of `asking.Remote`."
+    from collectionlora.bases.asking import Remote
 
-    timeout: seconds for one answer; attempts: how often one question is asked before the run ends."""
-
-    url: str
-    model: str
-    key_name: str = 'ROUTER_API_KEY'
-    timeout: float = 60
-    attempts: int = 3
+    told = dict(key_name='ROUTER_API_KEY', parameters=dict(temperature=0, max_tokens=60))
+    return Remote(url, name, **(told | settings))
 
 
+def local_router_model(folder: str | Path, device: str = 'cpu'):
+    "The Qwen2.5-VL in a folder (its own, or that of an edit pipeline), as `ByModel` asks it."
+    from collectionlora.bases.asking import Local
+    from collectionlora.bases.endpoint import LocalVision
+    from collectionlora.core import sha256_folder
+
+    local = LocalVision(folder, device)
+    return Local(local, sha256_folder(local.encoder), parameters=dict(max_tokens=60))
+
+# %% ../../nbs/use/deployment.ipynb #9cdacd88
 class ByModel:
-    "Routes by a language model behind an OpenAI-compatible endpoint."
+    """Routes by a language model: `router_model` or `local_router_model`.
 
-    def __init__(self, catalogue: Sequence[dict], endpoint: Endpoint):
-        self.ids, self.endpoint, self.name = [e['id'] for e in catalogue], endpoint, f'model ({endpoint.model})'
+    kept: a file of answers, so that no question is asked twice; workers: questions under way at once."""
+
+    def __init__(self, catalogue: Sequence[dict], model, kept: str | Path | None = None, workers: int = 4):
+        from collectionlora.bases.asking import Answers, Questions
+
+        self.ids, self.name, self.workers = [e['id'] for e in catalogue], f'model ({model.model})', workers
+        self.questions, self.states, self.seconds = Questions(model, Answers(kept)), Counter(), []
         listed = '\n'.join(f'{e["id"]}: {e.get("description", "")}' for e in catalogue)
         self.task = f'Choose the effect that the user asks for. Answer with a JSON object {{"effect": id}}.\n{listed}'
+        effect = dict(type='string', enum=self.ids)
+        self.schema = dict(type='object', properties=dict(effect=effect), required=['effect'])
+        self.schema['additionalProperties'] = False
 
-    def __call__(self, requests: Sequence[Request]) -> list[str]:
-        return [self._answer(r.text) for r in requests]
+    def __call__(self, requests: Sequence[Request], pictures: Sequence | None = None) -> list[str]:
+        "Ids, '' where there was no answer; pictures: one a request (PIL), which the model is shown."
+        shown = [None] * len(requests) if pictures is None else pictures
+        asked = [self._messages(r.text, p) for r, p in zip(requests, shown, strict=True)]
+        once = {json.dumps(a): a for a in asked}
+        with ThreadPoolExecutor(self.workers) as pool:
+            found = dict(zip(once, pool.map(self._answer, once.values())))
+        answers = [found[json.dumps(a)] for a in asked]
+        self.states.update(a.state for a in answers)
+        return [a.value['effect'] if a.state == 'ok' else '' for a in answers]
 
-    def _answer(self, text: str) -> str:
-        schema = dict(type='object', properties=dict(effect=dict(type='string', enum=self.ids)), required=['effect'])
-        form = dict(
-            type='json_schema', json_schema=dict(name='route', schema=schema | dict(additionalProperties=False))
-        )
-        talk = [dict(role='system', content=self.task), dict(role='user', content=text)]
-        told = dict(temperature=0, max_tokens=60, response_format=form)
-        said = _post(self.endpoint, dict(model=self.endpoint.model, messages=talk, **told))
-        try:
-            return str(json.loads(said)['effect'])
-        except (ValueError, KeyError, TypeError):
-            return said.strip()
+    def _messages(self, text: str, picture) -> list[dict]:
+        from collectionlora.bases.endpoint import picture_part, text_part
 
-# %% ../../nbs/use/deployment.ipynb #a8b9b9f0
-def _post(endpoint: Endpoint, body: dict) -> str:
-    "The text of a chat answer. Raises UserError for an endpoint that refuses or cannot be reached."
-    import requests
-    from tenacity import retry_if_exception_type, Retrying, stop_after_attempt, wait_random_exponential
+        content = text if picture is None else [picture_part(picture), text_part(text)]
+        return [dict(role='system', content=self.task), dict(role='user', content=content)]
 
-    class Passing(Exception):
-        pass
-
-    def once() -> str:
-        key = os.environ.get(endpoint.key_name, 'none')
-        where = f'{endpoint.url.rstrip("/")}/chat/completions'
-        headers = {'Authorization': f'Bearer {key}'}
-        try:
-            reply = requests.post(where, json=body, headers=headers, timeout=endpoint.timeout)
-        except requests.exceptions.RequestException as e:
-            raise Passing(type(e).__name__) from e
-        if reply.status_code >= 500 or reply.status_code in (408, 429):
-            raise Passing(f'status {reply.status_code}')
-        try:
-            return reply.json()['choices'][0]['message']['content'] or ''
-        except (ValueError, KeyError, IndexError, TypeError) as e:
-            said = f'status {reply.status_code}, {reply.text[:120]!r}'
-            raise UserError(f'{endpoint.url}: is no chat answer ({said}); see its address, model and key') from e
-
-    stop, wait = stop_after_attempt(endpoint.attempts), wait_random_exponential(multiplier=0.2, max=10)
-    try:
-        return Retrying(retry=retry_if_exception_type(Passing), stop=stop, wait=wait, reraise=True)(once)
-    except Passing as e:
-        raise UserError(f'{endpoint.url}: no answer in {endpoint.attempts} attempts ({e}); is the server up?') from e
+    def _answer(self, asked: list[dict]):
+        before, began = self.questions.known(asked, 'route'), time.perf_counter()
+        answer = self.questions.put(asked, 'route', self.schema)
+        if before is None:
+            self.seconds.append(time.perf_counter() - began)
+        return answer
 
 # %% ../../nbs/use/deployment.ipynb #d903e447
 def share(hits: int, n: int) -> dict:
     "{value, low, high, n}: a share with its Wilson interval at 95 %."
-    from scipy.stats import binomtest
-
-    interval = binomtest(hits, n).proportion_ci(method='wilson')
-    return dict(value=hits / n, low=float(interval.low), high=float(interval.high), n=n)
+    low, high = wilson(hits, n)
+    return dict(value=hits / n, low=low, high=high, n=n)
 
 
 def right(answers: Sequence[str], requests: Sequence[Request], ids: Sequence[str], per: int) -> dict[str, dict]:

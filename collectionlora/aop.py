@@ -91,15 +91,14 @@ def compose(prompts: Sequence[str]) -> str:
 # %% ../nbs/method/06_aop.ipynb #614bb5dd
 def trigger_embeddings(base, triggers: Sequence[str], batch: int = 32) -> Tensor:
     "Mean embedding [K, D] over each trigger's own tokens, seen by the base's encoder with a neutral grey image."
-    tokens = lambda text: len(base.pipe.tokenizer(text)['input_ids'])
     grey, found = Image.new('RGB', (64, 64), (128, 128, 128)), []
-    after = tokens(base.pipe.prompt_template_encode.split('{}')[1])
+    after = base.count(base.closing)
     for i in range(0, len(triggers), batch):
         words = list(triggers[i : i + batch])
         emb, mask = base.encode_prompts([grey] * len(words), words)
         for k, (e, word) in enumerate(zip(emb, words)):
             end = (len(e) if mask is None else int(mask[k].sum())) - after
-            found.append(e[end - tokens(word) : end].float().mean(0))
+            found.append(e[end - base.count(word) : end].float().mean(0))
     return torch.stack(found)
 
 

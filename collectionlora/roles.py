@@ -98,25 +98,29 @@ class Switch:
 
 # %% ../nbs/method/02_roles.ipynb #7f1ca7fe
 class Roles(Switch):
-    """A frozen `QwenImageTransformer2DModel` and the LoRA adapters on it; role 'base' is none of them.
+    """A frozen transformer and the LoRA adapters on it; role 'base' is none of them.
 
-    A role is a name, a tuple of names (adapters summed, Eq. 3), or a dict name -> weight."""
+    A role is a name, a tuple of names (adapters summed, Eq. 3), or a dict name -> weight. `targets`: the kinds of layers
+    that a LoRA may sit on, which another model family's backbone names otherwise."""
+
+    targets = TARGETS
 
     def __init__(self, transformer: nn.Module, dtype: torch.dtype | None = None):
         super().__init__(transformer, dtype)
         self.roles: dict[str, dict] = {}
 
-    def modules(self, targets: Sequence[str] = TARGETS) -> dict[str, tuple[int, int]]:
+    def modules(self, targets: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
         "Dotted name -> (in, out) of every Linear that a LoRA may sit on, in the model's order."
-        return target_sizes(self.transformer, targets)
+        return target_sizes(self.transformer, targets or self.targets)
 
     def add_role(
-        self, name: str, rank: int, alpha: float | None = None, targets: Sequence[str] = TARGETS, seed: int = 0
+        self, name: str, rank: int, alpha: float | None = None, targets: Sequence[str] | None = None, seed: int = 0
     ) -> None:
         """Injects adapter `name`: A [rank, in] ~ N(0, 1/rank²), B [out, rank] = 0, factor alpha / rank (None = rank).
 
         A depends on (seed, module) alone: not on the role's name, other roles, or any global random state."""
-        _check_new(name, rank, targets, self.roles)
+        targets = targets or self.targets
+        _check_new(name, rank, targets, self)
         alpha = rank if alpha is None else alpha
         layers = _inject(self.transformer, name, rank, alpha, targets, self.device)
         self.full[name] = alpha / rank
@@ -154,14 +158,14 @@ class Roles(Switch):
         return self.entered(tuple(scalings), scalings)
 
 # %% ../nbs/method/02_roles.ipynb #12c53c70
-def _check_new(name: str, rank: int, targets: Sequence[str], taken) -> None:
-    if name == BASE or name in taken or hasattr(nn.ModuleDict(), name) or not name.replace('_', 'a').isalnum():
+def _check_new(name: str, rank: int, targets: Sequence[str], on: Roles) -> None:
+    if name == BASE or name in on.roles or hasattr(nn.ModuleDict(), name) or not name.replace('_', 'a').isalnum():
         raise UserError(f'role name {name!r}: taken, reserved or not a plain word; choose another.')
     if rank < 1:
         raise UserError(f'role {name!r}: rank is {rank}; give at least 1.')
     for t in targets:
-        if t not in TARGETS:
-            raise UserError(f'role {name!r}: unknown module type {t!r}; {nearest(t, TARGETS)}')
+        if t not in on.targets:
+            raise UserError(f'role {name!r}: unknown module type {t!r}; {nearest(t, on.targets)}')
 
 
 def _inject(transformer, name, rank, alpha, targets, device) -> dict[str, nn.Module]:

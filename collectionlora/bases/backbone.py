@@ -172,17 +172,22 @@ class Backbone(Mergeable):
     def _forward(self, role: Role, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         "One pass of the transformer over all samples."
         dtype = self.dtype
-        shapes = [(1, h, w) for h, w in cond.grids]
         with self.using(role), self.saving():
-            v = self.transformer(
-                hidden_states=torch.cat([x_t.to(dtype), cond.source.to(dtype)], 1),
-                timestep=stock_time(t, dtype),
-                encoder_hidden_states=cond.emb.to(dtype),
-                encoder_hidden_states_mask=cond.mask,
-                img_shapes=[shapes] * len(x_t),
-                return_dict=False,
-            )[0]
-        return v[:, : x_t.shape[1]].to(x_t.dtype)
+            v = self.predict(x_t.to(dtype), stock_time(t, dtype), cond.to(dtype))
+        return v.to(x_t.dtype)
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        "The call of the transformer, everything in its dtype: the one thing that differs from family to family."
+        shapes = [(1, h, w) for h, w in cond.grids]
+        v = self.transformer(
+            hidden_states=torch.cat([x_t, cond.source], 1),
+            timestep=t,
+            encoder_hidden_states=cond.emb,
+            encoder_hidden_states_mask=cond.mask,
+            img_shapes=[shapes] * len(x_t),
+            return_dict=False,
+        )[0]
+        return v[:, : x_t.shape[1]]
 
     def guided(
         self, role: Role, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, w: float, rescale: bool = False

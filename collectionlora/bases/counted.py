@@ -9,7 +9,6 @@ __all__ = ['Live', 'fused_attention', 'configuration', 'blank_backbone', 'extend
 # %% ../../nbs/bases/counted.ipynb #27db7c0c
 import importlib
 import weakref
-from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +23,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from .backbone import Backbone, Cond
+from .families import family_of_folder
 from .pipeline import read_info
 from ..core import read_json, UserError
 
@@ -79,7 +79,7 @@ def configuration(folder, part: str) -> dict:
     "The `config.json` of a part of a pipeline folder. Raises `UserError` if it is not there."
     path = Path(folder) / part / 'config.json'
     if not path.is_file():
-        raise UserError(f'{path}: no such file; give the folder of a Qwen-Image-Edit pipeline, with or without weights')
+        raise UserError(f'{path}: no such file; give the folder of an edit pipeline, with or without weights')
     return read_json(path)
 
 
@@ -94,7 +94,8 @@ def blank_backbone(folder, blocks: int, dtype: torch.dtype, checkpointing: bool 
     config = {**configuration(folder, 'transformer'), 'num_layers': blocks}
     with torch.device('meta'):
         transformer = _class_of(folder, 'transformer').from_config(config)
-    backbone = Backbone(transformer, checkpointing=checkpointing, hash='none')
+    kind = family_of_folder(folder).load().backbone_class
+    backbone = kind(transformer, checkpointing=checkpointing, hash='none')
     for p in transformer.parameters():
         p.data = p.data.to(dtype)
     if frozen:
@@ -192,15 +193,10 @@ class Sample:
 
 def sample_of(folder, text: int = 300, sources: int = 1) -> Sample:
     "A square sample of the base in `folder`, at its own area."
-    config, vae = configuration(folder, 'transformer'), configuration(folder, 'vae')
+    config, family = configuration(folder, 'transformer'), family_of_folder(folder)
     side = round(read_info(folder)['vae_area'] ** 0.5 / 32) * 32
-    grid = (side // (2 * _factor(vae)),) * 2
-    return Sample((grid,) * (1 + sources), config['in_channels'], text, config['joint_attention_dim'])
-
-
-def _factor(vae: Mapping) -> int:
-    "Pixels per latent along a side."
-    return 2 ** len(vae['temperal_downsample']) if 'temperal_downsample' in vae else vae['factor']
+    grid = (side // (family.packing * family.latent_pixels(configuration(folder, 'vae'))),) * 2
+    return Sample((grid,) * (1 + sources), config['in_channels'], text, config[family.text_width])
 
 # %% ../../nbs/bases/counted.ipynb #203f06d2
 @dataclass(frozen=True)
@@ -274,13 +270,14 @@ def pass_of(
 @lru_cache
 def picture_costs(folder: Path, sample: Sample, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
     """'encode', 'decode' -> (peak bytes, operations) of the autoencoder for one picture of the target's grid."""
-    vae, config = _autoencoder(folder), configuration(folder, 'vae')
+    vae, family = _autoencoder(folder), family_of_folder(folder)
+    k, pixels = family.packing, family.latent_pixels(configuration(folder, 'vae'))
     for p in vae.parameters():
         p.data = p.data.to(dtype)
-    h, w = (2 * side for side in sample.grids[0])
+    h, w = (k * side for side in sample.grids[0])
     shapes = {
-        'encode': (1, 3, 1, h * _factor(config), w * _factor(config)),
-        'decode': (1, sample.channels // 4, 1, h, w),
+        'encode': (1, family.colours, 1, h * pixels, w * pixels),
+        'decode': (1, sample.channels // k**2, 1, h, w),
     }
     return {name: _picture(getattr(vae, name), vae, shape, dtype) for name, shape in shapes.items()}
 

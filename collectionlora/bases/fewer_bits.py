@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from .frugal import EIGHT_BITS
+from .slots import adapted_sizes
 from ..core import nearest, UserError
-from ..roles import target_sizes
 
 # %% ../../nbs/bases/fewer_bits.ipynb #a10a10a7
 BY_LIBRARY = {'torchao_int8': 'torchao', 'torchao_fp8': 'torchao', 'nf4': 'bitsandbytes'}
@@ -32,7 +32,7 @@ def check_kind(frozen: str) -> None:
 
 def _beside(model: nn.Module) -> list[str]:
     "Names of the Linears that stay as they are."
-    adapted = target_sizes(model)
+    adapted = adapted_sizes(model)
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in adapted]
 
 
@@ -55,7 +55,7 @@ def to_four_bits(model: nn.Module, dtype: torch.dtype) -> None:
     "Puts bitsandbytes' 4-bit layers in place of the Linears under possible adapters."
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    for name in target_sizes(model):
+    for name in adapted_sizes(model):
         old, (parent, _, child) = model.get_submodule(name), name.rpartition('.')
         new = Linear4bit(old.in_features, old.out_features, old.bias is not None, dtype, quant_type='nf4')
         new.weight = Params4bit(old.weight.data, requires_grad=False, quant_type='nf4')
@@ -86,7 +86,7 @@ class FetchedLinear(nn.Linear):
 @torch.no_grad()
 def to_host(model: nn.Module, device: str) -> None:
     "Leaves the weights under possible adapters on the host, pinned where there is a GPU, and moves the rest to `device`."
-    for name in target_sizes(model):
+    for name in adapted_sizes(model):
         layer = model.get_submodule(name)
         layer.__class__, weight = FetchedLinear, layer.weight.data.cpu()
         layer.waiting = weight.pin_memory() if torch.cuda.is_available() else weight

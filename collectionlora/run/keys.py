@@ -46,43 +46,48 @@ def _files_of(name: str) -> list[Path]:
         return own[:1] or [place(room).with_suffix('.py') for room in EARLIER[name]]
     return [] if '.' in name or name.startswith('__') else [root / '__init__.py']
 
+# %% ../../nbs/run/keys.ipynb #782b5b6a
+@functools.lru_cache(maxsize=1024)
+def _read(source: str, package: str) -> tuple[frozenset, str]:
+    "(names that a source imports, its code without what cannot change a result: comments, blank lines, docstrings)."
+    tree, holders = ast.parse(source), (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    names = frozenset(imports_of(tree, package))
+    for node in ast.walk(tree):
+        if isinstance(node, holders) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return names, ast.unparse(tree)
+
+
+def _module(path: Path) -> tuple[frozenset, str]:
+    "`_read` of a file of the package."
+    inside = path.parent.relative_to(Path(collectionlora.__file__).parent.parent).as_posix().replace('/', '.')
+    return _read(path.read_text(encoding='utf-8'), inside)
+
 
 def modules_of(source: str) -> list[Path]:
     "The package's files that `source` imports, directly or through one another."
-    root, reached, todo = Path(collectionlora.__file__).parent.parent, set(), [(ast.parse(source), 'collectionlora')]
+    reached, todo = set(), [_read(source, 'collectionlora')[0]]
     while todo:
-        files = {path for name in imports_of(*todo.pop()) for path in _files_of(name)}
-        for path in files - reached:
-            inside = path.parent.relative_to(root).as_posix().replace('/', '.')
-            todo.append((ast.parse(path.read_text(encoding='utf-8')), inside))
+        files = {path for name in todo.pop() for path in _files_of(name)}
+        todo += [_module(path)[0] for path in files - reached]
         reached |= files
     return sorted(reached)
 
-# %% ../../nbs/run/keys.ipynb #782b5b6a
+# %% ../../nbs/run/keys.ipynb #0441d17e
 def notebook_code(path: Path) -> str:
     "A notebook's code cells as one source, without IPython's own lines (`%magic`, `!command`)."
     return '\n'.join(re.sub(r'^\s*[%!].*$', 'pass', source, flags=re.M) for source, _ in code_cells(path))
 
 
-@functools.lru_cache(maxsize=256)
-def _statements(source: str) -> str:
-    "Source code without what cannot change a result: comments, blank lines, docstrings."
-    tree, holders = ast.parse(source), (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    for node in ast.walk(tree):
-        if isinstance(node, holders) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
-
-
 def modules_hash(source: str) -> str:
     "Hash of every module of the package that `source` imports, directly or through one another."
-    return sha256_json([[p.name, _statements(p.read_text(encoding='utf-8'))] for p in modules_of(source)])
+    return sha256_json([[p.name, _module(p)[1]] for p in modules_of(source)])
 
 
 def code_hash(experiment) -> str:
     "Hash of the code that decides a run: the notebook's code cells and every module of the package that they reach."
     code = notebook_code(notebook_path(experiment))
-    return sha256_json([_statements(code), modules_hash(code)])
+    return sha256_json([_read(code, 'collectionlora')[1], modules_hash(code)])
 
 # %% ../../nbs/run/keys.ipynb #9ba74563
 def short_path(path) -> str:

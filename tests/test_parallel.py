@@ -18,12 +18,15 @@ from collectionlora import core
 from collectionlora.bases.pipeline import load_base
 from collectionlora.core import UserError
 from collectionlora.engine import parallel, terms
+from collectionlora.engine.finetune import FlowSettings, train_teacher
 from collectionlora.engine.loop import distill
 from collectionlora.engine.parallel import Ranks, together
 from collectionlora.engine.pools import load_pools, samples_of
 from collectionlora.engine.settings import resolved, schedule_of
 from collectionlora.engine.state import State
+from collectionlora.engine.targets import paint_targets
 from collectionlora.engine.terms import Engine
+from collectionlora.files.conditions import ConditionCache
 from collectionlora.files.header import read_header
 from collectionlora.files.lora import read_lora, write_lora
 from collectionlora.run import slurm as arrays
@@ -83,6 +86,68 @@ def alone(world, tmp_path_factory):
     "The run on one process: history and weights."
     out = tmp_path_factory.mktemp('alone')
     return single(train(world, TINY, out)), weights(out)
+
+
+# --- the other stages: encoding, painting, a teacher, judging
+def test_jobs_are_dealt_evenly_and_everybody_gets_all_answers():
+    def go(ranks):
+        def three(n):
+            if n == 99:
+                raise UserError(f'{n} is too many')
+            return 3 * n, ranks.rank
+
+        found = ranks.map(three, [5, 1, 1, 1, 2], int)
+        try:
+            return found, ranks.map(three, [1, 99], int)
+        except UserError as e:
+            return found, str(e)
+
+    (a, wrong), (b, also) = answers(together(go))
+    assert a == b and [x for x, _ in a] == [15, 3, 3, 3, 6] and wrong == also == '99 is too many'
+    assert [rank for _, rank in a] == [0, 1, 1, 1, 1]  # 5 against 5
+
+
+def files_in(folder) -> dict:
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+def test_encoding_and_painting_are_the_same_bits_on_two_processes(world, tmp_path):
+    base, bank, effects, general, _ = world
+
+    def make(out):
+        def go(ranks):
+            cache = ConditionCache(base, out / 'cache', batch=2)
+            seen = [(p, c) for e in effects for p in e.sources for c in (e.prompt, ' ')] + list(general)
+            here = cache.warm(seen, images=effects[0].targets, ranks=ranks)
+            done = paint_targets(base, bank, effects, cache, out / 'targets', steps=2, w=2.0, batch=2, ranks=ranks)
+            return here, [e.hash for e in done]
+
+        return go
+
+    (alone,) = answers(together(make(tmp_path / 'one'), 1))
+    both = answers(together(make(tmp_path / 'two')))
+    assert min(n for n, _ in both) > 0 and sum(n for n, _ in both) == alone[0] and both[0][1] == both[1][1] == alone[1]
+    assert files_in(tmp_path / 'two') == files_in(tmp_path / 'one')
+
+
+def test_a_teacher_on_two_processes_has_the_losses_of_one(world, tmp_path):
+    base, _, effects, _, cache = world
+    s = FlowSettings(steps=4, batch=5, rank=2, lr=1e-3, seed=3, save_every=2)
+
+    def go(ranks, steps=4, name='a'):
+        training, infos = train_teacher(base, effects[0], cache, s, tmp_path / f'{name}.pt', ranks=ranks), []
+        for info in training:
+            infos.append(info)
+            if len(infos) == steps:
+                break
+        training.close()
+        return [(i['loss'], i['grad_norm']) for i in infos]
+
+    alone, both = answers(together(go, 1))[0], answers(together(lambda r: go(r, name='b')))
+    assert both[0] == both[1] and all(a == pytest.approx(b, rel=1e-4) for a, b in zip(both[0], alone))
+    answers(together(lambda r: go(r, 2, 'c')))  # stopped on two, resumed on one
+    resumed = answers(together(lambda r: go(r, name='c'), 1))[0]
+    assert all(a == pytest.approx(b, rel=1e-4) for a, b in zip(resumed, alone))
 
 
 # --- the same numbers

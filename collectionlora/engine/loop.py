@@ -165,10 +165,14 @@ def prepare(base: Base, effects, general, cache: ConditionCache, s: Settings) ->
     return pools
 
 # %% ../../nbs/engine/loop.ipynb #18676873
-def read_in(cache: ConditionCache, effects, general, shown, n: int, words: str) -> tuple[list[Pool], Look | None]:
-    "All that needs the encoders: the pools, and looks at n pairs of each of the effects `shown`."
-    pools = load_pools(cache, samples_of(effects, general, words))
-    return pools, look_at(cache, shown, n, words) if shown else None
+def read_in(
+    cache: ConditionCache, effects, general, shown, n: int, words: str, ranks: Ranks = Ranks()
+) -> tuple[list[Pool], Look | None]:
+    """All that needs the encoders: the pools, and looks at n pairs of each of the effects `shown`.
+
+    ranks: the processes that share the encoding, each of which calls this."""
+    pools = load_pools(cache, samples_of(effects, general, words), ranks)
+    return pools, ranks.in_turn(lambda: look_at(cache, shown, n, words)) if shown else None
 
 
 def begin(base: Base, s: Settings, ranks: Ranks, saved: dict | None) -> State:
@@ -451,7 +455,7 @@ def distill(
         with learning_roles(backbone):
             with telling_what_helps(s):
                 shown = (validation or effects) if val_every else ()
-                pools, look = ranks.in_turn(lambda: read_in(cache, effects, general, shown, val_per_effect, s.prompts))
+                pools, look = read_in(cache, effects, general, shown, val_per_effect, s.prompts, ranks)
             if drop_encoders:
                 base.drop_encoders()
             with telling_what_helps(s):

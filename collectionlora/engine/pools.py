@@ -94,13 +94,15 @@ class Pool:
         return len(self.student)
 
 
-def load_pools(cache: ConditionCache, samples: Sequence[Sample]) -> list[Pool]:
+def load_pools(cache: ConditionCache, samples: Sequence[Sample], ranks=None) -> list[Pool]:
     """Encodes all samples into the cache; one `Pool` per latent grid.
 
-    Raises UserError if a target's shape is not its source's."""
+    ranks: the processes that share the encoding, each of which calls this. Raises UserError if a target's shape is not
+    its source's."""
     cache.warm(
         [(s.source, c) for s in samples for c in dict.fromkeys((s.student, s.teacher, ' '))],
         images=[s.target for s in samples if isinstance(s.target, Path)],
+        ranks=ranks,
     )
     by_grid = {}
     for s in samples:

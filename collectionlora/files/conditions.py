@@ -101,8 +101,8 @@ class _Entries:
 ENCODING = 'edit-plus-1+mm_token_type_ids'
 
 
-class _Encoder(_Entries):
-    "Entries of images and prompts under one base, made `batch` at a time where they are missing."
+class _Named(_Entries):
+    "Entries of images and prompts under one base, by name."
 
     def __init__(self, base: Base, folder, memory: int, batch: int):
         super().__init__(folder, memory)
@@ -132,6 +132,10 @@ class _Encoder(_Entries):
         size = shown_size(path)
         return (size, None) if prompt is None else (size, len(self.base.pipe.tokenizer(prompt)['input_ids']))
 
+# %% ../../nbs/files/conditions.ipynb #13ffc9d4
+class _Encoder(_Named):
+    "Entries that are made where they are missing."
+
     def _encode(self, asked: Sequence[tuple[Path, str | None]], flip: bool) -> None:
         "Encodes one batch: prompts of one length beside images of one size, or images, one at a time."
         images, prompts = [load_image(p) for p, _ in asked], [c for _, c in asked]
@@ -145,18 +149,30 @@ class _Encoder(_Entries):
         for i, (p, c) in enumerate(asked):
             self._write(self._key(p, c, flip), emb[i] if mask is None else emb[i][mask[i].bool()])
 
-    def _fill(self, asked: Sequence[tuple[Path, str | None]], flip: bool = False, desc: str = 'encoding') -> None:
-        "Makes sure that every request has an entry on disk."
+    def _missing(self, asked: Sequence[tuple], flip: bool) -> list[list[tuple]]:
+        "The requests without an entry on disk, in batches that are encoded together."
         missing = {}
         for key, (p, c) in {self._key(p, c, flip): (Path(p), c) for p, c in asked}.items():
             if not self._whole(key):
                 missing.setdefault(self._shape(p, c), []).append((p, c))
-        with bar(total=sum(map(len, missing.values())), desc=desc) as progress:
-            most = min(self.batch, self.base.backbone.micro_batch or self.batch)
-            for group in missing.values():
-                for i in range(0, len(group), most):
-                    self._encode(group[i : i + most], flip)
-                    progress.update(len(group[i : i + most]))
+        most = min(self.batch, self.base.backbone.micro_batch or self.batch)
+        return [group[i : i + most] for group in missing.values() for i in range(0, len(group), most)]
+
+    def _fill(self, asked: Sequence[tuple], flip: bool = False, desc: str = 'encoding', ranks=None) -> None:
+        "Makes sure that every request has an entry on disk; ranks: the processes that share the work."
+        look = lambda: self._missing(asked, flip)
+        batches = ranks.first(look) if ranks else look()
+        with bar(total=sum(map(len, batches)), desc=desc) as progress:
+
+            def work(batch):
+                self._encode(batch, flip)
+                progress.update(len(batch))
+
+            if ranks:
+                ranks.map(work, batches)
+            else:
+                for batch in batches:
+                    work(batch)
 
     def _get(self, asked, flip: bool) -> list[dict]:
         asked = [(Path(p), c) for p, c in asked]
@@ -215,13 +231,16 @@ class ConditionCache(_Encoder):
         "The condition without instruction, prompt `' '`, for guidance and instruction dropout."
         return self.cond([(p, ' ') for p in paths], flip)
 
-    def warm(self, pairs: Sequence[tuple], images: Sequence = (), desc: str = 'encoding') -> int:
+    def warm(
+        self, pairs: Sequence[tuple], images: Sequence = (), desc: str = 'encoding', flip: bool = False, ranks=None
+    ) -> int:
         """Encodes what is missing of the (image, prompt) pairs, their images and further `images`, under a bar.
 
-        Returns how many were encoded. Interrupted, it keeps what it had and goes on from there."""
-        before = self.encoded
-        self._fill([(p, None) for p, _ in pairs] + [(p, None) for p in images], desc=f'{desc} images')
-        self._fill(list(pairs), desc=f'{desc} prompts')
+        ranks: `engine.parallel.Ranks` that share the work, each of which calls this. Returns how many this process
+        encoded. Interrupted, it keeps what it had and goes on from there."""
+        before, pictures = self.encoded, [(p, None) for p, _ in pairs] + [(p, None) for p in images]
+        self._fill(pictures, flip, f'{desc} images', ranks)
+        self._fill(list(pairs), flip, f'{desc} prompts', ranks)
         return self.encoded - before
 
 # %% ../../nbs/files/conditions.ipynb #ab000019

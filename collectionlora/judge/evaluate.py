@@ -18,6 +18,7 @@ from PIL import Image
 from .. import world
 from ..bases.pipeline import Base
 from ..core import bar, nearest, read_json, replacing, rng, UserError, write_json
+from ..engine.parallel import Ranks
 from ..files.effects import EffectSet, load_image
 from ..files.header import read_header
 from .gate import descriptor, Item, judge, laplacian_energy, leave_one_out, Row, set_distance
@@ -162,15 +163,34 @@ def file_sizes(
 
 # %% ../../nbs/judge/evaluate.ipynb #5f2d0e22
 def judge_all(
-    shown: Mapping[str, tuple[Sequence, float, int]], items: Sequence[Item], oracle, run: str = ''
+    shown: Mapping[str, tuple[Sequence, float, int]],
+    items: Sequence[Item],
+    oracle,
+    run: str = '',
+    ranks: Ranks = Ranks(),
 ) -> list[Row]:
     """`gate.judge` for methods {name: (outputs, seconds, nfe)}: rows of one method after the other.
 
-    They are judged scene by scene, so that the oracle fits each effect on a scene once."""
-    rows = {name: [None] * len(items) for name in shown}
-    for k in bar(sorted(range(len(items)), key=lambda k: items[k].image), desc='judging'):
+    They are judged scene by scene, so that the oracle fits each effect on a scene once. ranks: the processes that share
+    the scenes."""
+    rows, scenes = {name: [None] * len(items) for name in shown}, {}
+    for k, item in enumerate(items):
+        scenes.setdefault(item.image, []).append(k)
+    scenes = [scenes[image] for image in sorted(scenes)]
+    progress = bar(total=len(items), desc='judging')
+
+    def judged(at):
+        mine, done = [items[k] for k in at], {}
         for name, (outputs, seconds, nfe) in shown.items():
-            (rows[name][k],) = judge(name, [items[k]], [outputs[k]], oracle, seconds, nfe, run)
+            done[name] = judge(name, mine, [outputs[k] for k in at], oracle, seconds, nfe, run)
+        progress.update(len(at))
+        return done
+
+    with progress:
+        for at, done in zip(scenes, ranks.map(judged, scenes)):
+            for name in shown:
+                for k, row in zip(at, done[name]):
+                    rows[name][k] = row
     return [row for found in rows.values() for row in found]
 
 # %% ../../nbs/judge/evaluate.ipynb #5f2d0e43
@@ -191,21 +211,28 @@ def recognisable(collection: Collection) -> list[str]:
 
 # %% ../../nbs/judge/evaluate.ipynb #5f2d0e26
 def evaluate(
-    base: Base, methods: Mapping[str, Method], items: Sequence[Item], oracle, batch: int = 16, run: str = ''
+    base: Base,
+    methods: Mapping[str, Method],
+    items: Sequence[Item],
+    oracle,
+    batch: int = 16,
+    run: str = '',
+    ranks: Ranks = Ranks(),
 ) -> tuple[list[Row], dict[str, list[Output]]]:
     """(rows of all methods and reference policies, outputs by method name); the oracle: from `oracle_for` the same base.
 
-    The rows hold the paper's columns by the encoders that ship (see `columns`)."""
+    The rows hold the paper's columns by the encoders that ship (see `columns`). ranks: the processes that share the work,
+    each of which calls this and gets everything."""
     from collectionlora.judge.columns import with_columns
 
     made, shown = {}, {}
     for m in methods.values():
-        made[m.name], seconds = run_method(base, m, items, batch)
+        made[m.name], seconds = run_method(base, m, items, batch, ranks)
         shown[m.name] = [o.image for o in made[m.name]], seconds, m.nfe
     scale = references(items)
     scale[ENCODED] = [round_trip(base)(p) for p in scale[CEILING]]
     shown |= {name: (pictures, 0.0, 0) for name, pictures in scale.items()}
-    rows = judge_all(shown, items, oracle, run)
+    rows = judge_all(shown, items, oracle, run, ranks)
     return with_columns(rows, items, {name: pictures for name, (pictures, *_) in shown.items()}), made
 
 # %% ../../nbs/judge/evaluate.ipynb #5f2d0e30
@@ -242,7 +269,12 @@ def _others(effect: EffectSet, targets: np.ndarray, stem: str) -> np.ndarray:
 
 
 def evaluate_sets(
-    base: Base, methods: Mapping[str, Method], items: Sequence[Item], effects: Sequence[EffectSet], batch: int = 16
+    base: Base,
+    methods: Mapping[str, Method],
+    items: Sequence[Item],
+    effects: Sequence[EffectSet],
+    batch: int = 16,
+    ranks: Ranks = Ranks(),
 ) -> tuple[list[dict], dict[str, list[Output]]]:
     """([{method, effect, distance, floor, ceiling, n, seconds, nfe}], outputs by method name).
 
@@ -261,7 +293,7 @@ def evaluate_sets(
     scale = {id: dict(floor=floors[id], ceiling=leave_one_out(t)) for id, t in targets.items()}
     lines, made = [], {}
     for m in methods.values():
-        made[m.name], seconds = run_method(base, m, items, batch)
+        made[m.name], seconds = run_method(base, m, items, batch, ranks)
         cost = dict(seconds=seconds, nfe=m.nfe)
         for id in targets:
             done = [(i, o) for i, o in zip(items, made[m.name]) if i.effect == id and o.image is not None]

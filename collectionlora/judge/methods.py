@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ..bases.pipeline import Base
+from ..engine.parallel import Ranks
 from ..roles import BASE, Role
 from ..use.edit import Blend, Collection, generate, Output, Recipe
 
@@ -48,13 +49,20 @@ def by_role(method: Method, items: Sequence) -> dict[str, list[int]]:
     return groups
 
 # %% ../../nbs/judge/methods.ipynb #5f2d0d08
-def run_method(base: Base, method: Method, items: Sequence, batch: int = 16) -> tuple[list[Output], float]:
-    "(one Output per gate.Item, seconds per image with everything from reading the picture to decoding)."
+def run_method(
+    base: Base, method: Method, items: Sequence, batch: int = 16, ranks: Ranks = Ranks()
+) -> tuple[list[Output], float]:
+    """(one Output per gate.Item, seconds per image with everything from reading the picture to decoding).
+
+    ranks: the processes that share the items, each of which calls this and gets all outputs."""
     out: list[Output | None] = [None] * len(items)
-    start = time.perf_counter()
-    for effect, at in by_role(method, items).items():
+    start, most = time.perf_counter(), max(1, batch if ranks.world > 1 else len(items))
+    groups = [at[i : i + most] for at in by_role(method, items).values() for i in range(0, len(at), most)]
+
+    def make(at):
         mine = [items[i] for i in at]
-        made = generate(
+        effect = '' if method.shared else mine[0].effect
+        return generate(
             base,
             method.role(mine[0].effect),
             [_picture(m.source) for m in mine],
@@ -65,6 +73,8 @@ def run_method(base: Base, method: Method, items: Sequence, batch: int = 16) -> 
             batch=batch,
             desc=f'{method.name} {effect}'.strip(),
         )
+
+    for at, made in zip(groups, ranks.map(make, groups)):
         for i, o in zip(at, made):
             out[i] = o
     return out, (time.perf_counter() - start) / max(len(items), 1)

@@ -21,6 +21,7 @@ from ..bases.backbone import Cond
 from ..bases.pipeline import Base
 from ..core import bar, nearest, seed_of, sha256_file, sha256_json, UserError
 from ..engine.looks import few_step_sample, laplacian_energy
+from ..engine.parallel import Ranks
 from ..engine.pools import Rehearsal, Sample
 from ..engine.settings import schedule_of, Settings
 from ..engine.targets import target_latents
@@ -171,10 +172,11 @@ def rehearsals(
     pictures: Mapping[str, Sequence[Path]],
     groups: int = 1,
     seed: int = 0,
+    ranks: Ranks = Ranks(),
 ) -> list[Rehearsal]:
     """The old effects in `pictures` (id -> paths), dealt into at most `groups` rehearsals by the parent's own samples.
 
-    The bank needs the parent's file under every rehearsal's id. Raises UserError for an effect without pictures."""
+    ranks: the processes that share the effects, each of which calls this. The bank needs the parent's file under every rehearsal's id. Raises UserError for an effect without pictures."""
     for id, paths in pictures.items():
         if not paths:
             raise UserError(f'effect {id!r}: no pictures to rehearse it on; give its folder or a general stream')
@@ -182,9 +184,16 @@ def rehearsals(
     load_role(base, parent.file, 'rehearsed')
     try:
         for k in range(min(groups, len(ids))):
-            name, rows = f'old effects {k + 1}', []
-            for id in bar(ids[k::groups], desc=name):
-                rows += _own_samples(base, parent, cache, id, pictures[id], name, seed)
+            name, progress = f'old effects {k + 1}', bar(total=len(ids[k::groups]), desc=f'old effects {k + 1}')
+
+            def sample(id):
+                found = _own_samples(base, parent, cache, id, pictures[id], name, seed)
+                progress.update(1)
+                return found
+
+            with progress:
+                shared = ranks.map(sample, ids[k::groups], lambda id: len(pictures[id]))
+            rows = [row for rows in shared for row in rows]
             made_of = [parent.sha256, seed, name, [[sha256_file(s.source), s.student] for s in rows]]
             found.append(Rehearsal(name, tuple(rows), sha256_json(made_of)))
     finally:
@@ -259,12 +268,19 @@ def regression(probe: Probe, before: Tensor, after: Tensor, own: bool = True) ->
 
 
 def sampled(
-    base: Base, file, role: str, looked: Sequence[Probe], times: Sequence[float], sampler: str = 'stochastic'
+    base: Base,
+    file,
+    role: str,
+    looked: Sequence[Probe],
+    times: Sequence[float],
+    sampler: str = 'stochastic',
+    ranks: Ranks = Ranks(),
 ) -> list[Tensor]:
-    "The few-step samples of a collection file on every probe."
+    "The few-step samples of a collection file on every probe; ranks: the processes that share them."
     load_role(base, file, role)
+    sample = lambda p: few_step_sample(base.backbone, role, p.cond, times, p.seeds, sampler=sampler)
     try:
-        return [few_step_sample(base.backbone, role, p.cond, times, p.seeds, sampler=sampler) for p in looked]
+        return ranks.map(sample, looked, lambda p: len(p.seeds))
     finally:
         base.backbone.remove(role)
 
@@ -282,9 +298,9 @@ def worst_first(lines: Sequence[Mapping]) -> list[dict]:
     return sorted(map(dict, lines), key=lambda l: (-bad(l), l['distance_before'] - l['distance_after'], -l['drift']))
 
 
-def regressions(base: Base, parent: Parent, child, looked: Sequence[Probe]) -> list[dict]:
-    "What every old effect lost in the child's file, worst first."
-    sample = lambda file, probes: sampled(base, file, 'looked_at', probes, parent.times, parent.sampler)
+def regressions(base: Base, parent: Parent, child, looked: Sequence[Probe], ranks: Ranks = Ranks()) -> list[dict]:
+    "What every old effect lost in the child's file, worst first; ranks: the processes that share the samples."
+    sample = lambda file, probes: sampled(base, file, 'looked_at', probes, parent.times, parent.sampler, ranks)
     before, after = sample(parent.file, looked), sample(child, looked)
     missing = [p for p in looked if p.targets is None]
     drawn = [sample(parent.file, [_other_noise(p, k) for p in missing]) for k in range(DRAWS)] if missing else []

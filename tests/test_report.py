@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from collectionlora import core
 from collectionlora.core import run_info, UserError
-from collectionlora.judge import report as R, tables
-from collectionlora.judge.gate import Metric, METRICS, NONE, Row
+from collectionlora.judge import columns, report as R, tables
+from collectionlora.judge.gate import COLUMNS, Metric, METRICS, NONE, read_rows, Row
 
 OWN, OTHER = 'ours, 8 steps', 'other <8> steps'
 EFFECTS = {
@@ -307,6 +308,16 @@ def test_a_further_metric_is_a_column_of_the_table(everything, tmp_path, monkeyp
     page = R.render(tmp_path / 'r.html', **everything)
     assert '<th title="from the source">colour drift' in page and '<td>0.125' in page
     assert tables.summary([r for r in everything['rows'] if r.method == OWN])['drift'].value == 0.125
+
+
+def test_rows_of_runs_that_were_kept_before_the_columns_are_still_shown(tmp_path):
+    kept = core.results_dir() / 'main_job' / 'demo'
+    rows_kept, found = read_rows(kept / 'evaluation.rows.jsonl'), core.read_json(kept / 'evaluation.json')['metrics']
+    old = [replace(r, more={k: v for k, v in r.more.items() if k not in COLUMNS}) for r in rows_kept]
+    about = (found['own'], old, found['effects'], {}, found['sizes'], {}, ['source'])
+    page = R.render(tmp_path / 'r.html', 'title', 'lead', 'budget', *about)
+    assert found['own'] in page and 'CLIP-I' not in page and columns.as_markdown(old) == []
+    assert columns.paper_contrasts(old, found['own'], [m for m in found['methods'] if m != found['own']]) == []
 
 
 def test_lines_of_style_and_template_can_be_read():

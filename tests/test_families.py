@@ -1,19 +1,31 @@
 "The second family of models behind the same contract: what is above the backbone neither changes nor knows."
 
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from collectionlora import flow
 from collectionlora.bases.families import FAMILIES, families_with, family_of_folder, QWEN_21, QWEN_EDIT
-from collectionlora.bases.pipeline import load_base
-from collectionlora.bases.qwen21 import blank_pass, layout
+from collectionlora.bases.pipeline import load_base, load_pipe
+from collectionlora.bases.qwen21 import Backbone21, blank_pass, layout
 from collectionlora.bases.slots import layer_sizes
 from collectionlora.bases.tiny import tiny_base
 from collectionlora.bases.tiny_qwen21 import tiny_qwen21
 from collectionlora.core import UserError
-from collectionlora.files.dialects import Lora
+from collectionlora.files.card import comfyui_workflow, inspect, model_card, write_card
+from collectionlora.files.dialects import DIALECTS, Lora, unflatten
+from collectionlora.files.effects import write_effect
+from collectionlora.files.header import base_identity, read_header
+from collectionlora.files.lora import convert, read_lora, write_lora
+from collectionlora.run.cli import app
+from collectionlora.use.edit import Collection
+from collectionlora.use.plain import fixed_noise
+from collectionlora.use.sampling import Recipe, sample
 
 PROMPT = 'make the cat red'
 
@@ -149,3 +161,183 @@ def test_too_many_pictures_and_too_few_words_are_refused(base):
         layout(base.backbone.cuts, 99, ((2, 2),) * 12)
     with pytest.raises(UserError, match='do not reach'):
         layout(base.backbone.cuts, 3, ((2, 2), (2, 2)))
+
+
+# --- files
+
+
+@pytest.fixture(scope='module')
+def file(base, folder, tmp_path_factory):
+    "A collection file of this base with two effects."
+    effects = [dict(id=i, category='object', trigger=f'{i}x', prompt=f'{i}x, make it {i}') for i in ('candy', 'lava')]
+    sampling = dict(steps=3, shift=3.0, times=flow.ode_times(3, 3.0), cfg=1, stochastic=False)
+    said = {'hash': base.hash, **base_identity(folder)}
+    header = {'collectionlora.effects': effects, 'collectionlora.sampling': sampling, 'collectionlora.base': said}
+    path = tmp_path_factory.mktemp('files') / 'mine.safetensors'
+    write_lora(path, random_lora(base.backbone.modules(), 3), header)
+    return path
+
+
+@pytest.fixture(scope='module')
+def plain(folder, file):
+    "The stock pipeline with that file, by its own loader."
+    pipe = load_pipe(folder, torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+    return pipe
+
+
+@pytest.mark.parametrize('shift', [3.0, None], ids=['of the file', 'of the folder'])
+def test_the_stock_pipeline_with_its_scheduler_makes_our_edit(plain, folder, file, shift):
+    picture, recipe = photo(6, (70, 50)), Recipe(3, shift, (), stochastic=False)
+    with Collection.load(folder, file) as mine:
+        prompt, noise, config = mine.prompt('candy'), fixed_noise(mine.base, picture, 3), mine.sampler_config()
+        cond = mine.base.cond([picture], [prompt])
+        ours = mine.base.decode(sample(mine.base, mine.role, cond, [3], recipe), cond.grids[0], 'np')[0]
+        drawn = np.asarray(mine.edit(picture, 'candy', seed=3, size='working'))
+    own = plain.scheduler
+    plain.scheduler = type(own).from_config(config) if shift else own
+    asked = dict(prompt=prompt, image=picture, output_resolution=64, output_type='np', num_inference_steps=3, **noise)
+    theirs, bare = (plain(**asked, attention_kwargs={'scale': k}).images[0] for k in (1.0, 0.0))
+    plain.scheduler = own
+    assert np.abs(ours - theirs[..., :3]).max() < 1e-5 < 1e-3 < np.abs(bare - theirs).max()
+    assert shift is None or np.abs(drawn / 255 - theirs[..., :3]).max() < 0.51 / 255
+
+
+def test_the_header_and_the_card_speak_of_this_family(file, folder, tmp_path):
+    header = read_header(file)
+    assert (
+        header['modelspec.architecture'] == 'Qwen-Image-2.1/lora' and header['ss_base_model_version'] == 'qwen_image_21'
+    )
+    assert header['modelspec.description'].startswith('Effects for Qwen-Image-2.1: candy, lava')
+    card = model_card(inspect(file))
+    assert (
+        'QwenImage21Pipeline' in card
+        and 'EditPlus' not in card
+        and 'ComfyUI' not in card.split('## Effects')[0].split('No work')[0]
+    )
+    mine = tmp_path / 'mine.safetensors'
+    mine.write_bytes(file.read_bytes())
+    assert [p.suffix for p in write_card(mine)] == ['.md', '.html', '.txt']
+    with pytest.raises(UserError, match='no workflow'):
+        comfyui_workflow(inspect(file))
+    assert base_identity('/x/Qwen-Image-2.1')['repo'] == 'Qwen/Qwen-Image-2.1'
+
+
+def test_the_snippet_of_the_card_runs(file, folder, base, tmp_path, monkeypatch):
+    code = re.search('```python\n(.*?)```', model_card(inspect(file)), re.S)[1]
+    for name, value in ((f"'path/to/{folder.name}'", repr(str(folder))), ('bfloat16', 'float32')):
+        assert name in code
+        code = code.replace(name, value)
+    code = code.replace('true_cfg_scale=1.0', 'true_cfg_scale=1.0, output_resolution=64')
+    for name in (file.name,):
+        (tmp_path / name).write_bytes(file.read_bytes())
+    photo(7).save(tmp_path / 'input.png')
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, 'card', 'exec'), {})
+    assert Image.open(tmp_path / 'output.png').size == (64, 64)
+
+
+@pytest.mark.parametrize('dialect', ['canonical', 'diffusers', 'peft', 'lightning', 'diffsynth', 'ai-toolkit'])
+def test_every_dialect_is_read_back_exactly(dialect, file, base, tmp_path):
+    alpha = 6.0 if DIALECTS[dialect].alpha else None
+    path = tmp_path / ('x' if dialect == 'peft' else 'x.safetensors')
+    convert(file, path, dialect, out_alpha=alpha)
+    mine, again = read_lora(file), read_lora(path, base.backbone.modules())
+    assert set(again.factors) == set(mine.factors) and again.meta['family'] == 'qwen-image-2.1'
+    far = max((again.delta(n) - mine.delta(n)).abs().max() / mine.delta(n).abs().max() for n in mine.factors)
+    assert far < 1e-6
+    if alpha:
+        assert set(read_lora(path).meta['scales'].values()) == {2.0}
+
+
+@pytest.mark.parametrize('dialect', ['canonical', 'diffusers', 'lightning', 'kohya'])
+def test_the_stock_loader_reads_it_at_the_right_strength(dialect, file, folder, base, tmp_path):
+    path, without = tmp_path / 'x.safetensors', ['*.gate_layer'] if dialect == 'kohya' else []
+    convert(file, path, dialect, out_alpha=6.0 if DIALECTS[dialect].alpha else None, without=without)
+    transformer = load_pipe(folder, torch.float32, vae=None, text_encoder=None)
+    transformer.load_lora_weights(str(tmp_path), weight_name=path.name)
+    with torch.no_grad():
+        cond, x, t = base.cond([photo(1)], [PROMPT]), flow.noise_like((1, 16, 16), [1]), torch.tensor([0.5])
+        theirs = Backbone21.predict(Backbone21(transformer.transformer), x, t, cond)
+        b = load_base(folder).backbone
+        b.add_role('mine', 3)
+        b.load('mine', read_lora(path))
+        ours, bare = b.velocity('mine', x, t, cond), b.velocity('base', x, t, cond)
+    assert (ours - theirs).abs().max() < 1e-5 < 1e-2 < (ours - bare).abs().max()
+
+
+def test_flat_names_are_not_written_where_diffusers_would_drop_a_layer(file, base, tmp_path):
+    with pytest.raises(UserError, match='gate_layer.*kohya'):
+        convert(file, tmp_path / 'x.safetensors', 'kohya')
+    assert not (tmp_path / 'x.safetensors').exists()
+    names = {unflatten(n.replace('.', '_')): n for n in base.backbone.modules()}
+    assert all(k == v for k, v in names.items())  # they are read, whoever wrote them
+
+
+def test_a_lora_of_the_other_family_is_refused(file, base, folder, tmp_path):
+    first = load_base(tiny_base(tmp_path / 'first'))
+    other = tmp_path / 'other.safetensors'
+    write_lora(other, random_lora(first.backbone.modules(), 2))
+    with pytest.raises(UserError, match='belongs to Qwen-Image-Edit; .* another model than Qwen-Image-2.1'):
+        read_lora(other, base.backbone.modules(), allow_missing=True)
+    with pytest.raises(UserError, match='belongs to Qwen-Image-2.1; .* another model than Qwen-Image-Edit'):
+        read_lora(file, first.backbone.modules(), allow_missing=True)
+    mixed = Lora({**read_lora(file).factors, **read_lora(other).factors})
+    write_lora(tmp_path / 'mixed.safetensors', mixed)
+    with pytest.raises(UserError, match='not all of one family'):
+        read_lora(tmp_path / 'mixed.safetensors')
+    attention = Lora({n: f for n, f in read_lora(file).factors.items() if n.endswith('to_q')})
+    header = {'modelspec.architecture': 'qwen_image_21'}
+    write_lora(tmp_path / 'attention.safetensors', attention, header)
+    assert read_lora(tmp_path / 'attention.safetensors', base.backbone.modules(), allow_missing=True).rank == 3
+    with pytest.raises(UserError, match='modelspec.architecture.*another model than Qwen-Image-Edit'):
+        read_lora(tmp_path / 'attention.safetensors', first.backbone.modules(), allow_missing=True)
+
+
+# --- the whole chain
+
+
+SHAPES = ((96, 64), (64, 96), (80, 80), (160, 60), (60, 140))
+
+
+def five_shapes(folder, id, seed):
+    "An effect of five photographs of five shapes, and their targets."
+    draw = np.random.default_rng(seed)
+    soft = lambda size: Image.fromarray(draw.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize(size, 3)
+    pairs = [(im, Image.eval(im, lambda x: 255 - x)) for im in map(soft, SHAPES)]
+    words = dict(prompt=f'make it {id}', trigger=f'{id}x', description=f'turn the picture into {id}')
+    return write_effect(folder / id, id=id, category='object', pairs=pairs, **words).folder
+
+
+def asked(*words):
+    done = CliRunner().invoke(app, [str(w) for w in words])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family', ['first', 'second'])
+def test_the_chain_from_photographs_of_five_shapes_to_a_file_for_the_stock_pipeline(family, folder, tmp_path):
+    base = folder if family == 'second' else tiny_base(tmp_path / 'base')
+    candy, lava, snow = (five_shapes(tmp_path / 'effects', id, i) for i, id in enumerate(('candy', 'lava', 'snow')))
+    on = ('--base', base, '--device', 'cpu', '--out', tmp_path / 'mine')
+    small = ('-p', 'steps=2', '-p', 'batch=2', '-p', 'rank=2')
+    for effect in (candy, lava, snow):
+        asked('teach', effect, *on, *small, '-p', 'validate=0')
+    files = tmp_path / 'mine' / 'teachers'
+    quick = (*small, '-p', 'settings={p_switch: 1, few_steps: 3, fake_warmup: 1, sampler: ode}')
+    asked('distill', candy, lava, '--teachers', files, *on, *quick)
+    collection = tmp_path / 'mine' / 'collection.safetensors'
+    assert read_header(collection)['modelspec.architecture'] == family_of_folder(base).architecture
+    more = ('--out', tmp_path / 'more', '--base', base, '--device', 'cpu')
+    asked('distill', snow, '--teachers', files, '--extend', collection, '--old', candy, '--old', lava, *more, *small)
+    extended = tmp_path / 'more' / 'collection.safetensors'
+    assert [e['id'] for e in read_header(extended)['collectionlora.effects']] == ['candy', 'lava', 'snow']
+    asked('edit', candy / 'source', 'snow', '--collection', extended, '--base', base, '--out', tmp_path / 'edits')
+    assert len({Image.open(p).size for p in (tmp_path / 'edits').rglob('*.png')}) == 5
+    out = asked('inspect', extended, '--base', base, '--json')
+    assert json.loads(out)['report']['missing'] == 0
+    asked('convert', extended, tmp_path / 'plain.safetensors', '--dialect', 'diffusers')
+    pipe = load_pipe(base, torch.float32)
+    pipe.load_lora_weights(str(tmp_path), weight_name='plain.safetensors')

@@ -183,7 +183,6 @@ OTHERS = [
     {'ss_base_model_version': 'sdxl_base_v1-0'},
     {'ss_base_model_version': 'somebodys_new_model'},
     {'modelspec.architecture': 'stable-diffusion-3.5-medium/lora'},
-    {'modelspec.architecture': 'qwen_image_21'},
     {'base_model_name_or_path': 'black-forest-labs/FLUX.1-dev'},
     {'base_model': 'Qwen/Qwen2.5-7B-Instruct'},
     {'training_info': json.dumps({'step': 9, 'base_model': 'Wan-AI/Wan2.2-T2V-A14B'})},

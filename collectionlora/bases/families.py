@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QWEN_EDIT', 'QWEN_21', 'FAMILIES', 'Family', 'family_of_pipeline', 'family_of_folder', 'family_of_transformer',
-           'families_with']
+           'families_with', 'family_of_file', 'family_named', 'in_words']
 
 # %% ../../nbs/bases/families.ipynb #e40eb110
 import importlib
@@ -19,15 +19,17 @@ from ..core import nearest, read_json, UserError
 class Family:
     """What is known of a model family without loading it.
 
-    names: how headers of LoRA files call it, its own first; pipeline, transformer: the classes that its folders name;
+    names: how headers of LoRA files call it, its own first; key: its name in reports; pipeline, transformer: the classes that its folders name;
     code: module and class of its `Base`; parts: its folder's parts; leaves_of: config -> leaf of a block -> (in, out);
     leaves: their names; top: Linears outside the blocks; text_width: the field of the embeddings' width; colours: of the
     autoencoder's pictures; packing: latents per side of a token; latent_pixels: autoencoder's config -> pixels per side
     of a latent; architecture, version, tag: what headers and cards say; repo: where the newest weights are; hub: names of
-    checkpoints; area_argument: the argument with which the stock pipeline takes a picture's side, '' if none; programs:
-    whether ComfyUI's nodes and DiffSynth's lines for it are known here."""
+    checkpoints; area_argument: the argument with which the stock pipeline takes a picture's side, '' if none; unflat: leaves
+    that diffusers loses where names are written with underscores only; programs: whether ComfyUI's nodes and DiffSynth's
+    lines for it are known here."""
 
     names: tuple[str, ...]
+    key: str
     pipeline: str
     transformer: str
     code: str
@@ -45,6 +47,7 @@ class Family:
     repo: str
     hub: tuple[str, ...]
     area_argument: str = ''
+    unflat: tuple[str, ...] = ()
     programs: bool = True
 
     @property
@@ -78,6 +81,7 @@ def _two_streams(config: Mapping) -> dict[str, tuple[int, int]]:
 _TIME = tuple(f'time_text_embed.timestep_embedder.linear_{i}' for i in (1, 2))
 QWEN_EDIT = Family(
     names=('Qwen-Image-Edit', 'Qwen-Image', 'Qwen-Image-Layered'),
+    key='qwen-image',
     pipeline='QwenImageEditPlusPipeline',
     transformer='QwenImageTransformer2DModel',
     code='collectionlora.bases.pipeline:Base',
@@ -88,7 +92,7 @@ QWEN_EDIT = Family(
     text_width='joint_attention_dim',
     colours=3,
     packing=2,
-    latent_pixels=lambda vae: 2 ** len(vae['temperal_downsample']) if 'temperal_downsample' in vae else vae['factor'],
+    latent_pixels=lambda vae: 2 ** len(vae['temperal_downsample']) if 'temperal_downsample' in vae else vae['patch'],
     architecture='Qwen-Image-Edit-Plus/lora',
     version='qwen_image_edit',
     tag='qwen-image-edit',
@@ -104,7 +108,8 @@ def _one_stream(config: Mapping) -> dict[str, tuple[int, int]]:
 
 
 QWEN_21 = Family(
-    names=('Qwen-Image-2',),
+    names=('Qwen-Image-2.1',),
+    key='qwen-image-2.1',
     pipeline='QwenImage21Pipeline',
     transformer='QwenImage21Transformer2DModel',
     code='collectionlora.bases.qwen21:Base21',
@@ -122,6 +127,7 @@ QWEN_21 = Family(
     repo='Qwen/Qwen-Image-2.1',
     hub=('Qwen-Image-2.1',),
     area_argument='output_resolution',
+    unflat=('img_mlp.gate_layer',),
     programs=False,
 )
 FAMILIES = (QWEN_EDIT, QWEN_21)
@@ -162,3 +168,19 @@ def families_with(modules: Iterable[str]) -> list[Family]:
     leaf = lambda name: name.split('.', 2)[-1] if name.startswith('transformer_blocks.') else None
     kinds = {leaf(m) or m for m in modules}
     return [f for f in FAMILIES if kinds <= {*f.leaves, *f.top}]
+
+
+def family_of_file(header: Mapping, modules: Iterable[str]) -> Family:
+    "The family of a LoRA file: the one that its layers allow and its header names, else the first that they allow."
+    told, found = header.get('modelspec.architecture'), families_with(modules)
+    return next((f for f in found if f.architecture == told), (found or FAMILIES)[0])
+
+
+def family_named(name: str) -> Family:
+    "The family that messages call so; the first one for another name."
+    return next((f for f in FAMILIES if f.name == name), FAMILIES[0])
+
+
+def in_words(families: Iterable[Family]) -> str:
+    "Their names in a sentence."
+    return ' or '.join(f.name for f in families)

@@ -362,7 +362,6 @@ def teacher_header(base, effect: EffectSet, settings: FlowSettings, data_hash: s
     train = dict(kind='teacher', settings=asdict(settings), data=data_hash, effect=effect.pairs_hash)
     return {
         'modelspec.title': f'{effect.id} (single-effect teacher)',
-        'modelspec.architecture': 'Qwen-Image-Edit-Plus/lora',
         'collectionlora.base': {'hash': base.hash},
         'collectionlora.effects': [entry],
         'collectionlora.train': train,

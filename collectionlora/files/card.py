@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from ..bases.families import family_named, family_of_file
 from ..core import replacing, write_json
 from .header import decode_metadata, file_sha256, read_table, usage_hint
 from collectionlora.files.workflow import (  # noqa: F401
@@ -48,6 +49,7 @@ def inspect(path) -> dict:
     header = decode_metadata(table.metadata, str(path))
     downs = {k: e for k, e in table.tensors.items() if '.lora_A.' in k or '.lora_down.' in k}
     ours = {k.removeprefix('collectionlora.'): v for k, v in header.items() if k.startswith('collectionlora.')}
+    layers = sorted({layer(k) for k in downs})
     return {
         'file': path.name,
         'bytes': path.stat().st_size,
@@ -56,7 +58,8 @@ def inspect(path) -> dict:
         'ranks': dict(sorted(Counter(e.shape[0] for e in downs.values() if e.shape).items())),
         'license': header.get('modelspec.license'),
         'dtypes': sorted({e.dtype for e in table.tensors.values()}),
-        'layers': sorted({layer(k) for k in downs}),
+        'layers': layers,
+        'family': family_of_file(header, [f'transformer_blocks.0.{name}' for name in layers]).name,
         'width': next((e.shape[1] for k, e in downs.items() if 'to_q' in k and len(e.shape) == 2), None),
         'effects': ours.get('effects', []),
         'sampling': ours.get('sampling', {}),
@@ -169,11 +172,11 @@ def gallery_html(info: dict) -> str:
 
 # %% ../../nbs/files/card.ipynb #72460634
 SNIPPET = """import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, {pipeline}
 from diffusers.utils import load_image
 {imports}
 device = "cuda" if torch.cuda.is_available() else "cpu"
-pipe = QwenImageEditPlusPipeline.from_pretrained({base}, torch_dtype={dtype}).to(device)
+pipe = {pipeline}.from_pretrained({base}, torch_dtype={dtype}).to(device)
 pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling={stochastic})
 pipe.load_lora_weights(".", weight_name={file!r})
 image = pipe(image=load_image("input.png"), prompt={prompt!r},
@@ -237,7 +240,7 @@ def _front_matter(info: dict) -> list[str]:
         *([f'instance_prompt: {quoted(first)}'] if first else []),
         *(['widget:'] if effects else []),
         *(f'- text: {quoted(student_prompt(e))}' for e in effects[:8]),
-        'tags: [lora, qwen-image-edit, few-step, collectionlora]',
+        f'tags: [lora, {family_named(info["family"]).tag}, few-step, collectionlora]',
         '---',
     ]
 
@@ -255,6 +258,8 @@ STRENGTH = (
 def _programs(info: dict) -> list[str]:
     "What ComfyUI, DiffSynth, InvokeAI and others need to be told."
     sampling, file = info['sampling'], info['file']
+    if not family_named(info['family']).programs:
+        return [f'- No workflow is written for {info["family"]}: its nodes are not known here.', f'- {STRENGTH}']
     comfy = f'**ComfyUI**: load the workflow beside this file; its sampler is `{sampler_name(sampling)}`'
     synth = diffsynth_lines(info, printable(student_prompt(info['effects'][0])))
     comfy += ', its times are those of this file.' if synth else ' and its `ManualSigmas` needs version 0.7.'
@@ -279,11 +284,12 @@ def _programs(info: dict) -> list[str]:
 # %% ../../nbs/files/card.ipynb #d2eca95a
 def _use(info: dict) -> list[str]:
     "The section with the snippet, for the first effect of the catalogue."
-    sampling, base = info['sampling'], info['base']
-    folder = f'path/to/{base["id"]}' if base.get('id') else 'Qwen/Qwen-Image-Edit-2509'
+    sampling, base, family = info['sampling'], info['base'], family_named(info['family'])
+    folder = f'path/to/{base["id"]}' if base.get('id') else family.repo
     full = dict(imports='', base=repr(_address(base) or folder), dtype='torch.bfloat16', size='')
     code = SNIPPET.format(
         **(NANO if base.get('id') == 'nano' else full),
+        pipeline=family.pipeline,
         stochastic=bool(sampling.get('stochastic', True)),
         file=info['file'],
         prompt=printable(student_prompt(info['effects'][0])),
@@ -326,7 +332,7 @@ def wildcards(effects: list[dict]) -> str:
 def write_card(path) -> list[Path]:
     """Write `<stem>.README.md`, `.html`, `.comfyui.json` and `.prompts.txt` beside a collection file; returns the paths.
 
-    The workflow needs the times of the sampler, the prompts at least one effect."""
+    The workflow needs the times of the sampler and a family whose nodes are known, the prompts at least one effect."""
     path = Path(path)
     info = inspect(path)
     texts = {
@@ -338,7 +344,7 @@ def write_card(path) -> list[Path]:
     for target, text in texts.items():
         with replacing(target) as part:
             Path(part).write_text(text, encoding='utf-8')
-    if not (info['effects'] and info['sampling'].get('times')):
+    if not (info['effects'] and info['sampling'].get('times') and family_named(info['family']).programs):
         return list(texts)
     workflow = path.with_name(f'{path.stem}.comfyui.json')
     write_json(workflow, comfyui_workflow(info))

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..bases.families import FAMILIES, family_of_file
 from ..core import read_json, UserError
 from .beside import alphas_beside, bases_beside, settings_beside
 from .dialects import Dialect, DIALECTS, group_keys, key_names, TOP
@@ -215,12 +216,12 @@ def _pairs(payload: Payload, groups: dict, modules) -> tuple[dict, dict, dict, d
     return keys, made, shapes, ranks
 
 # %% ../../nbs/files/checked.ipynb #025a064f
-def _notes(path, table, tensors, header, configs, base, check) -> list[str]:
+def _notes(path, table, tensors, header, configs, base, check, modules) -> list[str]:
     """Everything about base, trainer and checksums that should be said; `UserError` for what must not be read.
 
     tensors: (payload, groups) of the file."""
     payload, groups = tensors
-    notes = check_base(header, groups, [c for c in configs if isinstance(c[1], dict)], base)
+    notes = check_base(header, groups, [c for c in configs if isinstance(c[1], dict)], base, modules)
     plain = all('A' in slot for slot in groups.values())
     changed = verify(path, table, check, (lambda: content_sha256(payload, groups)) if plain else None)
     return notes + known_faults(table.metadata) + ([changed] if changed else [])
@@ -236,14 +237,14 @@ def _strength(path, table, tensors, dialect, ranks, configs, alpha, settings):
     return decide(Facts(table.metadata, dialect, ranks, alphas, configs, others, beside), alpha)
 
 
-def _meta(path, table, dialect, strength) -> dict:
+def _meta(path, table, dialect, strength, family) -> dict:
     "What `Lora.meta` says of a file: where it lies, who wrote it, how, and in which numbers."
     stored = {e.dtype for k, e in table.tensors.items() if not k.endswith('alpha')}
     return dict(
         path=str(path),
         dialect=dialect.name,
         producer=guess_producer(dialect, table.metadata),
-        family='qwen-image',
+        family=family.key,
         dtype='+'.join(sorted(stored)) if dialect.style != 'lokr' else 'F32',
         alpha=strength.source,
         scales=strength.scales,
@@ -270,38 +271,30 @@ def _read(path, modules, allow_missing, alpha, base, check) -> Checked:
     configs = tuple((p.name, read_config(p)) for p in configs_beside(path)[0])
     settings, alone = settings_beside(path) if 'collectionlora.schema' not in header else ([], True)
     named = [*configs, *bases_beside(settings, alone)]
-    notes = _notes(path, table, (payload, groups), header, named, base, check)
+    notes = _notes(path, table, (payload, groups), header, named, base, check, modules)
     strength = _strength(path, table, (payload, groups), dialect, ranks, configs, alpha, settings)
     if not _does_something(payload, keys, made):
         notes.append('is empty: one factor of every module is zero, so it changes nothing')
-    meta = _meta(path, table, dialect, strength)
+    meta = _meta(path, table, dialect, strength, family_of_file(header, groups if modules is None else modules))
     meta |= dict(missing=missing, header=header, notes=notes + strength.notes)
     return Checked(payload, keys, made, shapes, ranks, strength.scales, meta)
 
 # %% ../../nbs/files/checked.ipynb #2e164c32
 def config_layers(folder) -> dict[str, tuple[int, int]] | None:
-    """Dotted name -> (in, out) of the Linears of the blocks of a Qwen-Image transformer, from its config alone.
+    """Dotted name -> (in, out) of the Linears of the blocks of a known family's transformer, from its config alone.
 
     None for another class of transformer. Raises `UserError` if the folder of the pipeline has no such config."""
     path = Path(folder) / 'transformer' / 'config.json'
     if not path.is_file():
-        raise UserError(f'{path}: no such file; give the folder of a Qwen-Image-Edit pipeline.')
+        raise UserError(f'{path}: no such file; give the folder of an edit pipeline.')
     config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f'{path}: must hold the settings of a transformer, but holds {type(config).__name__}')
     asked = ('num_attention_heads', 'attention_head_dim', 'num_layers')
-    if config.get('_class_name') != 'QwenImageTransformer2DModel' or not all(type(config.get(k)) is int for k in asked):
+    family = next((f for f in FAMILIES if f.transformer == config.get('_class_name')), None)
+    if family is None or not all(type(config.get(k)) is int for k in asked):
         return None
-    heads, dim, blocks = (config[k] for k in asked)
-    d = heads * dim
-    square = ('to_q', 'to_k', 'to_v', 'add_k_proj', 'add_v_proj', 'add_q_proj', 'to_out.0', 'to_add_out')
-    attention = {f'attn.{leaf}': (d, d) for leaf in square}
-    sides = {
-        s: {f'{s}_mod.1': (d, 6 * d), f'{s}_mlp.net.0.proj': (d, 4 * d), f'{s}_mlp.net.2': (4 * d, d)}
-        for s in ('img', 'txt')
-    }
-    block = {'img_mod.1': sides['img'].pop('img_mod.1'), **attention, **sides['img'], **sides['txt']}
-    return {f'transformer_blocks.{b}.{leaf}': size for b in range(blocks) for leaf, size in block.items()}
+    return family.layers(config)
 
 # %% ../../nbs/files/checked.ipynb #fc7b9589
 def check_file(path, modules=None, allow_missing=(), alpha=None, base=None, check=True) -> Checked:

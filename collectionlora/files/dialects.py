@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..bases.families import FAMILIES, families_with, in_words
 from ..core import nearest, UserError
 
 # %% ../../nbs/files/dialects.ipynb #f7d2e282
@@ -57,17 +58,8 @@ def lora_hash(lora: Lora) -> str:
     return digest.hexdigest()
 
 # %% ../../nbs/files/dialects.ipynb #d0a1423d
-_ATTENTION = 'to_q to_k to_v add_q_proj add_k_proj add_v_proj to_out.0 to_add_out'.split()
-_MLP = 'img_mlp.net.0.proj img_mlp.net.2 txt_mlp.net.0.proj txt_mlp.net.2'.split()
-LEAVES = ('img_mod.1', 'txt_mod.1', *(f'attn.{n}' for n in _ATTENTION), *_MLP)
-TOP = (
-    'img_in',
-    'txt_in',
-    'proj_out',
-    'norm_out.linear',
-    'time_text_embed.timestep_embedder.linear_1',
-    'time_text_embed.timestep_embedder.linear_2',
-)
+LEAVES = tuple(dict.fromkeys(leaf for f in FAMILIES for leaf in f.leaves))
+TOP = tuple(dict.fromkeys(name for f in FAMILIES for name in f.top))
 PREFIXES = (
     'transformer.base_model.model.',
     'model.base_model.model.',
@@ -94,7 +86,7 @@ ENDING = re.compile(
 
 
 def unflatten(flat: str) -> str | None:
-    "Dotted name of a Qwen-Image module written with underscores only, None if it is not one."
+    "Dotted name of a module written with underscores only, None if no family has one that is written so."
     flat = flat.replace('_orig_mod_', '')
     if m := _flat.fullmatch(flat):
         return f'transformer_blocks.{m[1]}.{_flat_leaf[m[2]]}'
@@ -152,15 +144,19 @@ FOREIGN = (
 
 
 def module_name(key: Key, modules: dict | None = None) -> str:
-    "Dotted module name of a key, checked against the base's `modules` or, without them, against Qwen-Image's grammar."
+    "Dotted module name of a key, checked against the base's `modules` or, without them, against the families' grammar."
     name = unflatten(key.body) if key.prefix in FLAT_PREFIXES else key.body
     if name is not None and (name in modules if modules is not None else _dotted.fullmatch(name)):
         return name
     body = key.body[:120]
+    wanted = families_with(modules or ()) or FAMILIES
     other = next((f for f, pattern in FOREIGN if re.search(pattern, key.prefix + key.body[:500])), None)
+    known = families_with([name]) if name else []
+    if modules is not None and name not in TOP and known and not any(f in wanted for f in known):
+        other = in_words(known)
     if other:
         raise UserError(
-            f'module {body!r} belongs to {other}; this LoRA was made for another model than Qwen-Image-Edit.'
+            f'module {body!r} belongs to {other}; this LoRA was made for another model than {in_words(wanted)}.'
         )
     if name in TOP:
         raise UserError(
@@ -234,6 +230,9 @@ def group_keys(names, modules: dict | None = None) -> tuple[dict, Dialect]:
         slot[key.part] = name
     if not groups:
         raise UserError('it holds no LoRA tensor.')
+    if modules is None and not families_with(groups):
+        kinds = ', '.join(sorted({name.split('.', 2)[-1] for name in groups})[:8])
+        raise UserError(f'its layers ({kinds}) are not all of one family, {in_words(FAMILIES)}.')
     _check_parts(groups, next(iter(styles)) if len(styles) == 1 else None)
     alpha = any('alpha' in slot for slot in groups.values())
     return groups, Dialect(_one(prefixes, 'key prefixes'), _one(styles, 'adapter names or factor styles'), alpha)

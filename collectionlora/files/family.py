@@ -11,9 +11,10 @@ __all__ = ['SKIPPED', 'LONGEST', 'OURS', 'FAMILIES', 'STRICT', 'NAMING', 'HINTS'
 import ast
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from ..bases.families import families_with, Family, in_words, QWEN_EDIT
 from ..core import UserError
 
 # %% ../../nbs/files/family.ipynb #8afffb59
@@ -55,9 +56,9 @@ def containers(metadata: dict, path: str = '', depth: int = 0) -> Iterator[Conta
                 yield from containers(item, f'{path}{key}.', depth + 1)
 
 # %% ../../nbs/files/family.ipynb #37e67faf
-OURS = ('Qwen-Image-Edit', 'Qwen-Image', 'Qwen-Image-Layered')
+OURS = QWEN_EDIT.names
 FAMILIES = (
-    ('Qwen-Image-2', r'qwen[-_ ]?image[-_ ]?(2[._-]\d|21(?!\d))'),
+    ('Qwen-Image-2.1', r'qwen[-_ ]?image[-_ ]?(2[._-]\d|21(?!\d))'),
     ('Qwen-Image-Edit', r'qwen.{0,20}edit'),
     ('Qwen-Image-Layered', r'qwen.{0,20}layered'),
     ('Qwen-Image', r'qwen[-_ ]?image|^qwen(/lora)?$'),
@@ -169,40 +170,47 @@ def _check_own(header: dict, base: str | None) -> None:
         )
 
 
-def _unsaid_note(modules: list[str]) -> list[str]:
+def _unsaid_note(modules: list[str], wanted: str) -> list[str]:
     "What must be said of a LoRA without a word about its base whose layers another model has as well."
     blocks = {int(m[1]) for name in modules if (m := SHARED.match(name))}
     if not all(map(SHARED.match, modules)) or max(blocks, default=99) >= DEPTH - 1:
         return []
     return [
         f'no field names its base, and FLUX and others have {len(modules)} layers of the same names (attention of '
-        f'blocks up to {max(blocks)}); nothing in the file says that it was made for Qwen-Image'
+        f'blocks up to {max(blocks)}); nothing in the file says that it was made for {wanted}'
     ]
 
 
-def check_base(header: dict, modules: Iterable[str], configs=(), base: str | None = None) -> list[str]:
+def _right(families: Sequence[Family]) -> tuple[set[str], str]:
+    "Every name under which these families' bases go, and what to call them in a sentence."
+    return {name for f in families for name in f.names}, in_words(families)
+
+
+def check_base(header: dict, modules: Iterable[str], configs=(), base: str | None = None, layers=None) -> list[str]:
     """What must be said about the base that a LoRA's header and configs name, in sentences.
 
-    header: decoded; modules: the layers that the LoRA changes; base: hash of the base in use. Raises `UserError` for
-    another base or another model than Qwen-Image-Edit, with the field that says so."""
+    header: decoded; modules: the layers that the LoRA changes; base: hash of the base in use, layers: the names of its
+    layers. Raises `UserError` for another base or a model of another family, with the field that says so."""
     _check_own(header, base)
-    named = named_bases(header, configs)
-    families = {n.family for n in named} & set(OURS)
+    named, modules = named_bases(header, configs), list(modules)
+    allowed = families_with(modules if layers is None else layers) or [QWEN_EDIT]
+    right, wanted = _right(allowed)
+    families = {n.family for n in named} & right
     for field, value, family, sure in named:
         strict = field.rpartition(': ')[2] in STRICT
-        if family not in OURS and (family and (sure or not families) or strict):
+        if family not in right and (family and (sure or not families) or strict):
             what = f' ({family})' if family else ''
             raise UserError(
-                f'its field {field} is {value[:60]!r}{what}; this LoRA was made for another model than Qwen-Image-Edit.'
+                f'its field {field} is {value[:60]!r}{what}; this LoRA was made for another model than {wanted}.'
             )
     ours = 'collectionlora.base' in header or 'collectionlora.schema' in header
-    if families and 'Qwen-Image-Edit' not in families:
+    if families and not families & {f.name for f in allowed}:
         told = ' and '.join(sorted(families))
         return [f'was made for {told} and not for its edit model; the layers are the same, the effect may differ']
     if families or ours:
         return []
     unknown = [f'its field {n.field} names the base {n.value[:60]!r}, which is not known here' for n in named]
-    return unknown[:1] or _unsaid_note(list(modules))
+    return unknown[:1] or _unsaid_note(modules, wanted)
 
 # %% ../../nbs/files/family.ipynb #9e8b3ddf
 REPAIRED = '2026-03-28'

@@ -17,6 +17,7 @@ import struct
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 
+from ..bases.families import FAMILIES, Family, QWEN_EDIT
 from ..core import check_keys, replacing, UserError
 from .weights import what_it_is
 
@@ -360,16 +361,16 @@ def _title(effects: list[dict]) -> str | None:
     return f'Collection of {len(effects)} effects' if effects else None
 
 
-def _description(effects: list[dict]) -> str | None:
+def _description(effects: list[dict], family: Family) -> str | None:
     "What a file is, for programs that show one text: its effects and how to ask for one."
     names = ', '.join(e['id'] for e in effects[:20]) + (f' and {len(effects) - 20} more' if len(effects) > 20 else '')
-    return f'Effects for Qwen-Image-Edit: {names}. Ask for one by its trigger.' if effects else None
+    return f'Effects for {family.name}: {names}. Ask for one by its trigger.' if effects else None
 
 
 COVERS = 4  # thumbnails that are repeated for programs which look for cover pictures
 
 
-def modelspec(header: dict) -> dict:
+def modelspec(header: dict, family: Family = QWEN_EDIT) -> dict:
     "ModelSpec and `ss_*` fields that other programs display, derived from the `collectionlora.*` fields of a header."
     effects, sampling = header.get('collectionlora.effects') or [], header.get('collectionlora.sampling')
     triggers = [e['trigger'] for e in effects if e.get('trigger')]
@@ -377,23 +378,23 @@ def modelspec(header: dict) -> dict:
     shots = [e['thumbnail'] for e in effects if str(e.get('thumbnail', '')).startswith('data:image/')][:COVERS]
     out = {
         'modelspec.sai_model_spec': '1.0.1',
-        'modelspec.architecture': 'Qwen-Image-Edit-Plus/lora',
+        'modelspec.architecture': family.architecture,
         'modelspec.implementation': 'diffusers',
         'modelspec.title': _title(effects),
         'modelspec.trigger_phrase': ', '.join(shown) or None,
         'modelspec.usage_hint': usage_hint(sampling) if sampling else None,
         'modelspec.merged_from': ', '.join(p['sha256'] for p in header.get('collectionlora.parents') or []) or None,
         'modelspec.tags': ', '.join(sorted({e['category'] for e in effects})) or None,
-        'modelspec.description': _description(effects),
+        'modelspec.description': _description(effects, family),
         'modelspec.thumbnail': shots[0] if shots else None,
         'ssmd_cover_images': [s.partition(',')[2] for s in shots] or None,
-        'ss_base_model_version': 'qwen_image_edit' if effects else None,
+        'ss_base_model_version': family.version if effects else None,
         'ss_tag_frequency': {'effects': dict.fromkeys(triggers, 1)} if triggers else None,
     }
     return {k: v for k, v in out.items() if v is not None}
 
 # %% ../../nbs/files/header.ipynb #283eb05b
-HUB = {f'Qwen-Image-Edit{v}': f'Qwen/Qwen-Image-Edit{v}' for v in ('', '-2509', '-2511')}
+HUB = {name: f'Qwen/{name}' for family in FAMILIES for name in family.hub}
 
 
 def base_identity(folder) -> dict:

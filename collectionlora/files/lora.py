@@ -18,9 +18,10 @@ from typing import NamedTuple
 
 import torch
 
+from ..bases.families import FAMILIES, Family, family_of_file
 from ..core import check_keys, replacing, UserError
 from .checked import check_file, report_of
-from .dialects import Dialect, DIALECTS, key_names, Lora, raw_bytes
+from .dialects import Dialect, DIALECTS, FLAT_PREFIXES, key_names, Lora, raw_bytes
 from collectionlora.files.header import (
     catalogue,
     encode_metadata,
@@ -111,7 +112,7 @@ def read_lora(
     """Read a LoRA file or folder of any known dialect, exactly or not at all.
 
     `modules`: dotted name -> (in, out) of the base's LoRA-able layers (`Backbone.modules()`); None checks names against
-    Qwen-Image's grammar only. All block modules must be present except those that match a glob in `allow_missing` (True
+    the families' grammar only. All block modules must be present except those that match a glob in `allow_missing` (True
     allows any). `alpha` decides where the file and its folder do not say the strength, or disagree. `base` is the hash
     of the base in use, compared with the header's. `dtype=None` keeps the file's numbers and maps them lazily.
     `check=False` skips the payload's checksum and the test for NaN. `meta['notes']` holds what should be known, which
@@ -163,10 +164,11 @@ def _write(path, factors, scales, dialect, dtype, alpha, metadata, sign):
         raise UserError(str(e) if str(path) in str(e) else f'{path}: {e}') from None
 
 # %% ../../nbs/files/lora.ipynb #88a08b3e
-def _metadata(rank: int, header: dict) -> dict:
+def _metadata(rank: int, header: dict, modules) -> dict:
     "The strings of a canonical header: ours, those derived for other programs, and what is given."
     plain = {'format': 'pt', 'ss_network_dim': str(rank), 'ss_network_alpha': str(rank)}
-    return encode_metadata(plain | {'collectionlora.schema': SCHEMA_VERSION} | modelspec(header) | header)
+    derived = modelspec(header, family_of_file(header, modules))
+    return encode_metadata(plain | {'collectionlora.schema': SCHEMA_VERSION} | derived | header)
 
 
 def write_lora(path, lora: Lora, header: dict | None = None, dtype=torch.float32) -> str:
@@ -177,7 +179,7 @@ def write_lora(path, lora: Lora, header: dict | None = None, dtype=torch.float32
     header fields."""
     if dtype == torch.float16:
         raise UserError(f'{path}: float16 overflows easily; write float32 or bfloat16.')
-    _write(path, lora.factors, {}, DIALECTS['canonical'], dtype, None, _metadata(lora.rank, header or {}), True)
+    _write(path, lora.factors, {}, DIALECTS['canonical'], dtype, None, _metadata(lora.rank, header or {}, lora.factors), True)
     return file_sha256(path)
 
 # %% ../../nbs/files/lora.ipynb #e932556c
@@ -190,7 +192,10 @@ def own_fields(header: dict) -> dict:
     )
     kept = {k: v for k, v in header.items() if known(k) and not k.endswith('_sha256')}
     ours = any(k.startswith('collectionlora.') for k in kept)
-    derived = modelspec(kept) if ours else {}  # what an author put there himself stays
+    family = next((f for f in FAMILIES if f.architecture == kept.get('modelspec.architecture')), FAMILIES[0])
+    derived = modelspec(kept, family) if ours else {}  # what an author put there himself stays
+    if family is not FAMILIES[0]:
+        derived.pop('modelspec.architecture', None)  # attention layers alone do not tell the families apart
     return {k: v for k, v in kept.items() if k not in derived or v != derived[k]}
 
 # %% ../../nbs/files/lora.ipynb #8954c8b5
@@ -262,6 +267,16 @@ def _left_out(factors, scales: dict, without: Sequence[str], source) -> tuple[di
     return {n: f for n, f in factors.items() if n not in gone}, {'left_out': left}
 
 
+def _check_flat(dialect: Dialect, factors: dict, family: Family) -> None:
+    "Raises `UserError` for layers that diffusers would leave out of a file whose names have underscores only."
+    lost = [n for n in factors if n.split('.', 2)[-1] in family.unflat]
+    if lost and dialect.prefix in FLAT_PREFIXES:
+        raise UserError(
+            f'{len(lost)} layers such as {lost[0]} have names that diffusers reads wrongly in the dialect kohya, and it '
+            'leaves them out; convert to another dialect.'
+        )
+
+
 def _some(names) -> str:
     "The kinds of layers among names of modules."
     kinds = sorted({n.split('.', 2)[-1] for n in names})
@@ -271,9 +286,9 @@ def _some(names) -> str:
 def _converted_metadata(dialect: str, factors: dict, kept: dict) -> tuple[dict, bool]:
     "The header's strings of a converted file that keeps the fields `kept`, and whether it is signed."
     if dialect == 'canonical':
-        return _metadata(max(a.shape[0] for a, _ in factors.values()), kept), True
+        return _metadata(max(a.shape[0] for a, _ in factors.values()), kept, factors), True
     sign = any(k.startswith('collectionlora.') for k in kept)
-    derived = modelspec(kept) if sign else {}
+    derived = modelspec(kept, family_of_file(kept, factors)) if sign else {}
     schema = {'collectionlora.schema': SCHEMA_VERSION} if sign else {}
     return encode_metadata({'format': 'pt'} | derived | kept | schema), sign
 
@@ -302,6 +317,7 @@ def convert(
         raise UserError(f'out_alpha is {out_alpha}; give a positive number.')
     target, folder = Path(target), dialect == 'peft'
     _check_target(target, DIALECTS[dialect], folder)
+    _check_flat(DIALECTS[dialect], factors, family_of_file(meta['header'], factors))
     metadata, sign = _converted_metadata(dialect, factors, own_fields(meta['header']) | (header or {}))
     content = factors, scales, DIALECTS[dialect], dtype, out_alpha, metadata, sign
     if folder:

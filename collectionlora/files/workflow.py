@@ -9,6 +9,7 @@ __all__ = ['MODEL_FILES', 'DIFFSYNTH', 'steps_of', 'grid_times', 'grid_shift', '
 # %% ../../nbs/files/workflow.ipynb #fd3dfc85
 import math
 
+from ..bases.families import family_named
 from ..core import nearest, UserError
 
 # %% ../../nbs/files/workflow.ipynb #a3d33894
@@ -130,8 +131,11 @@ def _sampling(sampler: str, seed: int) -> dict:
 def comfyui_workflow(info: dict, effect_id: str | None = None, seed: int = 0, files: dict = MODEL_FILES) -> dict:
     """ComfyUI workflow (API format) for one effect of a collection file: its prompt, times, sampler and strength.
 
-    Raises `UserError` for an effect that the file lacks, and for a header without times or with CFG."""
+    Raises `UserError` for an effect that the file lacks, for a header without times or with CFG, and for a family whose
+    nodes are not known."""
     effect, sampling = find_effect(info, effect_id), info['sampling']
+    if not family_named(info.get('family', '')).programs:
+        raise UserError(f'{info["file"]}: no workflow is written for {info["family"]}: its nodes are not known here.')
     if not sampling.get('times') or sampling.get('cfg', 1) != 1:
         raise UserError(
             f'{info["file"]}: header field collectionlora.sampling must give times and cfg 1 to make a workflow.'

@@ -46,6 +46,12 @@ def test_a_link_out_of_the_notebooks_is_a_plain_name(rooms, nbs):
     assert said.startswith('the list (`') and said.endswith('results/README.md`)')
 
 
+def test_the_sample_report_lies_in_the_site(rooms):
+    nbs = ROOT / 'nbs'
+    link = '[the report](../../assets/report.html)'
+    assert rooms['linked'](link, nbs / 'method' / 'a.ipynb', nbs) == '[the report](../report.html)'
+
+
 def test_hidden_cells_directives_and_warnings_are_not_shown(rooms, nbs):
     said = {'output_type': 'display_data', 'data': {'text/markdown': ['[b](../use/b.ipynb)']}}
     cells = [

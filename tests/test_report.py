@@ -1,6 +1,7 @@
 "The report is self-contained, complete, escaped, deterministic, and its words follow from its numbers."
 
 import base64
+import html
 import io
 import re
 from dataclasses import replace
@@ -340,3 +341,13 @@ def test_an_evaluation_asks_about_the_folders_that_are_given(tmp_path):
     assert list(told) == ['lava_creature'] and set(told['lava_creature']) == {'category', 'description'}
     with pytest.raises(UserError, match="no effect 'pixel_art' in this collection"):
         asked_about(file, [lava, pixels])
+
+
+def test_the_sample_report_says_what_the_kept_records_say():
+    "tools/sample_report.py makes it again; where records change and it does not, this fails."
+    demo, page = core.repo_root() / 'results/main_job/demo', core.repo_root() / 'assets/report.html'
+    found = core.read_json(demo / 'evaluation.json')['metrics']
+    verdict, counted = R.headline(R.asked_rows(read_rows(demo / found['rows']), found['effects']), found['own'])
+    text = html.unescape(page.read_text(encoding='utf-8'))
+    assert verdict in text and counted in text and all(name in text for name in found['sizes'])
+    assert text.count('data:image/jpeg') == 9 * len(found['effects']) and page.stat().st_size < 400_000

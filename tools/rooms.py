@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+REPORT = ROOT / 'assets' / 'report.html'
 ROOMS = ('method', 'engine', 'bases', 'world', 'files', 'judge', 'use', 'run', 'experiments', 'analysis')
 HIDDEN = re.compile(r'#\s*\|\s*(hide|default_exp)\b')
 NO_INPUT = re.compile(r'#\s*\|\s*hide_input\b')
@@ -40,7 +41,8 @@ def navigation(nbs: Path) -> list:
 
 
 def linked(text: str, page: Path, nbs: Path) -> str:
-    "Markdown of a page whose links to notebooks lead to their pages; a link out of `nbs` becomes the plain name."
+    """Markdown of a page whose links to notebooks lead to their pages. A link out of `nbs` becomes the plain name, but for
+    the sample report, which lies in the site."""
 
     def inside(link):
         target = (page.parent / f'{link[1]}.{link[2]}').resolve()
@@ -48,6 +50,8 @@ def linked(text: str, page: Path, nbs: Path) -> str:
 
     def outside(link):
         target = (page.parent / link[2]).resolve()
+        if target == REPORT:
+            return f'[{link[1]}]({os.path.relpath(nbs / REPORT.name, page.parent)})'
         return link[0] if target.is_relative_to(nbs) else f'{link[1]} (`{os.path.relpath(target, ROOT)}`)'
 
     return OUTSIDE.sub(outside, LINK.sub(inside, text))
@@ -106,6 +110,7 @@ def on_config(config):
     nbs, docs = ROOT / 'nbs', ROOT / '_proc' / 'docs'
     copies(nbs, docs)
     shutil.copyfile(ROOT / 'tools' / 'docs.css', docs / 'docs.css')
+    shutil.copyfile(REPORT, docs / REPORT.name)
     config['nav'] = [*navigation(nbs), {'reference': reference(ROOT / 'collectionlora', docs / 'reference')}]
     config['docs_dir'] = str(docs)
     return config

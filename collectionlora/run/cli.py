@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['HELP', 'STYLE', 'app', 'Effects', 'File', 'To', 'Out', 'BaseOption', 'Seed', 'Device', 'Words', 'Replace',
            'Processes', 'Given', 'Budget', 'Teachers', 'General', 'Init', 'DryRun', 'Extend', 'Old', 'Collections',
-           'More', 'Seeds', 'Strength', 'Size', 'Sheet', 'Token', 'Host', 'Served', 'Layers', 'Collection', 'ToFile',
-           'runs', 'Run', 'Every', 'option', 'argument', 'root', 'guarded', 'Decimal', 'command', 'main', 'assignments',
-           'device_of', 'job_of', 'grid', 'teach', 'distill', 'size', 'duration', 'config_folder', 'plan_', 'evaluate',
-           'demo', 'rebase', 'collection_of', 'edit', 'serve', 'app_command', 'inspect', 'convert', 'adopt', 'resize',
-           'info', 'remove', 'rename', 'init', 'run', 'sweep', 'list_runs', 'show_run', 'compare_runs']
+           'More', 'Seeds', 'Strength', 'Size', 'Sheet', 'UNUSED', 'Token', 'Host', 'Served', 'Layers', 'Collection',
+           'ToFile', 'runs', 'Run', 'Every', 'option', 'argument', 'root', 'guarded', 'Decimal', 'command', 'main',
+           'assignments', 'device_of', 'job_of', 'grid', 'teach', 'distill', 'size', 'duration', 'config_folder',
+           'plan_', 'evaluate', 'demo', 'rebase', 'collection_of', 'without', 'edit', 'serve', 'app_command', 'inspect',
+           'convert', 'adopt', 'resize', 'info', 'remove', 'rename', 'init', 'run', 'sweep', 'list_runs', 'show_run',
+           'compare_runs']
 
 # %% ../../nbs/run/cli.ipynb #44fafe97
 import functools
@@ -18,6 +19,8 @@ import inspect as source
 import json
 import os
 import sys
+from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -539,6 +542,21 @@ def _list_effects(collection: Path) -> None:
     rows = [[e.get(k, '') for k in columns] for e in catalogue(collection)]
     Console().print(grid(f'effects of {collection.name}', columns, rows))
 
+# %% ../../nbs/run/cli.ipynb #fec139f0
+UNUSED = ('pandas', 'scipy', 'sklearn')  # what transformers and diffusers import where they find it, and no edit uses
+
+
+@contextmanager
+def without(names: Iterable[str]):
+    "Context in which these packages cannot be imported, unless they were before."
+    hidden = [n for n in names if n not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        for name in hidden:
+            sys.modules.pop(name, None)
+
 # %% ../../nbs/run/cli.ipynb #966cd460
 def _edit(file, paths, effects, base, device, out, sheet, seeds, strength, size) -> None:
     "Edits pictures, writes them and their sheet, and prints the files."
@@ -552,7 +570,8 @@ def _edit(file, paths, effects, base, device, out, sheet, seeds, strength, size)
             f'edit: no picture in {", ".join(map(str, paths))}; give files, or a folder that holds pictures'
         )
     sources = [opened(p) for p in pictures]
-    loaded = Collection.load(base_folder(base), file, device=device_of(device))
+    with without(UNUSED):
+        loaded = Collection.load(base_folder(base), file, device=device_of(device))
     _say(working_words(loaded, sources, size), 'yellow')
     edits = edit_all(loaded, pictures, effects, seeds, strength, size)
     for path in save_edits(edits, out):

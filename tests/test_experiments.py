@@ -257,3 +257,15 @@ def test_a_student_is_asked_and_painted_beside_the_teachers(base, files, tmp_pat
         execute.execute(
             'knowledge', tmp_path, 'l', dict(students=[str(files['collection'])] * 2), {'base': base.folder}
         )
+
+
+@pytest.mark.slow
+def test_the_bench_counts_one_base_against_three_copies(tmp_path):
+    found = execute.execute('bench', tmp_path, 'b', dict(memory=True, batch=4, effects=4, repeats=2))['metrics']
+    assert found['memory']['weights_ratio'] == pytest.approx(1 / 3, rel=0.01) and found['ratios']['early rollout / full'] < 1
+
+
+@pytest.mark.slow
+def test_a_distillation_that_is_struck_once_ends_in_the_same_bits(tmp_path):
+    found = execute.execute('kills', tmp_path, 'k', dict(moments=1))['metrics']
+    assert found['kills'] == 1 and all(found['equal'].values()) and {*found['sha256_after_kills']} == {found['sha256']}

@@ -5,6 +5,7 @@ import pytest
 from safetensors import safe_open
 
 from collectionlora import core, scaling, world
+from collectionlora.analysis import scales as kept
 from collectionlora.core import UserError
 from collectionlora.judge.gate import Row
 from collectionlora.bases.slots import layer_sizes
@@ -56,18 +57,18 @@ def a_table(*sizes, status='finished'):
 
 
 def test_a_planned_column_is_missing_until_the_table_holds_it(tmp_path):
-    assert set(scaling.scales(tmp_path)) == set(scaling.PLANNED) and not any(scaling.scales(tmp_path).values())
-    everything = len(scaling.METHODS) * len(scaling.PLANNED)
-    assert scaling.table_4(scaling.scales(tmp_path)).count(scaling.MISSING) == everything
+    assert set(kept.scales(tmp_path)) == set(kept.PLANNED) and not any(kept.scales(tmp_path).values())
+    everything = len(kept.METHODS) * len(kept.PLANNED)
+    assert kept.table_4(kept.scales(tmp_path)).count(kept.MISSING) == everything
     core.write_json(tmp_path / 'table_4' / 'smoke.json', a_table(20))
     core.write_json(tmp_path / 'table_4' / 'full.json', a_table(10, status='running'))
-    assert not any(scaling.scales(tmp_path).values())
+    assert not any(kept.scales(tmp_path).values())
     core.write_json(tmp_path / 'table_4' / 'full.json', a_table(12, 50))
-    columns = scaling.scales(tmp_path)
+    columns = kept.scales(tmp_path)
     assert [n for n, c in columns.items() if c] == [12, 50] and list(columns) == sorted(columns)
     assert [len(c['effects']) for c in columns.values() if c] == [12, 50]
-    shown = scaling.table_4(columns)
-    assert shown.count(scaling.MISSING) == everything - len(scaling.METHODS)
+    shown = kept.table_4(columns)
+    assert shown.count(kept.MISSING) == everything - len(kept.METHODS)
     assert shown.count('0.50 [0.00, 1.00], n = 0') == 4 and shown.count('`made up`') == 2
     assert len({line.count('|') for line in shown.splitlines()}) == 1
 
@@ -75,21 +76,21 @@ def test_a_planned_column_is_missing_until_the_table_holds_it(tmp_path):
 @pytest.mark.parametrize('field', ['effects', 'methods', 'own'])
 def test_a_record_without_a_field_is_refused_by_its_name(field):
     with pytest.raises(UserError, match=rf'10_effects.json: field metrics.{field} is absent'):
-        scaling.scale_of(made_up(10, **{field: None}), '10_effects.json')
+        kept.scale_of(made_up(10, **{field: None}), '10_effects.json')
 
 
 def test_a_record_of_other_methods_is_refused():
     unknown = made_up(10, own='nobody', methods={'teacher alone, 8 steps': dict(bcr={})})
     with pytest.raises(UserError, match='10_effects.json: metrics.methods holds none of teacher'):
-        scaling.scale_of(unknown, '10_effects.json')
+        kept.scale_of(unknown, '10_effects.json')
 
 
 def test_the_kept_main_jobs_have_the_layout_of_a_column():
-    jobs = scaling.finished('main_job', '*/evaluation.json')
+    jobs = kept.finished('main_job', '*/evaluation.json')
     assert jobs
     for name, record in jobs.items():
-        column = scaling.scale_of(record, name)
-        assert set(column['methods']) == set(scaling.METHODS) and len(column['base']) == 12
+        column = kept.scale_of(record, name)
+        assert set(column['methods']) == set(kept.METHODS) and len(column['base']) == 12
         own = record['metrics']['methods'][record['metrics']['own']]['bcr']
         assert column['methods']['All in 1 (Ours)'] == own and column['effects'] == sorted(record['metrics']['effects'])
 
@@ -97,29 +98,29 @@ def test_the_kept_main_jobs_have_the_layout_of_a_column():
 def test_common_pictures_are_those_of_every_n():
     few = [a_row('a', 'x'), a_row('b', 'x', applied=False)]
     many = [a_row('c', 'x'), a_row('b', 'x'), a_row('a', 'y'), a_row('a', 'x')]
-    shared = scaling.common_pictures({2: few, 3: many})
+    shared = kept.common_pictures({2: few, 3: many})
     assert [r.pair for r in shared[2]] == [r.pair for r in shared[3]] == sorted(r.pair for r in few)
     assert [r.applied for r in shared[2]] == [True, False] and all(r.applied for r in shared[3])
     with pytest.raises(UserError, match='the runs with 2, 3 effects have no picture in common'):
-        scaling.common_pictures({2: few, 3: many[:1]})
+        kept.common_pictures({2: few, 3: many[:1]})
 
 
 def test_a_bank_grows_along_one_order():
     good = dict(a=1.0, b=0.5, c=0.0, d=0.0)
-    found = scaling.bank_of(good, (2, 4, 9))
+    found = kept.bank_of(good, (2, 4, 9))
     assert set(found) == {2, 4} and found[2][0] == 0.25 and found[4][0] == 0.625
     assert all(low < mean < high for mean, low, high in found.values())
 
 
 def test_extensions_are_read_from_every_judged_record():
-    rows = scaling.extension_rows(scaling.finished('extend'))
+    rows = kept.extension_rows(kept.finished('extend'))
     assert rows
     for r in rows:
         difference, low, high, pairs = r['difference']
         assert low <= difference <= high and pairs > 0 and r['before'] > 0 < r['added']
         assert difference == pytest.approx(r['old_after'] - r['old_before'])
     unjudged = made_up(3, judged={}, effects={'old': ['a'], 'new': ['b'], 'rehearsed': []})
-    assert scaling.extension_rows({'x.json': unjudged}) == []
+    assert kept.extension_rows({'x.json': unjudged}) == []
 
 
 @pytest.fixture(scope='module')

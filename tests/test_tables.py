@@ -11,10 +11,11 @@ from collectionlora.core import UserError
 from collectionlora.engine.pools import student_words
 from collectionlora.files.drawn import write_world_effect
 from collectionlora.judge import effectbench, ledger
-from collectionlora.judge.findings import contrast_table, findings, level_table
+from collectionlora.judge.findings import contrast_table, diversity, findings, level_table
 from collectionlora.judge.gate import made_up_rows
 from collectionlora.judge.statistics import crossed_interval, estimate, t_interval
-from collectionlora.run import execute, workshop
+from collectionlora.run import execute, tables, workshop
+from collectionlora.run.sweep import from_file
 from collectionlora.run.workshop import Bench, Materials, missing, soft_labels, Subjects
 from collectionlora.world.pairs import apart, common_category, pairs_apart, slots_of
 
@@ -111,6 +112,63 @@ def test_pieces_are_made_once_needs_first_and_the_clock_stops_between_two(tmp_pa
     assert other.key != one.key and shop.piece('student', 'two', [2], '.txt', 1, make, [other]).key != two.key
 
 
+def run_values(table):
+    "The parameters of a table's full run."
+    return from_file(core.notebooks_dir() / table / 'full.yaml')[2]
+
+
+def test_all_tables_ask_for_one_recipe_and_the_same_amount_for_each_effect():
+    found = {t: run_values(t) for t in tables.TABLES}
+    effects = {t: v['sizes'][0]['effects'] if 'sizes' in v else v['effects'] for t, v in found.items()}
+    on = {'weight_ts', 'weight_fm'}  # Table 3's full method has all parts
+    recipe = lambda t: {k: v for k, v in found[t]['student'].items() if k != 'steps' and not (t == 'table_3' and k in on)}
+    for t, values in found.items():
+        assert values['materials'] == found['table_1']['materials'] and values['hours'] <= 3
+        assert {**recipe('table_1'), **recipe(t)} == recipe('table_1')
+        assert values['student']['steps'] == 10 * effects[t] and values['fm']['steps'] == 150 * effects[t]
+    assert all(found['table_3']['student'][k] > 0 for k in on)
+
+
+def test_tables_of_fifty_effects_share_the_collections(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = [tables.wanted(t) for t in ('table_1', 'bleeding', 'strengths', 'sizes', 'table_5')]
+    students = [{p.file.name for p in t.pieces if p.kind == 'student'} for t in asked]
+    assert len(students[0]) == 3 and all(s <= students[0] for s in students)
+    assert students[1] == students[0] and students[2] == students[3] == students[4]
+    twenty = {p.file.name for p in tables.wanted('composition').pieces if p.kind == 'student'}
+    growing = tables.wanted('table_4')
+    made = {p.file.name for p in growing.pieces if p.kind == 'student'}
+    assert twenty <= made and len(made & students[0]) == 1 and len(growing.left) == len(growing.pieces)
+    assert not [p for p in tmp_path.rglob('*.safetensors')]
+
+
+def test_diversity_is_a_ratio_of_means_over_seeds_and_effects():
+    truth = {'a': 10.0, 'b': 30.0}
+    said = diversity([{'a': 4.0, 'b': 30.0}, {'a': 6.0, 'b': 10.0}], truth)
+    assert said['value'] == pytest.approx((5 + 20) / 40) and said['low'] < said['value'] < said['high'] and said['n'] == 2
+    assert diversity([{'a': 1.0}], {'a': 0.0})['n'] == 0 and diversity([{}], truth)['n'] == 0
+
+
+def test_a_spread_needs_two_noises_and_finite_pictures():
+    one = Subjects((('fairy', 'animal'),), 1)
+    with pytest.raises(UserError, match='at least 2'):
+        workshop.spread(None, workshop.Asked('ours'), one)
+    with pytest.raises(UserError, match='not finite'):
+        workshop.apart([None, None], replace(one, noises=2).items())
+
+
+def test_a_listing_makes_nothing_and_ends_with_its_context(tmp_path):
+    bench = Bench(tmp_path)
+    piece = bench.piece('teacher', 'one', [1], '.txt', 1, lambda p: p.file.write_text(''))
+    with workshop.listing() as found, pytest.raises(SystemExit, match='only listed'):
+        bench.make([piece])
+    assert found == [(bench, [piece])] and not piece.there
+    bench.make([piece])
+    assert piece.there and tables.whole([piece, piece]) == (piece,)
+    with pytest.raises(UserError, match='no such run file'):
+        tables.wanted('bleeding', 'more')
+
+
 def test_materials_and_subjects_know_their_sizes():
     with pytest.raises(UserError, match="did you mean 'pairs'"):
         Materials.of({'pair': 3})
@@ -199,7 +257,7 @@ def test_a_table_that_is_stopped_goes_on_and_ends_in_the_same_rows(tmp_path, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['table_3', 'table_4', 'table_5', 'composition', 'bleeding', 'strengths'])
+@pytest.mark.parametrize('name', ['table_3', 'table_4', 'table_5', 'composition', 'bleeding', 'strengths', 'sizes'])
 def test_every_table_runs_in_small(name, tmp_path_factory):
     shared = tmp_path_factory.getbasetemp() / 'workshop'
     done = execute.execute(name, tmp_path_factory.mktemp(name), 'smoke', {'cache': str(shared)})

@@ -1106,4 +1106,4 @@ def compare_runs(first: Run, second: Run, every: Every = False):
         print(short_path(picture))
 
 # %% ../../nbs/run/cli.ipynb #a5c5e9c7
-from . import judging, panel  # noqa: E402, F401
+from . import judging, panel, tables  # noqa: E402, F401

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SUBJECTS', 'ROOTS', 'SAVE_EVERY', 'VERDICT', 'TEMPERATURE', 'Piece', 'missing', 'Rates', 'Materials', 'Subjects',
-           'both', 'Asked', 'code_of', 'Bench', 'listing', 'Supplies', 'Painters', 'Students', 'flow_settings',
-           'Trainers', 'Workshop', 'work', 'rows_of', 'pictures_of', 'soft_labels', 'labels', 'edits', 'apart',
-           'spread', 'contest', 'open_workshop']
+           'both', 'Asked', 'code_of', 'Bench', 'listing', 'Supplies', 'Painters', 'updates', 'Students',
+           'flow_settings', 'Trainers', 'work', 'rows_of', 'Workshop', 'pictures_of', 'soft_labels', 'labels', 'edits',
+           'apart', 'spread', 'contest', 'open_workshop']
 
 # %% ../../nbs/run/workshop.ipynb #71b5e564
 import contextlib
@@ -271,10 +271,10 @@ class Bench:
         lock = filelock.FileLock(piece.file.with_name(f'.{piece.key}.lock'), timeout=0)
         try:
             with lock:
-                began = time.time()
+                began = time.process_time()
                 if not piece.there:
                     piece.make(piece)
-                    self.rates.note(piece, time.time() - began)
+                    self.rates.note(piece, time.process_time() - began)
         except filelock.Timeout:
             return False
         return True
@@ -371,6 +371,11 @@ class Painters(Supplies):
         return with_words(load_effect(self.targets(id).file.parent), self.seed)
 
 # %% ../../nbs/run/workshop.ipynb #316146b8
+def updates(s: Settings) -> float:
+    "How much work a distillation is, in samples of fake-score updates; a generator update takes about as long as two."
+    return s.batch * (s.steps * (s.fake_per_generator + 2) + s.fake_warmup)
+
+
 class Students(Painters):
     "The same, with what is trained on it."
 
@@ -386,7 +391,7 @@ class Students(Painters):
             started = replace(s, init=init.file.as_posix()) if init else s
             self._distil(piece, files, sets, stream, started)
 
-        return self.piece('student', name, made_of, '.safetensors', s.steps, train, needs)
+        return self.piece('student', name, made_of, '.safetensors', updates(s), train, needs)
 
     def child(self, parent: Piece, id: str, settings: Mapping, rehearsed: int = 16, name: str = 'child') -> Piece:
         "A collection with one effect more, the old ones rehearsed on `rehearsed` pictures; settings as of `extend`."
@@ -400,9 +405,9 @@ class Students(Painters):
             s = ext.child_settings(family, {'rank_fake': family.rank, **settings})
             self._distil(piece, files, [*ext.family(family, new), *old], stream if s.p_switch < 1 else [], s)
 
-        steps = Settings.from_dict({**settings, 'init': 'zero'}).steps
+        amount = updates(Settings.from_dict({**settings, 'init': 'zero'}))
         needs = [parent, self.teacher(id), self.targets(id)]
-        return self.piece('child', name, made_of, '.safetensors', steps, train, needs)
+        return self.piece('child', name, made_of, '.safetensors', amount, train, needs)
 
     def _clock(self, piece: Piece, steps: int) -> Callable[[Mapping], None]:
         "A watch for a training of `steps`: where the time is over, it stops behind a checkpoint."
@@ -420,11 +425,12 @@ class Students(Painters):
             training = distill(
                 self.base, bank, sets, stream, self.conditions, s, work, piece.file, SAVE_EVERY, look_every=0
             )
+            began = time.process_time()
             _, history = finetune.finish(training, s.steps, piece.name, self._clock(piece, s.steps))
         finally:
             bank.close()
-        seconds = sum(h['seconds'] for h in history)
-        write_json(piece.file.with_suffix('.json'), dict(seconds=seconds, sha256=sha256_file(piece.file)))
+        took = dict(seconds=sum(h['seconds'] for h in history), processor=time.process_time() - began)
+        write_json(piece.file.with_suffix('.json'), dict(took, sha256=sha256_file(piece.file)))
 
 # %% ../../nbs/run/workshop.ipynb #a56838ec
 def flow_settings(given: Mapping, seed: int) -> finetune.FlowSettings:
@@ -447,7 +453,7 @@ def _flow_header(shop: Supplies, sets: Sequence, words: Mapping[str, str], s: fi
         'collectionlora.train': told,
     }
 
-
+# %% ../../nbs/run/workshop.ipynb #72514be0
 class Trainers(Students):
     "The same, with the all-in-one baseline, collections that start from it, and smaller copies of them."
 
@@ -486,6 +492,27 @@ def _prompts(files: Sequence[Path]) -> dict[str, dict]:
     return {e['id']: e for f in files for e in catalogue(f)}
 
 
+VERDICT = 20  # evaluations of the transformer that take as long as the verdict on a picture, roughly
+
+
+def work(asked: Asked, pictures: int) -> float:
+    "How much work it is to paint and judge so many pictures, in evaluations of the transformer."
+    if asked.name in (*REFERENCES, ENCODED):
+        return pictures * VERDICT
+    each = asked.recipe.nfe if asked.recipe else Recipe.few().nfe
+    guided = 1 if asked.strength == 1 else 2
+    return pictures * (each * guided * (2 if asked.way == 'in turn' else 1) + VERDICT)
+
+
+def _slug(name: str) -> str:
+    return ''.join(c if c.isalnum() else '_' for c in name)[:40]
+
+
+def rows_of(piece: Piece, method: str, run: str = '') -> list[Row]:
+    "The rows of a judged piece under a method's name and the name of a run, for instance its training seed."
+    return [replace(r, method=method, run=run) for r in read_rows(piece.file)]
+
+# %% ../../nbs/run/workshop.ipynb #8e85e0ac
 class Workshop(Trainers):
     """Everything that the tables need. base: the base; folder: where pieces and embeddings are kept; seed: of data,
     teachers and targets; hours: after which `make` stops (0: never); acceleration: the acceleration LoRA's file."""
@@ -549,27 +576,6 @@ class Workshop(Trainers):
         made_of = [self._made_of(asked, subjects, known), code_of('columns')]
         needs, amount = [*self._needs(asked, subjects), self.fits(subjects, known)], work(asked, len(subjects))
         return self.piece('rows', _slug(asked.name), made_of, '.rows.jsonl', amount, judge, needs)
-
-
-VERDICT = 20  # evaluations of the transformer that take as long as the verdict on a picture, roughly
-
-
-def work(asked: Asked, pictures: int) -> float:
-    "How much work it is to paint and judge so many pictures, in evaluations of the transformer."
-    if asked.name in (*REFERENCES, ENCODED):
-        return pictures * VERDICT
-    each = asked.recipe.nfe if asked.recipe else Recipe.few().nfe
-    guided = 1 if asked.strength == 1 else 2
-    return pictures * (each * guided * (2 if asked.way == 'in turn' else 1) + VERDICT)
-
-
-def _slug(name: str) -> str:
-    return ''.join(c if c.isalnum() else '_' for c in name)[:40]
-
-
-def rows_of(piece: Piece, method: str, run: str = '') -> list[Row]:
-    "The rows of a judged piece under a method's name and the name of a run, for instance its training seed."
-    return [replace(r, method=method, run=run) for r in read_rows(piece.file)]
 
 # %% ../../nbs/run/workshop.ipynb #59a64e42
 def _role_names(asked: Asked) -> list[str]:

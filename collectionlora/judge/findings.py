@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRIMARY', 'LEVELS', 'SHOWN', 'EDITED', 'UNITS', 'HIGHER', 'SMOKE', 'level', 'levels', 'findings', 'diversity', 'cell',
-           'level_table', 'contrast_words', 'contrast_table', 'shown_run']
+           'level_table', 'contrast_words', 'contrast_table', 'frozen_command', 'shown_run']
 
 # %% ../../nbs/judge/findings.ipynb #57a0edc5
 from collections.abc import Mapping, Sequence
@@ -139,10 +139,17 @@ def contrast_table(contrasts: Mapping[str, Sequence[Mapping]], titles: Mapping[s
 SMOKE = 'A smoke run of seconds: it shows the form and proves nothing. The command below makes the numbers that count.'
 
 
+def frozen_command(experiment: str, run: str, commit: str = '') -> str:
+    "The command that makes a run on a frozen copy of the code; commit empty: of the code as it is now."
+    copy = f'git worktree add ../frozen {commit[:12] or "HEAD"}; cd ../frozen; make install'
+    return f'{copy}; .venv/bin/collectionlora run nbs/experiments/{experiment}/{run}.yaml'
+
+
 def shown_run(experiment: str) -> tuple[str, dict, str]:
     "(name, record, sentences about it) of the longest finished run of an experiment; UserError if there is none."
     run, record = longest(experiment)
-    seconds = record.get('cost', {}).get('seconds', 0)
+    seconds, meta = record.get('cost', {}).get('seconds', 0), record.get('meta', {})
     said = [f'nano, run {run} on {base_words(record)}, {seconds / 3600:.2g} hours in its last piece.']
     said += [SMOKE] if run == 'smoke' else []
-    return run, record, ' '.join(said) + f' `collectionlora run nbs/experiments/{experiment}/full.yaml`'
+    file, commit = ('full', '') if run == 'smoke' or meta.get('dirty') else (run, meta.get('commit', ''))
+    return run, record, ' '.join(said) + f' On a frozen copy of the code: `{frozen_command(experiment, file, commit)}`'

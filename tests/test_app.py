@@ -3,9 +3,11 @@
 import threading
 import time
 from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+import requests
 from PIL import Image
 
 from collectionlora import core
@@ -85,6 +87,18 @@ def test_the_secret_is_the_owners(tmp_path):
     assert app.secret_of(tmp_path / 'new') == secret and (tmp_path / 'new' / '.secret').stat().st_mode & 0o77 == 0
 
 
+def test_stop_is_for_the_window_that_asked(tmp_path):
+    asked, futures = app.Asked(Image.new('RGB', (4, 4)), ('a',)), [Future(), Future()]
+    left = list(futures)
+    service = SimpleNamespace(collection=SimpleNamespace(strength=lambda e: 1.0))
+    service.ask = lambda orders: [({'source': 'a' * 64, 'effect': 'a', 'seed': 0}, left.pop(0))]
+    studio, visitor = app.Studio(service, tmp_path), app.new_visitor()
+    studio.make(visitor, asked, 'first tab')
+    studio.make(visitor, asked, 'second tab')
+    assert studio.stop('first tab') == 1 and [f.cancelled() for f in futures] == [True, False]
+    assert studio.stop('first tab') == 0 and studio.stop('another') == 0
+
+
 def test_an_extra_that_is_absent_is_named(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'gradio', None)
     assert 'pip install "collectionlora[app]"' in core.refusal(app.run_app, None, 'x')
@@ -93,11 +107,11 @@ def test_an_extra_that_is_absent_is_named(monkeypatch):
 # ---------------------------------------------------------------- the page
 
 
-@pytest.fixture(scope='module')
-def site(collection, tmp_path_factory):
-    "The app on a free port, and the folder of its results."
+@contextmanager
+def running(collection, folder):
+    "The app on a free port: its url, and the folder of its results."
     pytest.importorskip('gradio')
-    folder, ready, end = tmp_path_factory.mktemp('app'), threading.Event(), threading.Event()
+    ready, end = threading.Event(), threading.Event()
     told = SimpleNamespace(folder=folder, url='')
 
     def started(url):
@@ -113,6 +127,12 @@ def site(collection, tmp_path_factory):
     thread.join(60)
 
 
+@pytest.fixture(scope='module')
+def site(collection, tmp_path_factory):
+    with running(collection, tmp_path_factory.mktemp('app')) as told:
+        yield told
+
+
 def test_the_interface_for_programs_makes_pictures_and_refuses(site, picture):
     from gradio_client import Client
 
@@ -122,6 +142,8 @@ def test_the_interface_for_programs_makes_pictures_and_refuses(site, picture):
         client.predict(*made_of(client, None, []), **form)
     names = list(client.view_api(return_format='dict')['named_endpoints'])
     assert names == ['/make']
+    for path in (site.folder / '.secret', site.folder, '/etc/passwd'):
+        assert requests.get(f'{site.url}gradio_api/file={path}', timeout=60).status_code == 403, path
 
 
 def made_of(client, image, effects):
@@ -221,6 +243,56 @@ def test_the_whole_way_of_a_user(site, browser, tmp_path):
     strangers = [u for u in outside if not u.startswith((site.url, 'data:', 'blob:', site.url.replace('http', 'ws')))]
     assert not strangers, strangers
     context.close()
+
+
+def photographs(folder, n=14):
+    "A collection of n effects with random weights on a random base of the real classes that takes photographs."
+    import torch
+
+    from collectionlora.bases.pipeline import load_base
+    from collectionlora.bases.tiny import tiny_base
+    from collectionlora.files.dialects import Lora
+    from collectionlora.files.lora import write_lora
+    from collectionlora.use.edit import Collection
+
+    base = load_base(tiny_base(folder / 'base', pixels=256))
+    size = base.backbone.modules().items()
+    lora = Lora({k: (torch.randn(2, i), torch.zeros(o, 2)) for k, (i, o) in size})
+    effects = [
+        dict(id=f'effect_{k}', category='portrait', trigger=f'zon{k}', description=f'look {k}') for k in range(n)
+    ]
+    head = {'collectionlora.base': {'hash': base.hash}, 'collectionlora.effects': effects}
+    head['collectionlora.sampling'] = {'times': [1.0, 0.5, 0.0], 'stochastic': False}
+    write_lora(folder / 'photographs.safetensors', lora, head)
+    return Collection(base, folder / 'photographs.safetensors')
+
+
+@pytest.mark.slow
+def test_two_windows_of_a_base_for_photographs(browser, tmp_path):
+    photo = tmp_path / 'photo.jpg'
+    Image.effect_noise((900, 600), 60).convert('RGB').save(photo)
+    with running(photographs(tmp_path), tmp_path / 'app') as site:
+        context = browser.new_context(viewport={'width': 400, 'height': 850})
+        first, second = opened_page(context, site), opened_page(context, site)
+        assert not first.locator('#note').count() and not first.locator('#subjects').is_visible()
+        assert first.evaluate('document.documentElement.scrollWidth') <= 400
+        assert first.locator('#make').bounding_box()['y'] < 1400  # below the effects, however many there are
+        first.locator('#search input, #search textarea').fill('look 13')
+        first.wait_for_function("document.querySelectorAll('#effects input').length == 1")
+        for page, name in ((first, 'effect 13'), (second, 'effect 0')):
+            page.locator('#picture input[type=file]').set_input_files(photo)
+            page.wait_for_selector('#picture img')
+            page.get_by_role('checkbox', name=name, exact=True).check()
+        first.locator('#make').click()
+        second.locator('#make').click()
+        for page, name in ((first, 'effect_13'), (second, 'effect_0')):
+            page.wait_for_function(f"document.querySelector('#said').innerText.startsWith('{name}, seed 0')")
+        first.reload()
+        first.wait_for_function("document.querySelectorAll('#history img').length == 2")
+        (folder,) = [f for f in site.folder.iterdir() if app.VISITOR.fullmatch(f.name)]
+        made = [Image.open(f).size for f in folder.glob('*.png')]
+        assert len(made) == 2 and all(abs(w / h - 1.5) < 0.02 for w, h in made)
+        context.close()
 
 
 @pytest.mark.slow

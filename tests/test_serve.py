@@ -1,17 +1,21 @@
 "Serving: the line, the folder that survives a crash, the web server, and what it refuses."
 
+import asyncio
 import base64
 import importlib
 import io
 import pickle
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -79,6 +83,7 @@ def test_a_full_line_refuses_all_or_nothing_and_says_when_to_come_again():
     with pytest.raises(Full) as full:
         b.submit([Order(RED, 'a')] * 2)
     assert len(b) == 2 and full.value.after >= 1
+    assert '4 pictures at once are over the limit of 3' in core.refusal(b.submit, [Order(RED, 'a')] * 4)
     gate.set()
     b.close()
     assert [f.result() for f in kept] == [0, 0]
@@ -194,6 +199,14 @@ def test_old_results_go_and_damaged_orders_are_left(tmp_path):
 # ---------------------------------------------------------------- uploads and addresses
 
 
+def png_that_says(side, data, *parts):
+    "A PNG file whose head says that it has side × side pixels; data and parts may say otherwise."
+    head = struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0)
+    every = ((b'IHDR', head), *parts, (b'IDAT', zlib.compress(data, 9)), (b'IEND', b''))
+    chunks = [struct.pack('>I', len(d)) + k + d + struct.pack('>I', zlib.crc32(k + d)) for k, d in every]
+    return b'\x89PNG\r\n\x1a\n' + b''.join(chunks)
+
+
 @pytest.mark.parametrize(
     'data, word',
     [
@@ -207,6 +220,12 @@ def test_old_results_go_and_damaged_orders_are_left(tmp_path):
         (file_of(Image.new('CMYK', (4, 4)), 'JPEG'), 'CMYK'),
         (file_of(Image.new('L', (300, 300))), 'limit of 40,000'),
         (bytes(60_000), 'limit of 50,000'),
+        (b'\0\0\0\x18ftypheic\0\0\0\0mif1heic' + bytes(99), 'cannot be read'),
+        (b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', 'cannot be read'),
+        (png_that_says(60_000, bytes(100)), 'over the limit'),
+        (png_that_says(20_000, bytes(20_000_000)), 'over the limit'),
+        (png_that_says(4, bytes(52), (b'zTXt', b'a\0\0' + zlib.compress(bytes(20_000_000)))), 'cannot be read'),
+        (png_that_says(4, bytes(52), (b'iCCP', b'a\0\0' + zlib.compress(bytes(20_000_000)))), 'cannot be read'),
     ],
 )
 def test_bad_uploads_are_refused(data, word):
@@ -318,6 +337,30 @@ def test_a_body_without_a_length_is_cut_off(web, collection):
         headers = {'content-type': 'multipart/form-data; boundary=x'}
         answer = client.post('/v1/images/edits', content=endless(), headers=headers)
     assert answer.status_code == 413
+
+
+def test_a_body_that_comes_byte_by_byte_is_cut_off(web):
+    async def one_byte():
+        await asyncio.sleep(0.03)
+        return dict(type='http.request', body=b'x', more_body=True)
+
+    async def all_of_it(guard):
+        receive = guard.counted(one_byte)
+        while True:
+            await receive()
+
+    quick = SimpleNamespace(limits=Limits(upload=0.05), line=[])
+    with pytest.raises(web.HTTPException) as error:
+        asyncio.run(asyncio.wait_for(all_of_it(web.Guard(None, quick, None, None)), 60))
+    assert error.value.status_code == 408
+
+
+def test_parameters_behind_a_question_mark_are_refused(web, collection):
+    with client_of(web.make_app(collection)) as client:
+        for path in ('/v1/images/edits?seed=3', '/v1/effects?x=../../etc', '/v1/models?' + 'a' * 5000):
+            answer = client.post(path) if 'edits' in path else client.get(path)
+            assert answer.status_code == 400 and 'question mark' in answer.json()['error']['message']
+        assert client.get('/health?fresh=1').status_code == 200
 
 
 def test_tokens_hosts_and_pages_of_others(web, collection):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'EACH', 'TOGETHER', 'VISITOR', 'STYLE', 'SCROLL', 'Asked', 'chosen', 'orders_for', 'new_visitor', 'Album',
-           'Studio', 'arriving', 'is_miniature', 'drawn_subjects', 'prompts_of', 'comparison', 'words_of', 'caption_of',
+           'Studio', 'arriving', 'drawn_subjects', 'prompts_of', 'comparison', 'words_of', 'caption_of',
            'sheet_of_files', 'quoted_css', 'style_of', 'Page', 'Events', 'Answers', 'App', 'secret_of', 'run_app']
 
 # %% ../../nbs/use/app.ipynb #f86a100c
@@ -23,7 +23,7 @@ from PIL import Image
 
 from ..core import replacing, rng, UserError
 from ..files.card import _escaped, THUMBNAILS
-from .edit import Collection
+from .edit import Collection, is_miniature
 from .serve import check_token, Limits, listening, Order, read_recipe, read_upload, Service
 from .sheet import contact_sheet, scaled
 
@@ -122,17 +122,19 @@ class Studio:
         self.service, self.collection, self.album = service, service.collection, Album(folder)
         self._asked: dict[str, list[Future]] = {}
 
-    def make(self, visitor: str, asked: Asked) -> list[Future]:
-        "Futures of the files of a visitor's results. Raises UserError for what cannot be made, and for a full line."
+    def make(self, visitor: str, asked: Asked, tab: str = '') -> list[Future]:
+        """Futures of the files of a visitor's results; tab: the window that asks, and may stop it.
+
+        Raises UserError for what cannot be made, and for a full line."""
         self.album.of(visitor)
         answers = self.service.ask(orders_for(self.collection, asked))
         self.album.keep_source(visitor, asked.image, answers[0][0]['source'])
-        self._asked[visitor] = [future for _, future in answers]
+        self._asked[tab or visitor] = [future for _, future in answers]
         return [self._kept(visitor, recipe, future) for recipe, future in answers]
 
-    def stop(self, visitor: str) -> int:
-        "Takes what has not begun out of the line; returns how many."
-        return sum(f.cancel() for f in self._asked.pop(visitor, []))
+    def stop(self, tab: str) -> int:
+        "Takes what a window (or a visitor without one) asked for last and has not begun out of the line: how many."
+        return sum(f.cancel() for f in self._asked.pop(tab, []))
 
     def _kept(self, visitor: str, recipe: dict, future: Future) -> Future:
         "A future of the file into which the result of another one is written."
@@ -165,11 +167,6 @@ def arriving(futures: Sequence[Future], pause: float = 0.5) -> Iterator[tuple[li
         raise failed[0]
 
 # %% ../../nbs/use/app.ipynb #c25ca99f
-def is_miniature(collection: Collection) -> bool:
-    "Whether the base of a collection is too small for photographs."
-    return collection.base.info['vae_area'] < 256 * 256
-
-
 def drawn_subjects(folder: str | Path, n: int = 6, seed: int = 0) -> list[Path]:
     "Files of n drawings of subjects that no training picture shows: animals and portraits in turn."
     from collectionlora import world
@@ -235,11 +232,12 @@ footer { display: none !important }
 #results .grid-container, #history .grid-container { padding: 0; margin: 0; gap: 10px;
   grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)) }
 #subjects .grid-container, #results .grid-container, #history .grid-container { grid-auto-rows: auto }
-#results .caption-label, #history .caption-label { left: 4px; right: 4px; bottom: 4px; max-width: none; padding: 1px 5px;
-  font-size: .72rem; line-height: 1.15; text-align: center; white-space: normal }
+#results .caption-label, #history .caption-label { left: 0; right: 0; bottom: 0; max-width: none; padding: 1px 5px;
+  border-radius: 0; font-size: .72rem; line-height: 1.15; text-align: center; white-space: normal }
 #subjects .thumbnail-item, #results .thumbnail-item, #history .thumbnail-item { height: auto; aspect-ratio: 1 }
 #subjects img, #results img, #history img { width: 100%; height: 100%; object-fit: contain }
-#effects .wrap { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 10px; padding: 2px }
+#effects .wrap { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 10px; padding: 2px;
+  max-height: 29rem; overflow-y: auto; scrollbar-width: thin }
 #effects label { flex-direction: column; align-items: stretch; gap: 6px; padding: 8px; border-radius: 12px;
   border: 2px solid transparent; cursor: pointer; position: relative }
 #effects label::before { content: ''; display: block; aspect-ratio: 1; border-radius: 8px;
@@ -248,7 +246,9 @@ footer { display: none !important }
 #effects label:has(input:focus-visible) { outline: 3px solid var(--primary-400); outline-offset: 2px }
 #effects label input { position: absolute; top: 14px; right: 14px; margin: 0; width: 20px; height: 20px }
 #effects label span { margin: 0; font-size: .85rem; line-height: 1.2; text-align: center }
-@media (max-width: 640px) { .gradio-container, .gradio-container main { padding: 6px !important } }
+@media (max-width: 640px) { .gradio-container, .gradio-container main { padding: 6px !important }
+  #effects .wrap { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 6px; max-height: 55vh }
+  #effects label { padding: 5px } #effects label input { top: 9px; right: 9px } }
 #picture img, #compare img, #subjects img, #results img, #history img { image-rendering: IMAGE }
 """
 
@@ -315,7 +315,8 @@ class Page:
         gr.Markdown('Or one of these drawings:', visible=bool(self.subjects))
         small = dict(columns=6, allow_preview=False, buttons=[], show_label=False, elem_id='subjects')
         self.drawn = gr.Gallery([str(p) for p in self.subjects], visible=bool(self.subjects), **small)
-        self.search = gr.Textbox(label='Search effects', visible=len(ids) > 12, elem_id='search')
+        told = dict(placeholder=f'Search {len(ids)} effects', label='Search effects', show_label=False)
+        self.search = gr.Textbox(visible=len(ids) > 12, elem_id='search', **told)
         self.effects = gr.CheckboxGroup(self.tiles(ids), label='Effects', elem_id='effects')
         self.mode = gr.Radio([EACH, TOGETHER], value=EACH, label='With several effects, make', elem_id='mode')
         with gr.Accordion('Settings', open=False, elem_id='settings'):
@@ -365,8 +366,7 @@ class Events(Page):
     def told(self, e: Exception) -> Exception:
         "An error as the page shows it."
         if isinstance(e, UserError):
-            file = self.collection.file
-            said = str(e).replace(str(file), file.name)
+            said = self.studio.service.without_path(e)
             return self.gr.Error(said, title='Not done', duration=12, print_exception=False)
         log.exception('the app could not make a picture', exc_info=e)
         return self.gr.Error('This picture could not be made. The log of the server says why.', title='Failed')
@@ -374,7 +374,7 @@ class Events(Page):
     def arrive(self, visitor: str) -> dict:
         "A browser opens the page."
         visitor = visitor if VISITOR.fullmatch(str(visitor)) else new_visitor()
-        return {self.visitor: visitor, **self.past(visitor)}
+        return {self.visitor: visitor, self.tab: new_visitor(), **self.past(visitor)}
 
     def past(self, visitor: str) -> dict:
         "The history of a visitor, at most 60 pictures."
@@ -404,11 +404,11 @@ class Events(Page):
         image = read_upload(Path(picture).read_bytes(), self.limits, 'This picture')
         return Asked(image, tuple(effects), mode, float(strength), int(steps), int(seed), int(count))
 
-    def makes(self, visitor, *form):
+    def makes(self, visitor, tab, *form):
         "Makes what the form asks for, and shows what is there as it comes."
         try:
             asked = self.asked(*form)
-            futures = self.studio.make(visitor, asked)
+            futures = self.studio.make(visitor, asked, tab)
             yield {self.stop: self.gr.Button(interactive=True), self.said: self.waiting(len(futures))}
             for files, left in arriving(futures):
                 yield self.made(visitor, asked, files, left)
@@ -471,7 +471,7 @@ class App(Answers):
         gr = self.gr
         with gr.Blocks(title='CollectionLoRA', analytics_enabled=False, delete_cache=(3600, 86400)) as page:
             self.visitor = gr.BrowserState('', storage_key='collectionlora', secret=secret_of(self.studio.album.folder))
-            self.shown, self.old = gr.State([]), gr.State([])
+            self.shown, self.old, self.tab = gr.State([]), gr.State([]), gr.State('')
             gr.HTML(_title(self.collection))
             with gr.Row():
                 with gr.Column(scale=5, min_width=320):
@@ -487,14 +487,14 @@ class App(Answers):
         quiet = dict(api_visibility='private', show_progress='hidden')
         one = [self.compare, self.said, self.one, self.recipe]
         form = [self.picture, self.effects, self.mode, self.strength, self.steps, self.seed, self.count]
-        page.load(self.arrive, self.visitor, [self.visitor, self.old, self.history], **quiet)
+        page.load(self.arrive, self.visitor, [self.visitor, self.tab, self.old, self.history], **quiet)
         every = [*one, self.shown, self.results, self.sheet, self.stop, self.old, self.history]
         making = self.make.click(
-            self.makes, [self.visitor, *form], every, api_name='make', show_progress_on=self.said, trigger_mode='once'
+            self.makes, [self.visitor, self.tab, *form], every, api_name='make', show_progress_on=self.said, trigger_mode='once'
         )
         self.make.click(None, None, None, js=SCROLL)
         making.then(lambda: gr.Button(interactive=False), None, self.stop, **quiet)
-        self.stop.click(lambda v: self.studio.stop(v) and None, self.visitor, None, queue=False, **quiet)
+        self.stop.click(lambda tab: self.studio.stop(tab) and None, self.tab, None, queue=False, **quiet)
 
         def clicked(visitor: str, files: list, event: gr.SelectData):
             return self.chose(visitor, files, event.index)
@@ -550,6 +550,7 @@ def run_app(
             server_port=port,
             auth=[('guest', token)] if token else None,
             allowed_paths=[str(folder)],
+            blocked_paths=[str(folder / '.secret')],
             max_file_size=limits.bytes,
             theme=_theme(gr),
             css=style_of(collection),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Picture', 'Effect', 'CollectionFile', 'load_role', 'open_base', 'free_role', 'LoadedCollection', 'opened',
            'checked_seed', 'checked_strength', 'spread', 'Collection', 'scheduler_config', 'Edit', 'names_of',
-           'edit_all', 'save_edits', 'sheet_of', 'working_words', 'thumbnails', 'present']
+           'edit_all', 'save_edits', 'sheet_of', 'is_miniature', 'working_words', 'thumbnails', 'present']
 
 # %% ../../nbs/use/edit.ipynb #5f2d1404
 import base64
@@ -336,6 +336,11 @@ def sheet_of(edits: Sequence[Edit], side: int = 192) -> Image.Image:
     return contact_sheet(pictures, ['original', *columns], labels, side)
 
 # %% ../../nbs/use/edit.ipynb #5f2d1439
+def is_miniature(collection: LoadedCollection) -> bool:
+    "Whether the base of a collection is too small for photographs."
+    return collection.base.info['vae_area'] < 256 * 256
+
+
 def working_words(collection: LoadedCollection, pictures: Sequence[Image.Image], size: str = 'ratio') -> str:
     "At which size the network works, what size results have, and what a miniature base is no good for."
     ways = {(p.size, w := collection.working_size(p), fitted_size(w, p.size, size)) for p in pictures}
@@ -343,7 +348,7 @@ def working_words(collection: LoadedCollection, pictures: Sequence[Image.Image],
         f'{a} × {b} pixels are edited at {c} × {d} and returned at {e} × {f}' for (a, b), (c, d), (e, f) in sorted(ways)
     ]
     more = f' (and {len(told) - 3} other sizes)' if len(told) > 3 else ''
-    small = collection.base.info['vae_area'] < 256 * 256
+    small = is_miniature(collection)
     warning = '; this base is a miniature, it knows drawings of the small world and no photographs' if small else ''
     return '; '.join(told[:3]) + more + warning + '.'
 

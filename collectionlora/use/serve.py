@@ -79,7 +79,7 @@ def check_order(collection: Collection, order: Order, limits: Limits = Limits())
     checked_seed(order.seed)
     checked_strength(order.strength)
     check_keys([order.size], SIZES, 'size')
-    collection.recipe.in_steps(order.steps)
+    collection.recipe.in_steps(order.steps).at(collection.base, collection.base.grid(order.image))
     if order.steps and order.steps > limits.steps:
         raise UserError(f'steps: {order.steps} is over the limit of {limits.steps}')
     collection.working_size(order.image)
@@ -115,7 +115,9 @@ class Line:
         return 1 + int(self.pace * len(self._line) / self.limits.batch)
 
     def submit(self, orders: Sequence[Order], limited: bool = True) -> list[Future]:
-        "Queues orders, all or none; each future gives what `edit` makes. Raises Full (limited) and Closed."
+        "Queues orders, all or none; each future gives what `edit` makes. Limited: raises Full and UserError. Or Closed."
+        if limited and len(orders) > self.limits.waiting:
+            raise UserError(f'{len(orders)} pictures at once are over the limit of {self.limits.waiting}; ask for fewer')
         entries = [(o, self.key(o), Future()) for o in orders]
         with self._news:
             if self._closed:
@@ -369,6 +371,10 @@ class Making:
         self.line.close(finish=self.kept is None)
         if self.kept:
             self.kept.close()
+
+    def without_path(self, e: Exception) -> str:
+        "The words of an error as strangers may read them: the collection by its name alone."
+        return str(e).replace(str(self.collection.file), self.collection.file.name)
 
     def _make(self, orders: list[Order]) -> list[bytes]:
         "The work of the line: PNG files with recipes, in the folder before anybody is told."

@@ -85,6 +85,8 @@ class Guard:
         origin = headers.get('origin')
         if not self.token and origin and origin.partition('://')[2] != headers.get('host'):
             return problem(403, 'a page of another site asked for this; start the server with a token to allow it')
+        if scope['query_string'] and scope['path'].startswith('/v1/'):
+            return problem(400, 'the address takes no parameters behind a question mark; send them as fields of the form')
         length = headers.get('content-length', '0')
         if not length.isdecimal() or int(length) > self.most:
             return problem(413, f'the request is over the limit of {self.limits.bytes:,} bytes; send a smaller picture')
@@ -107,17 +109,17 @@ class Guard:
         await self.app(scope, self.counted(receive), counting)
 
     def counted(self, receive):
-        "`receive` that counts the bytes of a body and does not wait for ever."
-        seen, whole = 0, False
+        "`receive` that counts the bytes of a body and does not wait for ever, also for one that comes byte by byte."
+        seen, whole, end = 0, False, time.monotonic() + 10 * self.limits.upload
 
         async def counting():
             nonlocal seen, whole
             if whole:
                 return await receive()  # later messages say that the client has gone
             try:
-                message = await asyncio.wait_for(receive(), self.limits.upload)
+                message = await asyncio.wait_for(receive(), min(self.limits.upload, end - time.monotonic()))
             except TimeoutError as e:
-                raise HTTPException(408, f'no byte of the request came for {self.limits.upload:g} s') from e
+                raise HTTPException(408, f'the request is too slow; send a byte at least every {self.limits.upload:g} s') from e
             seen += len(message.get('body', b''))
             whole = not message.get('more_body', False)
             if seen > self.most:
@@ -209,8 +211,7 @@ def add_errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(UserError)
     async def refused(request: Request, e: UserError):
-        file = service.collection.file
-        return problem(400, str(e).replace(str(file), file.name))
+        return problem(400, service.without_path(e))
 
     @app.exception_handler(Full)
     async def full(request: Request, e: Full):

@@ -52,6 +52,14 @@ def test_the_sample_report_lies_in_the_site(rooms):
     assert rooms['linked'](link, nbs / 'method' / 'a.ipynb', nbs) == '[the report](../report.html)'
 
 
+def test_the_gallery_lies_in_the_site_and_is_linked(rooms, nbs, tmp_path):
+    said = rooms['linked']('it is `gallery.html` here', nbs / 'use' / 'b.ipynb', nbs)
+    assert said == 'it is [gallery.html](../gallery.html) here'
+    rooms['write_gallery'](tmp_path / 'gallery.html')
+    page = (tmp_path / 'gallery.html').read_text(encoding='utf-8')
+    assert 'lava_creature' in page and 'data:image/' in page and '<button' in page
+
+
 def test_hidden_cells_directives_and_warnings_are_not_shown(rooms, nbs):
     said = {'output_type': 'display_data', 'data': {'text/markdown': ['[b](../use/b.ipynb)']}}
     cells = [

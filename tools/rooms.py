@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / 'assets' / 'report.html'
+GALLERY = 'gallery.html'  # a page of the site that no notebook makes; a notebook that names it is linked to it
 ROOMS = ('method', 'engine', 'bases', 'world', 'files', 'judge', 'use', 'run', 'experiments', 'analysis')
 HIDDEN = re.compile(r'#\s*\|\s*(hide|default_exp)\b')
 NO_INPUT = re.compile(r'#\s*\|\s*hide_input\b')
@@ -54,7 +55,8 @@ def linked(text: str, page: Path, nbs: Path) -> str:
             return f'[{link[1]}]({os.path.relpath(nbs / REPORT.name, page.parent)})'
         return link[0] if target.is_relative_to(nbs) else f'{link[1]} (`{os.path.relpath(target, ROOT)}`)'
 
-    return OUTSIDE.sub(outside, LINK.sub(inside, text))
+    text = OUTSIDE.sub(outside, LINK.sub(inside, text))
+    return text.replace(f'`{GALLERY}`', f'[{GALLERY}]({os.path.relpath(nbs / GALLERY, page.parent)})')
 
 
 def written(output: dict, page: Path, nbs: Path) -> dict:
@@ -105,12 +107,21 @@ def copies(nbs: Path, to: Path) -> None:
             copy.write_text(json.dumps(shown(json.loads(page.read_text()), page, nbs), ensure_ascii=False))
 
 
+def write_gallery(to: Path) -> None:
+    "Writes the gallery of the collection that ships, as `collectionlora inspect --html` does."
+    from collectionlora.core import collection_dir
+    from collectionlora.files.card import gallery_html, inspect
+
+    to.write_text(gallery_html(inspect(collection_dir() / 'collection.safetensors')), encoding='utf-8')
+
+
 def on_config(config):
     "MkDocs calls this before it reads the pages."
     nbs, docs = ROOT / 'nbs', ROOT / '_proc' / 'docs'
     copies(nbs, docs)
     shutil.copyfile(ROOT / 'tools' / 'docs.css', docs / 'docs.css')
     shutil.copyfile(REPORT, docs / REPORT.name)
+    write_gallery(docs / GALLERY)
     config['nav'] = [*navigation(nbs), {'reference': reference(ROOT / 'collectionlora', docs / 'reference')}]
     config['docs_dir'] = str(docs)
     return config

@@ -6,13 +6,14 @@
 __all__ = ['LARGE_FILE', 'SETTLED', 'DECIMAL', 'FLOAT', 'DISPUTED', 'OTHERWISE', 'UNFOLDED', 'PACKAGES', 'UserError', 'RunFailed',
            'nearest', 'check_keys', 'refusal', 'in_checkout', 'repo_root', 'data_dir', 'nano_dir', 'collection_dir',
            'notebooks_dir', 'results_dir', 'plain', 'sha256_json', 'sealed', 'is_sealed', 'sha256_file',
-           'sha256_folder', 'seed_of', 'rng', 'wilson', 'replacing', 'folder_lock', 'save_state', 'load_state',
+           'sha256_folder', 'seed_of', 'rng', 'wilson', 'replacing', 'folder_lock', 'save_state', 'load_state', 'Later',
            'read_text', 'text_lines', 'json_object', 'yaml_text', 'parse_yaml', 'read_yaml', 'write_yaml', 'read_json',
            'write_json', 'bar', 'versions', 'hardware', 'command', 'run_info', 'is_run', 'read_run', 'save_run']
 
 # %% ../nbs/run/core.ipynb #7d0f1b17
 import difflib
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -264,6 +265,16 @@ def load_state(path, mapped: bool = False) -> dict:
         if bad := z.testzip():
             raise zipfile.BadZipFile(f'{bad} does not match its checksum')
     return torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
+
+# %% ../nbs/run/core.ipynb #4fca87c8
+class Later:
+    "A module by its dotted name, imported where something of it is first used."
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str):
+        return getattr(importlib.import_module(self._name), attribute)
 
 # %% ../nbs/run/core.ipynb #886843cb
 def read_text(path) -> str:

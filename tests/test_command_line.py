@@ -349,7 +349,10 @@ def test_commands_that_read_a_file_start_at_once():
     assert {name: round(s, 2) for name, s in found.items() if s > start_times.BAR} == {}
 
 
-@pytest.mark.parametrize('words', [['inspect', str(TEACHER)], ['info'], ['edit', '--list'], ['--help']])
+QUICK = [['inspect', str(TEACHER)], ['info'], ['edit', '--list'], ['--help'], ['plan'], ['plan', '--base', 'nano']]
+
+
+@pytest.mark.parametrize('words', QUICK)
 def test_commands_that_read_a_file_need_no_torch(words):
     code = 'import sys\nfrom collectionlora.run.cli import app\napp(standalone_mode=False)\nprint(sorted(sys.modules))'
     done = subprocess.run([sys.executable, '-c', code, *words], capture_output=True, text=True, check=True)

@@ -22,8 +22,9 @@ from collectionlora.core import load_state, seed_of, UserError
 from collectionlora.dmd import fake_loss
 from collectionlora.engine import rollouts, terms
 from collectionlora.engine.looks import few_step_sample, show_history
-from collectionlora.engine.loop import distill, Training
-from collectionlora.engine.plan import measured_plan, passes
+from collectionlora.engine.loop import add_roles, distill, learning_roles, Training
+from collectionlora.engine.costs import passes, plan
+from collectionlora.engine.plan import measured_plan
 from collectionlora.engine.pools import load_pools, mixed_rows, Pool, rows_in, samples_of
 from collectionlora.engine.settings import PRESETS, resolved, schedule_of, Settings
 from collectionlora.engine.state import compare_fingerprints, Guard, start_from, State
@@ -209,6 +210,61 @@ def test_passes_are_what_is_computed(world, roles):
         expected = passes(s)
         assert engine.passes['gradient'] + s.batch * s.fake_per_generator == expected['gradient']
         assert abs(engine.passes['forward'] / expected['forward'] - 1) < 0.25
+
+
+IMITATING = dict(weight_bs=0.0, weight_ts=0.0, weight_fm=0.0, fake_per_generator=0, further={'imitate': 1.0})
+
+
+def test_imitation_learns_without_a_fake_score(world, tmp_path):
+    "No fake update is made, the plan counts none, and the student that is its teacher has no gradient."
+    s = replace(SMALL, **IMITATING, steps=3)
+    history = run(world, s, tmp_path)
+    assert [set(k for k in h if k.startswith('loss_')) for h in history] == [{'loss_imitate'}] * 3
+    assert not any('probe_lead' in h for h in history) and all(h['norm'] > 0 for h in history if h['effect'])
+    assert plan(s, {'forward': 1.0, 'gradient': 1.0}, 2, 4)['fake-score updates'] == 0
+    general = [h['loss_imitate'] for h in history if not h['effect']]
+    assert all(loss > 0 for loss in general[1:])  # a fresh LoRA is the base, and guidance is not 1
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_imitate(world):
+    "A fresh LoRA is the base, which is the teacher of the general stream."
+    s, found = replace(SMALL, **IMITATING), []
+    with learning_roles(world[0].backbone):
+        add_roles(world[0], s)
+        for guidance in (1.0, 2.0):
+            engine = engine_of(world, replace(s, guidance=guidance))
+            ((_, loss, _),) = terms.terms(engine, batch_of(engine, None), torch.Generator().manual_seed(0))
+            found.append(terms.flat_gradient(engine.backbone, loss, 'student').abs().max().item())
+    assert found[0] < 1e-6 < found[1]
+
+
+def test_a_fake_score_that_is_asked_must_learn():
+    with pytest.raises(UserError, match='fake_per_generator is 0, but matching asks the fake score'):
+        replace(SMALL, fake_per_generator=0)
+    with pytest.raises(UserError, match='real_shared asks the LoRA that the student starts from; name it in init'):
+        replace(SMALL, real_shared=0.5)
+
+
+def test_the_shared_part_of_the_real_score_is_the_start(world, tmp_path):
+    "Half of the velocity is the starting LoRA's under the student's words; on the general stream nothing of it."
+    base, bank, *_ = world
+    init = next(iter(bank.files.values()))
+    s = replace(SMALL, init=str(init), rank_student=2, rank_fake=2, real_shared=0.5)
+    with learning_roles(base.backbone):
+        add_roles(base, resolved(s, 1.0))
+        engine = engine_of(world, s)
+        for id in ('one', None):
+            b, g = batch_of(engine, id), torch.Generator().manual_seed(1)
+            x, t = torch.randn(len(b.student), 64, 16, generator=g), torch.full((len(b.student),), 0.6)
+            with torch.no_grad():
+                mixed = terms.real_velocity(engine, b, x, t)
+                teacher = engine.guided(b, x, t)
+                start = engine.velocity('start', x, t, b.student)
+            wanted = teacher if id is None else (teacher + start) / 2
+            assert torch.allclose(mixed, wanted, atol=1e-5)
+    assert not {'student', 'fake', 'start'} & set(base.backbone.roles)
+    history = run(world, replace(s, steps=2), tmp_path)
+    assert len(history) == 2 and not {'student', 'fake', 'start'} & set(base.backbone.roles)
 
 
 def test_mixed_batches_do_not_tie_streams_to_exit_steps(world):

@@ -329,7 +329,7 @@ def test_both_plans_count_what_learns_and_what_is_left_alike(world, folder):
     for moments, parts in (('fp32', 1), ('fp32', 2), ('8bit', 1)):
         s = resolved(replace(S, moments=moments, rank_student=16, rank_fake=16), 1.0)
         way = fits.Way(moments=moments, processes=parts, spread_moments=parts > 1)
-        counted = fits.planned_base(folder / 'base', dtype=torch.float32)
+        counted = fits.planned_base(folder / 'base', dtype='float32')
         plan = measured_plan(base, effects, general, cache, s, parts, 2, parts > 1)
         bytes_ = fits.learning_bytes(counted, fits.Work(s, teacher_rank=2), way)
         assert {k: plan['memory'][k] for k in bytes_} == pytest.approx(bytes_, rel=0.02)  # slots are aligned

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from collectionlora import core
+from collectionlora.bases import counted, sizes
 from collectionlora.bases.counted import weights_of_base
 from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import UserError
 from collectionlora.engine import fits
-from collectionlora.engine.plan import passes
+from collectionlora.engine.costs import passes
 from collectionlora.engine.settings import Settings
 from collectionlora.run.cli import app
 
@@ -102,6 +105,58 @@ def test_the_command_plans_from_configuration_files_alone(small, tmp_path):
     assert refused.exit_code == 2 and 'config.json: no such file' in refused.output.replace('\n', '')
 
 
+SHIPPED = [core.data_dir() / 'qwen_image_edit_2509', core.nano_dir()]
+MADE_BY = 'run python tools/counted.py again'
+
+
+@pytest.mark.parametrize('folder', SHIPPED, ids=lambda folder: folder.name)
+@pytest.mark.parametrize('n, rank, checkpointing', [(1, 48, False), (3, 24, True)])
+def test_counts_that_ship_are_those_of_the_model_to_the_byte(folder, n, rank, checkpointing):
+    sample = sizes.sample_of(folder)
+    assert sizes.known(folder), MADE_BY
+    counted_here = counted.pass_of(folder, sample, n, rank, torch.bfloat16, checkpointing)
+    assert sizes.pass_of(folder, sample, n, rank, 'bfloat16', checkpointing) == counted_here, MADE_BY
+
+
+def test_weights_and_pictures_that_ship_are_those_of_the_model():
+    for folder in SHIPPED:
+        sample = sizes.sample_of(folder)
+        assert sizes.weights_of(folder) == weights_of_base(folder), MADE_BY
+        assert sizes.picture_costs(folder, sample, 'bfloat16') == counted.picture_costs(folder, sample, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('folder', SHIPPED, ids=lambda folder: folder.name)
+def test_the_entries_that_ship_are_made_again(folder):
+    entry = core.read_json(core.data_dir() / 'counted.json')[sizes.key_of(folder)]
+    assert {'base': folder.name, **core.plain(counted.entry_of(folder))} == entry, MADE_BY
+
+
+def test_what_does_not_ship_is_counted(small, monkeypatch):
+    assert sizes.known(small.folder) is None
+    asked = [small.folder, small.sample, 1, 4]
+    found = sizes.pass_of(*asked, 'float32', True)
+    assert found == counted.pass_of(*asked, torch.float32, True)
+    shipped = sizes.sample_of(SHIPPED[1])
+    other = replace(shipped, text=shipped.text + 1)  # another sample, or precision, than the file's
+    called = []
+    monkeypatch.setattr(counted, 'pass_of', lambda *of: called.append(of))
+    sizes.pass_of(SHIPPED[1], other, 1, 4, 'bfloat16', True)
+    sizes.pass_of(SHIPPED[1], shipped, 1, 4, 'float32', True)
+    assert [(of[1], of[4]) for of in called] == [(other, torch.bfloat16), (shipped, torch.float32)]
+
+
+def test_the_number_of_blocks_is_no_part_of_what_identifies_a_base(tmp_path):
+    folder = shutil.copytree(SHIPPED[0], tmp_path / 'base')
+    path = folder / 'transformer' / 'config.json'
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {'num_layers': 7, '_name_or_path': 'here'}))
+    assert sizes.weights_of(folder) == weights_of_base(folder) and sizes.weights_of(folder).blocks == 7
+    path.write_text(json.dumps(config | {'attention_head_dim': 64}))
+    sizes.key_of.cache_clear()
+    assert sizes.known(folder) is None
+
+
 def test_the_full_model_ships_as_configuration_files():
     folder = core.data_dir() / 'qwen_image_edit_2509'
     assert not list(folder.rglob('*.safetensors'))
@@ -115,7 +170,8 @@ def test_the_papers_run_fits_one_card_of_80():
     assert found.changes == {'moments': '8bit'} and 65e9 < found.needed < 75e9
 
 
-def test_a_base_that_does_not_fit_is_refused_before_anything_is_loaded(small, tmp_path, monkeypatch):
+@pytest.mark.parametrize('command', ['teach', 'distill', 'extend'])
+def test_a_base_that_does_not_fit_is_refused_before_anything_runs(small, tmp_path, monkeypatch, command):
     from types import SimpleNamespace
 
     import psutil
@@ -124,9 +180,28 @@ def test_a_base_that_does_not_fit_is_refused_before_anything_is_loaded(small, tm
     from collectionlora.run import chain
 
     effects = {'confetti_party': write_world_effect(tmp_path / 'confetti_party', 'confetti_party', 2, 0).folder}
-    job, values = chain.Job(tmp_path, small.folder, 'paper'), dict(device='cpu', checkpointing=True, frozen='')
     s = Settings.preset('paper', batch=2, rank_student=4, rank_fake=4)
-    chain.check_machine(job, s, values, effects, None)  # a small base is not asked
-    monkeypatch.setattr(psutil, 'virtual_memory', lambda: SimpleNamespace(available=1e6))
-    with pytest.raises(UserError, match='the card, while .*GB are missing'):
-        chain.check_machine(job, s, values, effects, None, least=1)
+    monkeypatch.setattr(chain, 'execute', lambda *_, **__: pytest.fail('something ran'))
+    monkeypatch.setattr(chain, 'distill_settings', lambda *_, **__: (dict(device='cpu'), s))
+    monkeypatch.setattr(chain, '_stream', lambda *_: [])
+    monkeypatch.setattr(chain.check_machine, '__defaults__', (1, False))  # as if every base were a large one
+    run = {
+        'teach': lambda job: chain.teach(job, effects, {'rank': 4, 'batch': 2}),
+        'distill': lambda job: chain.distill(job, effects, {}),
+        'extend': lambda job: chain.extend(job, tmp_path / 'c', effects, {}),
+    }[command]
+    for there, disk, what in ((1e6, 1e15, 'the card, while '), (1e12, 1e3, 'the disk')):
+        monkeypatch.setattr(psutil, 'virtual_memory', lambda: SimpleNamespace(available=there))
+        monkeypatch.setattr(chain.shutil, 'disk_usage', lambda _: SimpleNamespace(free=disk))
+        for processes in (1, 2):
+            with pytest.raises(UserError, match=f'{what}.*GB are needed.*GB are missing'):
+                run(chain.Job(tmp_path, small.folder, 'paper', processes=processes))
+
+
+def test_processes_share_the_memory_of_a_cpu_and_need_more_of_the_host(small, work):
+    one, two = (fits.host_bytes(small, work, fits.Way(processes=n)) for n in (1, 2))
+    assert total(two) == pytest.approx(2 * total(one))
+    with pytest.raises(UserError, match='memory of the host: .* are missing; start fewer processes here'):
+        fits.check_room(small, work, fits.Way(processes=2), 1e15, 1.5 * total(one), 1e15)
+    teaching = fits.host_bytes(small, work, fits.Way(), teaching=True)
+    assert total(teaching) <= total(one) and fits.check_room(small, work, fits.Way(), 1e15, 1e15, 1e15, True)

@@ -1,7 +1,7 @@
 """CPU-seconds that the commands take which read a file or say something: `python tools/start_times.py [repeats]`.
 
 Each is started in a process of its own, the smallest of some repeats counts. The bar is 0.7 seconds: such commands read
-headers and need neither torch nor diffusers."""
+headers and configuration files and need neither torch nor diffusers."""
 
 import os
 import subprocess
@@ -19,6 +19,9 @@ COMMANDS = {
     'inspect --base nano': ['inspect', str(COLLECTION), '--base', 'nano'],
     'edit --list': ['edit', '--list'],
     'run distill --list': ['run', 'distill', '--list'],
+    'plan': ['plan'],
+    'plan --base nano': ['plan', '--base', 'nano', '--card', '24', '-p', 'rank=8'],
+    'weights check': ['weights', 'check', str(ROOT / 'data' / 'second')],
 }
 
 

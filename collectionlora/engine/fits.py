@@ -15,14 +15,11 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 
-import torch
-
-from ..bases.counted import Pass, pass_of, picture_costs, Sample, sample_of, Weights, weights_of_base
+from ..bases.sizes import Pass, pass_of, picture_costs, Sample, sample_of, Weights, weights_of
 from ..core import nearest, UserError
+from .costs import active, plan
 from .held import learning, left, MOMENT
-from .plan import plan
 from .settings import Settings
-from .terms import active
 
 # %% ../../nbs/engine/fits.ipynb #c871f727
 @dataclass(frozen=True)
@@ -88,17 +85,17 @@ class Base:
 
     folder: Path
     sample: Sample
-    dtype: torch.dtype = torch.bfloat16
+    dtype: str = 'bfloat16'
 
     @property
     def weights(self) -> Weights:
         "Numbers of its parts."
-        return weights_of_base(self.folder)
+        return weights_of(self.folder)
 
     @property
     def bytes(self) -> int:
         "Bytes of a number as the base holds it."
-        return self.dtype.itemsize
+        return {'bfloat16': 2, 'float16': 2, 'float32': 4}[self.dtype]
 
     def lora(self, rank: int) -> int:
         "Bytes of a LoRA of this rank in fp32."
@@ -110,7 +107,7 @@ class Base:
         return pass_of(self.folder, self.sample, n, work.s.rank_student, self.dtype, way.checkpointing)
 
 
-def planned_base(folder, text: int = 300, dtype: torch.dtype = torch.bfloat16) -> Base:
+def planned_base(folder, text: int = 300, dtype: str = 'bfloat16') -> Base:
     "The base whose configuration files are in `folder`; text: tokens of a prompt with its picture."
     return Base(Path(folder).resolve(), sample_of(folder, text), dtype)
 

@@ -133,18 +133,22 @@ def collection_header(
 
 # %% ../../nbs/engine/loop.ipynb #87abe0e6
 def add_roles(base: Base, s: Settings) -> None:
-    "Fresh roles 'student' (started from `init`) and 'fake'; those that are there make room."
+    """Fresh roles 'student' (started from `init`) and 'fake', and with `real_shared` 'start', which stays what the
+    student started from; those that are there make room."""
     remove_roles(base.backbone)
     base.backbone.add_role('student', s.rank_student, seed=seed_of(s.seed, 'student'))
     base.backbone.add_role('fake', s.rank_fake, seed=seed_of(s.seed, 'fake'))
     if s.init != 'zero':
         lora = read_lora(s.init, base.backbone.modules(), allow_missing=True, base=base.hash)
         start_from(base.backbone, 'student', lora)
+    if s.real_shared:
+        base.backbone.add_role('start', lora.rank)
+        start_from(base.backbone, 'start', lora)
 
 
 def remove_roles(backbone: Backbone) -> None:
-    "Takes 'student' and 'fake' off the backbone, where they are on it."
-    for role in ('student', 'fake'):
+    "Takes 'student', 'fake' and 'start' off the backbone, where they are on it."
+    for role in ('student', 'fake', 'start'):
         if role in backbone.roles:
             backbone.remove(role)
 
@@ -239,6 +243,8 @@ class Training:
 
 def fakes_by(s: Settings, step: int) -> int:
     "How many fake updates precede the end of the generator step numbered `step` from 0."
+    if s.fake_per_generator == 0:
+        return 0
     return s.fake_warmup + (step + 1 - s.anchor_first) * s.fake_per_generator if step >= s.anchor_first else 0
 
 # %% ../../nbs/engine/loop.ipynb #7e0b2df7
@@ -271,7 +277,8 @@ def writers(
 def _watch(t: Training, id: str | None) -> Watch | None:
     "A look at the run before the update of a step, where one is due."
     engine, step = t.engine, t.state.step + 1
-    if step <= engine.s.anchor_first or not due(t.state.history, step, t.look_every, id, bool(t.ids)):
+    blind = step <= engine.s.anchor_first or engine.s.fake_per_generator == 0
+    if blind or not due(t.state.history, step, t.look_every, id, bool(t.ids)):
         return None
     counted, g = dict(engine.passes), torch.Generator().manual_seed(seed_of(engine.s.seed, 'look', step))
     watch = Watch(engine, few_rows(engine, id, step), g, id)

@@ -29,7 +29,7 @@ class Updates:
     steps: int = knob(2000, 'generator updates')
     batch: int = knob(16, 'samples per update and loss term')
     seed: int = knob(0, 'of everything random')
-    fake_per_generator: int = knob(5, 'fake-score updates per generator update')
+    fake_per_generator: int = knob(5, 'fake-score updates per generator update; 0 where nothing is matched')
     fake_warmup: int = knob(100, 'fake-score updates before the first generator update')
     fake_batch: str = knob(
         'mixed',
@@ -85,6 +85,9 @@ class Losses:
     weight_bs: float = knob(1.0, 'weight of matching from backward simulation')
     weight_ts: float = knob(1.0, 'weight of matching from target simulation')
     weight_fm: float = knob(1.0, 'weight of trajectory anchoring')
+    real_shared: float = knob(
+        0.0, "share of the real score that is the LoRA which the student started from; the teacher's is the rest"
+    )
     further: dict = field(
         default_factory=dict, metadata=dict(help='weights of further loss terms, by their names in engine.terms.TERMS')
     )
@@ -248,8 +251,8 @@ class Settings(Safety, Optimisers, Adapters, NoiseLevels, Losses, Sampler, Strea
         return cls.preset(given.pop('preset', 'default'), **given)
 
 # %% ../../nbs/engine/settings.ipynb #4eea10d5
-POSITIVE = ('steps', 'batch', 'fake_per_generator', 'route_every', 'routes', 'few_steps', 'rank_student', 'rank_fake')
-WHOLE = (*POSITIVE, 'rollbacks', 'seed', 'fake_warmup', 'anchor_first', 'lr_warmup')
+POSITIVE = ('steps', 'batch', 'route_every', 'routes', 'few_steps', 'rank_student', 'rank_fake')
+WHOLE = (*POSITIVE, 'rollbacks', 'seed', 'fake_per_generator', 'fake_warmup', 'anchor_first', 'lr_warmup')
 
 
 def _weights(value) -> dict[str, float] | None:
@@ -276,12 +279,12 @@ def _typed(name: str, value, default):
 
 # %% ../../nbs/engine/settings.ipynb #f21e88d3
 SHARES = tuple(
-    'fake_targets fake_pull p_switch tau_max tau_min critic_min critic_max fake_min fake_max anchor_min '
+    'real_shared fake_targets fake_pull p_switch tau_max tau_min critic_min critic_max fake_min fake_max anchor_min '
     'anchor_max'.split()
 )
 NOT_NEGATIVE = tuple(
-    'rollbacks seed fake_warmup anchor_first weight_bs weight_ts weight_fm normaliser_eps detail_power lr_warmup '
-    'weight_decay explosion'.split()
+    'rollbacks seed fake_per_generator fake_warmup anchor_first weight_bs weight_ts weight_fm normaliser_eps '
+    'detail_power lr_warmup weight_decay explosion'.split()
 )
 LARGER_THAN_0 = tuple(
     'few_shift critic_shift fake_shift anchor_shift lr_student lr_anchor lr_fake clip guidance'.split()
@@ -358,6 +361,14 @@ def _term_rules(s) -> list[tuple[bool, str]]:
         (
             effects and s.weight_bs == s.weight_ts == s.weight_fm == 0 and not any(s.further.values()),
             'all weights are 0; nothing would be learnt',
+        ),
+        (
+            s.fake_per_generator == 0 and s.weight_bs + s.weight_ts > 0,
+            'fake_per_generator is 0, but matching asks the fake score; give at least 1, or no weight_bs and weight_ts',
+        ),
+        (
+            s.real_shared > 0 and s.init == 'zero',
+            'real_shared asks the LoRA that the student starts from; name it in init',
         ),
         (
             s.fake_init == 'student' and s.rank_fake != s.rank_student,

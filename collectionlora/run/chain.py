@@ -235,7 +235,7 @@ def check_machine(job: Job, s, values: dict, effects: dict[str, Path], general: 
     shown = len(load_general(general)) if general else 0
     work = fits.Work(s, effects=len(sets), targets=targets, general=shown, paint_steps=1)
     host, disk = psutil.virtual_memory().available, shutil.disk_usage(job.base).free
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    dtype = 'bfloat16' if on_gpu else 'float32'
     card = torch.cuda.mem_get_info()[0] if on_gpu else host
     made = sum(f.stat().st_size for f in job.base.rglob('*') if f.is_file())
     fits.check_room(fits.planned_base(job.base, dtype=dtype), work, way, card, host, disk, made)

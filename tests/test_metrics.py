@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
+from collectionlora.bases import likeness
 from collectionlora.core import UserError
 from collectionlora.judge import gate, statistics
 from collectionlora.judge.tables import REFERENCES, table
@@ -202,9 +203,9 @@ def test_judge_keeps_failures():
 
 def test_set_distance_is_blind_to_size():
     g = np.random.default_rng(0)
-    targets = np.stack([gate.descriptor(g.normal(1, 0.5, (64, 4))) for _ in range(6)])
-    near, far = (gate.set_distance(gate.descriptor(g.normal(m, 0.5, (n, 4))), targets) for m, n in ((1, 256), (0, 64)))
-    assert near < 1.3 * gate.leave_one_out(targets) < far
+    targets = np.stack([likeness.descriptor(g.normal(1, 0.5, (64, 4))) for _ in range(6)])
+    near, far = (likeness.set_distance(likeness.descriptor(g.normal(m, 0.5, (n, 4))), targets) for m, n in ((1, 256), (0, 64)))
+    assert near < 1.3 * likeness.leave_one_out(targets) < far
 
 
 def test_identical_differences_are_not_certainty():

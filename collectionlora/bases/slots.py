@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import nn, Tensor
 
+from .factors import Lora
 from .families import family_of_transformer
 from ..core import nearest, read_json, UserError
-from ..files.dialects import Lora
 from ..roles import Roles, target_sizes
 
 # %% ../../nbs/bases/slots.ipynb #b4e7e7b2

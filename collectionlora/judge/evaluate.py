@@ -16,12 +16,13 @@ import numpy as np
 from PIL import Image
 
 from .. import world
+from ..bases.likeness import descriptor, leave_one_out, set_distance
 from ..bases.pipeline import Base
 from ..core import bar, nearest, read_json, replacing, rng, UserError, write_json
 from ..engine.parallel import Ranks
 from ..files.effects import EffectSet, load_image
 from ..files.header import read_header
-from .gate import descriptor, Item, judge, laplacian_energy, leave_one_out, Row, set_distance
+from .gate import Item, judge, laplacian_energy, Row
 from .methods import contestants, Method, run_method
 from .tables import CEILING, COPY, ENCODED, FLOOR
 from ..teachers import TeacherBank

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['NONE', 'GONE', 'VALUES', 'METRICS', 'COLUMNS', 'Row', 'write_rows', 'read_rows', 'made_up_rows', 'Metric', 'value_of',
-           'defined', 'numbers', 'gate', 'confusion', 'bleed', 'plot_confusion', 'Item', 'judge', 'bounds',
-           'descriptor', 'set_distance', 'leave_one_out']
+           'defined', 'numbers', 'gate', 'confusion', 'bleed', 'plot_confusion', 'Item', 'judge', 'bounds']
 
 # %% ../../nbs/judge/gate.ipynb #5f2d0a03
 import json
@@ -293,22 +292,3 @@ def bounds(rows: Sequence[Row]) -> tuple[float, float]:
     "BCR over *all* rows if every invalid output had been good, and if every one had been bad."
     bad, lost = sum(not r.applied for r in rows if r.valid), sum(not r.valid for r in rows)
     return bad / len(rows), (bad + lost) / len(rows)
-
-# %% ../../nbs/judge/gate.ipynb #5f2d0a40
-def descriptor(latents: np.ndarray) -> np.ndarray:
-    "[N, C] tokens of any N -> [2C]: mean and standard deviation of every channel."
-    x = np.asarray(latents, dtype=np.float64)
-    return np.concatenate([x.mean(0), x.std(0)])
-
-
-def set_distance(x: np.ndarray, targets: np.ndarray) -> float:
-    "Mean Euclidean distance of one descriptor [D] to those of the target set [K, D]."
-    return float(np.linalg.norm(np.asarray(targets) - x, axis=1).mean())
-
-
-def leave_one_out(targets: np.ndarray) -> float:
-    "Mean set distance of each target [K, D] to the others: what a perfect output could expect; NaN for K < 2."
-    t = np.asarray(targets)
-    if len(t) < 2:
-        return float('nan')
-    return float(np.mean([set_distance(t[i], np.delete(t, i, 0)) for i in range(len(t))]))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..aop import check_triggers, prompt_of
 from ..bases.backbone import Cond
+from ..bases.likeness import descriptor, set_distance
 from ..bases.pipeline import Base
 from ..core import bar, nearest, seed_of, sha256_file, sha256_json, UserError
 from ..engine.looks import few_step_sample, laplacian_energy
@@ -29,7 +30,6 @@ from ..files.conditions import ConditionCache
 from ..files.effects import EffectSet
 from ..files.header import catalogue, read_header
 from ..files.lora import read_lora
-from ..judge.gate import descriptor, set_distance
 from .edit import load_role
 from .sampling import Recipe
 

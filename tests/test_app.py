@@ -2,7 +2,7 @@
 
 import threading
 import time
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -47,6 +47,14 @@ def test_a_source_is_found_by_its_hash_alone(tmp_path):
     assert album.source(visitor, {'source': 'a' * 64}).size == (4, 4)
     for digest in ('b' * 64, '../' * 20, None, 3):
         assert album.source(visitor, {'source': digest}) is None
+
+
+def test_two_windows_bring_one_picture_at_the_same_moment(tmp_path):
+    album, visitor, noise = app.Album(tmp_path), app.new_visitor(), Image.effect_noise((600, 600), 60)
+    with ThreadPoolExecutor(8) as pool:
+        done = [pool.submit(album.keep_source, visitor, noise, 'c' * 64) for _ in range(8)]
+    assert not [d.exception() for d in done if d.exception()]
+    assert [p.name for p in (tmp_path / visitor / 'sources').iterdir()] == ['c' * 64 + '.png']
 
 
 def test_an_effect_with_any_name_makes_a_file_and_a_rule(tmp_path):
@@ -257,7 +265,7 @@ def photographs(folder, n=14):
 
     base = load_base(tiny_base(folder / 'base', pixels=256))
     size = base.backbone.modules().items()
-    lora = Lora({k: (torch.randn(2, i), torch.zeros(o, 2)) for k, (i, o) in size})
+    lora = Lora({k: (torch.randn(2, i), 1e-3 * torch.randn(o, 2)) for k, (i, o) in size})
     effects = [
         dict(id=f'effect_{k}', category='portrait', trigger=f'zon{k}', description=f'look {k}') for k in range(n)
     ]

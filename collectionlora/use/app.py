@@ -79,7 +79,7 @@ class Album:
     "Results in a folder for each visitor: PNG files with recipes, and the sources that they were made of."
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder, self._lock = Path(folder), threading.Lock()
 
     def of(self, visitor: str) -> Path:
         "The folder of a visitor. Raises UserError for anything that `new_visitor` does not make."
@@ -97,11 +97,12 @@ class Album:
         return path
 
     def keep_source(self, visitor: str, image: Image.Image, digest: str) -> None:
-        "Writes a source once."
+        "Writes a source once, also where two windows bring it at the same moment."
         path = self.of(visitor) / 'sources' / f'{digest}.png'
-        if not path.is_file():
-            with replacing(path) as part:
-                image.save(part, 'PNG')
+        with self._lock:
+            if not path.is_file():
+                with replacing(path) as part:
+                    image.save(part, 'PNG')
 
     def results(self, visitor: str) -> list[Path]:
         "A visitor's results, the newest first."

@@ -1,8 +1,8 @@
 """A process that speaks OpenAI's chat protocol and routes requests without a language model.
 
-`python tools/router_server.py` prints its address, the `router_url` of `experiments/deployment`. It reads the effects from
-the first message and the request from the second, as a language model would, and gives the entry that is most alike: by
-TF-IDF, or by the cosine of sentence embeddings with `--embedding FOLDER`. `--faults` makes every seventh answer a 503,
+`python tools/router_server.py` prints its address, the `router_url` of `experiments/deployment`. It reads the effects
+from the first message and the request from the second, as a language model would, and gives the entry that is most alike:
+by TF-IDF, or by the cosine of sentence embeddings with `--embedding FOLDER`. `--faults` makes every seventh answer a 503,
 every eleventh a refusal and every thirteenth prose, so that a client can be tried on all of them."""
 
 import argparse

@@ -192,6 +192,50 @@ def test_killed_anywhere_ends_in_the_same_bits(base, world, whole, tmp_path, mon
     )  # finished: nothing left to do, same result
 
 
+def out_of_memory_at(call, f, error):
+    "f, which runs out of memory at one of its calls."
+    calls = []
+
+    def short(*args, **kw):
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+        return f(*args, **kw)
+
+    return short
+
+
+OUT = [MemoryError(), RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried 8 bytes")]
+
+
+@pytest.mark.parametrize('error', OUT)
+def test_out_of_memory_while_a_teacher_trains_loses_no_step(base, world, whole, tmp_path, monkeypatch, error):
+    short = out_of_memory_at(6, type(base.backbone).velocity, error)
+    monkeypatch.setattr(type(base.backbone), 'velocity', short)
+    with pytest.raises(UserError, match='out of memory at batch .*; checkpointing=true goes on from here'):
+        finish(train_fm(base.backbone, world[2], SMALL, tmp_path / 'c.pt'), 12)
+    assert torch.load(tmp_path / 'c.pt', weights_only=True)['step'] == 5 and not base.backbone.roles
+    assert same(finish(train_fm(base.backbone, world[2], SMALL, tmp_path / 'c.pt'), 12)[0], whole[0])
+
+
+def test_out_of_memory_while_encoding_or_painting_keeps_what_is_made(base, bank, world, tmp_path, monkeypatch):
+    effect, how = replace(world[0], id='wide'), dict(per_source=2, steps=2, w=2.0, batch=2)
+    pairs = [(p, effect.prompt) for p in effect.sources]
+    with monkeypatch.context() as m:
+        m.setattr(type(base), 'encode_images', out_of_memory_at(3, type(base).encode_images, MemoryError()))
+        with pytest.raises(MemoryError):
+            ConditionCache(base, tmp_path / 'c').warm(pairs)
+    assert ConditionCache(base, tmp_path / 'c').warm(pairs) == 2 * len(pairs) - 2
+    with monkeypatch.context() as m:
+        m.setattr(painting, 'sample_ode', out_of_memory_at(2, painting.sample_ode, OUT[1]))
+        with pytest.raises(UserError, match='out of memory at batch 2 .*; a smaller batch, or at 1 frozen=host, goes on'):
+            make_targets(base, bank, effect, world[1], tmp_path / 't', **how)
+    calls, original = [], painting.sample_ode
+    monkeypatch.setattr(painting, 'sample_ode', lambda *args: calls.append(1) or original(*args))
+    made = make_targets(base, bank, effect, world[1], tmp_path / 't', **how)
+    assert len(calls) == 2 and len(made) == 6  # the first of three batches was kept
+
+
 def test_an_update_cut_in_half_is_not_saved(base, world, whole, tmp_path, monkeypatch):
     original, calls = torch.optim.AdamW.step, []
 

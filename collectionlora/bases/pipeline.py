@@ -27,7 +27,7 @@ from torch import nn, Tensor
 
 from .backbone import Backbone, Cond
 from .families import Family, family_of_folder, QWEN_EDIT
-from .fewer_bits import BY_LIBRARY, by_library, check_kind, to_four_bits, to_host
+from .fewer_bits import BY_LIBRARY, by_library, check_kind, to_disk, to_four_bits, to_host
 from .frugal import EIGHT_BITS
 from .sizes import INFO_FILE, read_info
 from ..core import read_json, sha256_folder, UserError
@@ -142,7 +142,7 @@ def load_transformer(folder: Path, dtype: torch.dtype, device: str, frozen: str 
     config = (
         by_library(frozen, dtype, blank_transformer(folder, dtype)) if frozen in BY_LIBRARY and not by_hand else None
     )
-    place = None if frozen == 'host' or device == 'cpu' else {'': device}
+    place = None if frozen in ('host', 'disk') or device == 'cpu' else {'': device}
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='.*torch_dtype.*')
         found = _transformer_class(folder).from_pretrained(
@@ -150,8 +150,8 @@ def load_transformer(folder: Path, dtype: torch.dtype, device: str, frozen: str 
         )
     if by_hand:
         to_four_bits(found, dtype)
-    if frozen == 'host':
-        to_host(found, device)
+    if frozen in ('host', 'disk'):
+        {'host': to_host, 'disk': to_disk}[frozen](found, device)
     return found
 
 

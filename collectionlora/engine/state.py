@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BEFORE', 'restore', 'State', 'writing', 'save_checkpoint', 'compare_fingerprints', 'latest_checkpoint',
-           'Interruption', 'Diverged', 'Guard', 'out_of_memory', 'telling_what_helps', 'start_from', 'weights_of']
+           'Interruption', 'Diverged', 'Guard', 'out_of_memory', 'OutOfMemory', 'short_of_memory', 'telling_what_helps',
+           'start_from', 'weights_of']
 
 # %% ../../nbs/engine/state.ipynb #24b54956
 import math
@@ -248,20 +249,29 @@ def out_of_memory(e: BaseException) -> bool:
     return isinstance(e, RuntimeError) and any(w in str(e) for w in ("can't allocate memory", 'out of memory'))
 
 
+class OutOfMemory(UserError):
+    "Memory of host or device ran out; what was done before is kept."
+
+
 @contextmanager
-def telling_what_helps(s: Settings):
-    "Turns running out of memory into a UserError that names the knobs."
+def short_of_memory(where: str, advice: str):
+    "Turns running out of memory into an `OutOfMemory` that says where it was and what helps."
     try:
         yield
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e):
             raise
-        where = f'batch {s.batch}, ranks {s.rank_student} and {s.rank_fake} ({str(e).splitlines()[0][:120]})'
-        raise UserError(
-            f'out of memory at {where}; checkpointing=true or offload=true go on from the last checkpoint '
-            'to the same bits, a smaller micro_batch to the same numbers up to rounding; frozen=int8 or smaller ranks '
-            'start another run'
-        ) from e
+        said = (str(e).splitlines() or [type(e).__name__])[0][:120]
+        raise OutOfMemory(f'out of memory at {where} ({said}); {advice}') from e
+
+
+def telling_what_helps(s: Settings):
+    "Context of a distillation's work: running out of memory becomes an `OutOfMemory` that names the knobs."
+    return short_of_memory(
+        f'batch {s.batch}, ranks {s.rank_student} and {s.rank_fake}',
+        'checkpointing=true or offload=true go on from the last checkpoint to the same bits, a smaller micro_batch to '
+        'the same numbers up to rounding; frozen=int8 or smaller ranks start another run',
+    )
 
 # %% ../../nbs/engine/state.ipynb #cf128084
 def start_from(backbone: Backbone, role: str, lora: Lora) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..bases.backbone import Backbone, Cond
 from ..core import bar, read_json, replacing, seed_of, sha256_json, UserError, write_json
 from .parallel import Ranks
+from .state import short_of_memory
 from ..files.conditions import ConditionCache
 from ..files.effects import copy_manifest, copy_source, EffectSet, load_effect, put_in_place
 from ..files.pictures import shown_size
@@ -176,7 +177,8 @@ def paint_targets(
             how = dict(times=times, w=w, rescale=rescale, batch=batch, progress=progress)
             _paint(base, bank, effect, cache, folder / f'.{effect.id}.part', jobs, seed, how)
 
-        ranks.map(paint, todo, lambda job: len(job[1]))
+        with short_of_memory(f'batch {batch}', 'a smaller batch, or at 1 frozen=host, goes on where this stopped'):
+            ranks.map(paint, todo, lambda job: len(job[1]))
     ranks.first(lambda: _finish(effects, folder))
     return [load_effect(folder / e.id) for e in effects]
 

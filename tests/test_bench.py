@@ -1,6 +1,7 @@
 "A bench of one's own pictures, painted elsewhere, scored with real-layout encoders and a judge over HTTP; and what is refused."
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -407,6 +408,24 @@ def test_a_reward_model_in_a_process_of_its_own_becomes_columns(own, tmp_path):
     assert lines[bench.COPY][mu].value == 0 and lines['good'][sigma].value == pytest.approx(0.5)
     reds = [r.values[mu] for r in rows if r.method == 'good' and r.effect == 'red']
     assert len(reds) == 3 and min(reds) > 20
+
+
+def test_a_check_of_an_environment_says_what_it_lacks(tmp_path):
+    (tmp_path / 'repository').mkdir()
+    (tmp_path / 'repository/EditReward.py').write_text(STAND_IN)
+    make = ('bench', 'worker', '--repository', tmp_path / 'repository', '-o', tmp_path / 'w', '--python')
+    lacks = call(*make, sys.executable, '--check')
+    assert lacks.exit_code == 1 and 'the environment cannot run editreward (' in re.sub(r'\s+', ' ', lacks.stderr)
+    assert 'Error' in (tmp_path / 'w/trial/trial.log').read_text()
+    assert call(*make, tmp_path / 'none/python').exit_code == 0
+    assert 'cannot be started' in re.sub(r'\s+', ' ', call('bench', 'worker', '-o', tmp_path / 'w', '--check').stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif('COLLECTIONLORA_WORKER' not in os.environ, reason='COLLECTIONLORA_WORKER names no worker')
+def test_a_worker_says_what_its_package_says():
+    told = call('bench', 'worker', '-o', os.environ['COLLECTIONLORA_WORKER'], '--check')
+    assert told.exit_code == 0 and re.search('package.s own call gives|must not be', told.output), told.output
 
 
 def test_the_extra_of_photographs_is_named_where_it_is_absent(monkeypatch):

@@ -10,6 +10,8 @@ __all__ = ['NANO', 'ORDER', 'SCALED', 'TITLES', 'HELP', 'NOTE', 'TESTED', 'with_
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from .bench import item_rows
 from .gate import COLUMNS, Item, Row
 from .statistics import Contrast, Estimate, holm, paired, show_p
@@ -80,7 +82,8 @@ def _cell(e: Estimate, name: str, floor: float, ceiling: float) -> dict:
         return dict(value='–', interval='', n=0, share='')
     scaled = name in SCALED and ceiling != floor
     share = f'{round(100 * (e.value - floor) / (ceiling - floor))} %' if scaled else ''
-    return dict(value=f'{e.value:.3f}', interval=f'{e.low:.3f} … {e.high:.3f}', n=e.n, share=share)
+    interval = '' if np.isnan(e.low) else f'{e.low:.3f} … {e.high:.3f}'
+    return dict(value=f'{e.value:.3f}', interval=interval, n=e.n, share=share)
 
 # %% ../../nbs/judge/columns.ipynb #704b53e3
 TESTED = ('clip', 'dreamsim', 'dino', 'bcr', 'score')

@@ -64,7 +64,7 @@ def _cell(e: Estimate, digits: int = 2, percent: bool = False) -> dict:
     if e.n == 0:
         return dict(value='–', interval='')
     f = (lambda v: f'{100 * v:.0f} %') if percent else (lambda v: f'{v:.{digits}f}')
-    return dict(value=f(e.value), interval=f'{f(e.low)} … {f(e.high)}')
+    return dict(value=f(e.value), interval='' if np.isnan(e.low) else f'{f(e.low)} … {f(e.high)}')
 
 # %% ../../nbs/judge/report.ipynb #5f2d1a13
 def _line(s: dict, reference: bool, size: int | None) -> dict:

@@ -82,9 +82,7 @@ def _crossed_variance(total: np.ndarray, count: np.ndarray) -> tuple[float, floa
     return variance, variance**2 / spread if spread else np.inf
 
 
-def crossed_interval(
-    table: dict[str, tuple[np.ndarray, np.ndarray]], level: float = 0.95
-) -> tuple[float, float]:
+def crossed_interval(table: dict[str, tuple[np.ndarray, np.ndarray]], level: float = 0.95) -> tuple[float, float]:
     "Half width of the interval of a mean over tables as `crossed` makes them, and its degrees of freedom."
     found = [(count.sum(), *_crossed_variance(total, count)) for total, count in table.values()]
     n = sum(many for many, _, _ in found)
@@ -111,11 +109,14 @@ class Estimate:
     how: str
 
     def __str__(self):
-        return f'{self.value:.3f} [{self.low:.3f}, {self.high:.3f}], n = {self.n}'
+        interval = '' if np.isnan(self.low) else f' [{self.low:.3f}, {self.high:.3f}]'
+        return f'{self.value:.3f}{interval}, n = {self.n}'
 
 # %% ../../nbs/judge/statistics.ipynb #5f2d0b24
 def estimate(rows: Sequence[Row], value: str, seed: int = 0, level: float = 0.95) -> Estimate:
-    "Mean of one quantity of one method with its interval; NaN with n = 0 when nothing is defined."
+    """Mean of one quantity of one method with its interval; NaN with n = 0 when nothing is defined.
+
+    One picture has no interval: its bounds are NaN, except those of a rate, which are Wilson's."""
     x, means = numbers(rows, value), list(by_effect(rows, value).values())
     if not len(x):
         return Estimate(float('nan'), float('nan'), float('nan'), 0, 0, 'undefined')
@@ -126,9 +127,12 @@ def estimate(rows: Sequence[Row], value: str, seed: int = 0, level: float = 0.95
     else:
         low, high = np.quantile(two_way_bootstrap(table, seed), [0.5 - level / 2, 0.5 + level / 2])
         how = 'two-way bootstrap'
+    if len(x) == 1:
+        low, high, how = float('nan'), float('nan'), 'no interval of one picture'
     if value in RATES:
         w = wilson(int(x.sum()), len(x), level)
-        low, high, how = max(0.0, min(low, w[0])), min(1.0, max(high, w[1])), how + ', at least Wilson'
+        low, high = max(0.0, np.fmin(low, w[0])), min(1.0, np.fmax(high, w[1]))
+        how += ', at least Wilson'
     return Estimate(float(x.mean()), float(low), float(high), len(x), len(means), how)
 
 # %% ../../nbs/judge/statistics.ipynb #5f2d0b27

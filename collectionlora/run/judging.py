@@ -346,14 +346,19 @@ def make_worker(
         bool, option('--install', help='Make its environment and install the pins by pip (network).')
     ] = False,
     python: Annotated[str, option(help='An interpreter that has the pins.', show_default="the worker's own")] = '',
+    check: Annotated[
+        bool, option('--check', help="Ask it for one edit, with random weights in its package's own classes.")
+    ] = False,
 ):
-    "Lay out the worker that runs a reward model in an environment of its own."
-    from collectionlora.judge.reward import write_worker
+    "Lay out the worker that runs a reward model in an environment of its own; --check alone tries one that is there."
+    from collectionlora.judge.reward import try_worker, write_worker
 
-    made = write_worker(out, repository, python, install, kind)
-    print(
-        f'{made}: worker.py, requirements.txt' + ('' if install or python else '; make its environment with --install')
-    )
+    if install or not (check and (out / 'worker.json').is_file()):
+        made = write_worker(out, repository, python, install, kind)
+        todo = '' if install or python else '; make its environment with --install'
+        print(f'{made}: worker.py, requirements.txt{todo}')
+    if check:
+        print(f'{out}: {try_worker(out)}')
 
 
 @command(
@@ -412,7 +417,9 @@ def _cell(estimate, outputs: int) -> str:
     if estimate is None or estimate.n == 0:
         return '–'
     count = f'n={estimate.n}' if estimate.n == outputs else f'n={estimate.n} of {outputs}'
-    return f'{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}] {count}'
+    alone = estimate.low != estimate.low  # NaN: one output has no interval
+    interval = '' if alone else f' [{estimate.low:.3f}, {estimate.high:.3f}]'
+    return f'{estimate.value:.3f}{interval} {count}'
 
 
 def _contrast(c, p: float) -> tuple:

@@ -40,6 +40,7 @@ STYLE = {
     'axes.spines.top': False,
     'axes.spines.right': False,
     'axes.prop_cycle': mpl.cycler(color=PALETTE),
+    'axes.formatter.min_exponent': 3,  # 0.2 and not 2 × 10⁻¹ on a logarithmic axis
     'lines.markersize': 4,
     'image.interpolation': 'nearest',
 }

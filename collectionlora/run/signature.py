@@ -142,9 +142,13 @@ def check_injected(head: str, injected: str, where: str) -> None:
 def run_folder(out: str, experiment: str) -> Path:
     """The folder of a run, made where it is absent: `out`, or results/scratch/<experiment> where that is empty.
 
+    It also gives the run's figures the project's style, so that no experiment sets letters and colours of its own.
     Raises `UserError` if papermill set a parameter that the notebook does not declare, or one of another type."""
     if cells := _injected():
         check_injected(*cells, f'{experiment}.ipynb')
+    from collectionlora.style import figure_style  # matplotlib, which a list of parameters can do without
+
+    figure_style()
     folder = Path(out or results_dir() / 'scratch' / experiment)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -64,21 +64,26 @@ def contact_sheet(
     side: int = 192,
     letters: int = 17,
 ) -> Image.Image:
-    "One RGB picture of rows of pictures; columns: their titles; labels: one per row; side and letters in pixels."
+    """One RGB picture of rows of pictures; columns: their titles; labels: one per row; side and letters in pixels.
+
+    A row is as high as its label, where that is higher than a picture."""
     font, step = ImageFont.load_default(letters), side + GAP
     pen = ImageDraw.Draw(Image.new('RGB', (1, 1)))
     heads, names = ([wrapped(t, side, font) for t in texts] for texts in (columns, labels))
-    top = GAP + max((round(pen.multiline_textbbox((0, 0), t, font)[3]) for t in heads), default=0)
-    left = 2 * GAP + max((round(pen.multiline_textbbox((0, 0), t, font)[2]) for t in names), default=-GAP)
-    sheet = Image.new('RGB', (left + len(columns) * step, top + GAP + len(rows) * step), PAPER)
+    extent = lambda t: [round(v) for v in pen.multiline_textbbox((0, 0), t, font)[2:]]
+    top = 2 * GAP + max((extent(t)[1] for t in heads), default=0)
+    left = 2 * GAP + max((extent(t)[0] for t in names), default=-GAP)
+    heights = [max(side, extent(t)[1]) + GAP for t in (*names, *[''] * (len(rows) - len(names)))]
+    sheet = Image.new('RGB', (left + len(columns) * step, top + sum(heights[: len(rows)])), PAPER)
     pen = ImageDraw.Draw(sheet)
     for x, head in enumerate(heads):
         pen.multiline_text((left + x * step, GAP), head, INK, font)
     for y, line in enumerate(rows):
+        upper = top + sum(heights[:y])
         if y < len(names):
-            pen.multiline_text((GAP, top + GAP + y * step), names[y], INK, font)
+            pen.multiline_text((GAP, upper), names[y], INK, font)
         for x, picture in enumerate(line):
-            at = left + x * step, top + GAP + y * step
+            at = left + x * step, upper
             if picture is None:
                 pen.rectangle([*at, at[0] + side - 1, at[1] + side - 1], EMPTY)
             else:

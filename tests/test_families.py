@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from collectionlora import flow
+from collectionlora.bases.backbone import Cond
 from collectionlora.bases.families import FAMILIES, families_with, family_of_folder, QWEN_21, QWEN_EDIT
 from collectionlora.bases.pipeline import load_base, load_pipe
 from collectionlora.bases.qwen21 import Backbone21, blank_pass, layout
@@ -341,3 +344,55 @@ def test_the_chain_from_photographs_of_five_shapes_to_a_file_for_the_stock_pipel
     asked('convert', extended, tmp_path / 'plain.safetensors', '--dialect', 'diffusers')
     pipe = load_pipe(base, torch.float32)
     pipe.load_lora_weights(str(tmp_path), weight_name='plain.safetensors')
+
+
+# --- plans, and a machine without torchvision
+
+
+def test_the_plan_of_a_pass_is_what_a_pass_holds(tmp_path):
+    from collectionlora.bases.counted import gradient_into, Live, own_tensors, pass_of, weights_of_base
+    from collectionlora.bases.sizes import sample_of
+
+    place = tiny_qwen21(tmp_path / 'five', num_layers=5)
+    b, small = load_base(place).backbone, sample_of(place, text=20)
+    b.add_role('counted', 4)
+    buffer = torch.zeros_like(b.flat('counted'))
+    gradient_into(b, 'counted', buffer)
+    x, t = torch.zeros(2, small.tokens, small.channels), torch.full((2,), 0.5)
+    cond = Cond(
+        torch.zeros(2, small.source, small.channels), torch.zeros(2, small.text, small.width), None, small.grids
+    )
+    with Live(*own_tensors(b), buffer, x, t, cond.source, cond.emb) as live:
+        b.velocity('counted', x, t, cond).square().mean().backward()
+    assert pass_of(place, small, 2, 4, torch.float32, False).gradient == pytest.approx(live.peak, rel=0.05)
+    held = sum(p.numel() for n, p in b.transformer.named_parameters() if '.lora_' not in n)
+    assert weights_of_base(place).transformer == held
+
+
+WITHOUT_TORCHVISION = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name.split('.')[0] == 'torchvision' else find(name, package)
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'torchvision': raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import numpy as np
+from PIL import Image
+from collectionlora.bases.pipeline import load_base
+base = load_base(sys.argv[1])
+image = Image.fromarray(np.load(sys.argv[2]))
+emb, mask = base.encode_prompts([image, image], ['make the cat red', 'swap'])
+np.save(sys.argv[3], emb.numpy())
+base.pipe('swap', image, output_resolution=64, num_inference_steps=2)
+assert 'torchvision' not in sys.modules and type(base.pipe.processor).__name__ == 'ChatProcessor'
+"""
+
+
+@pytest.mark.slow
+def test_it_loads_encodes_and_paints_without_torchvision(base, folder, tmp_path):
+    image, files = photo(1), (tmp_path / 'image.npy', tmp_path / 'emb.npy')
+    np.save(files[0], np.asarray(image))
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', WITHOUT_TORCHVISION, folder, *files], check=True)
+    emb, _ = base.encode_prompts([image, image], ['make the cat red', 'swap'])
+    assert np.abs(np.load(files[1]) - emb.numpy()).max() < 0.02  # the two resize an image by a rounding apart

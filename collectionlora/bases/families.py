@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QWEN_EDIT', 'QWEN_21', 'FAMILIES', 'Family', 'family_of_pipeline', 'family_of_folder', 'family_of_transformer',
-           'families_with', 'family_of_file', 'family_named', 'in_words']
+           'families_with', 'family_of_file', 'family_named', 'configured', 'in_words']
 
 # %% ../../nbs/bases/families.ipynb #e40eb110
 import importlib
@@ -15,40 +15,38 @@ from pathlib import Path
 from ..core import nearest, read_json, UserError
 
 # %% ../../nbs/bases/families.ipynb #b2d59e1b
+def _named(place: str):
+    "What `module:name` names, imported."
+    module, _, name = place.partition(':')
+    return getattr(importlib.import_module(module), name)
+
+
 @dataclass(frozen=True)
 class Family:
-    """What is known of a model family without loading it.
+    "What is known of a model family without loading it."
 
-    names: how headers of LoRA files call it, its own first; key: its name in reports; pipeline, transformer: the classes that its folders name;
-    code: module and class of its `Base`; parts: its folder's parts; leaves_of: config -> leaf of a block -> (in, out);
-    leaves: their names; top: Linears outside the blocks; text_width: the field of the embeddings' width; colours: of the
-    autoencoder's pictures; packing: latents per side of a token; latent_pixels: autoencoder's config -> pixels per side
-    of a latent; architecture, version, tag: what headers and cards say; repo: where the newest weights are; hub: names of
-    checkpoints; area_argument: the argument with which the stock pipeline takes a picture's side, '' if none; unflat: leaves
-    that diffusers loses where names are written with underscores only; programs: whether ComfyUI's nodes and DiffSynth's
-    lines for it are known here."""
-
-    names: tuple[str, ...]
-    key: str
-    pipeline: str
-    transformer: str
-    code: str
-    parts: tuple[str, ...]
-    leaves: tuple[str, ...]
-    leaves_of: Callable[[Mapping], dict[str, tuple[int, int]]]
-    top: tuple[str, ...]
-    text_width: str
-    colours: int
-    packing: int
-    latent_pixels: Callable[[Mapping], int]
-    architecture: str
-    version: str
-    tag: str
-    repo: str
-    hub: tuple[str, ...]
-    area_argument: str = ''
-    unflat: tuple[str, ...] = ()
-    programs: bool = True
+    names: tuple[str, ...]  # as headers of LoRA files call it, its own first
+    key: str  # its name in reports
+    pipeline: str  # the class that model_index.json names
+    transformer: str  # and the class of its transformer
+    code: str  # module:class of its `Base`
+    parts: tuple[str, ...]  # of its folder
+    leaves: tuple[str, ...]  # the layers of a block that may carry a LoRA
+    leaves_of: Callable[[Mapping], dict[str, tuple[int, int]]]  # their (in, out), from the transformer's config
+    top: tuple[str, ...]  # Linears outside the blocks
+    text_width: str  # the config's field of the embeddings' width
+    colours: int  # of the pictures that its autoencoder takes
+    packing: int  # latents per side of a token
+    latent_pixels: Callable[[Mapping], int]  # pixels per side of a latent, from the autoencoder's config
+    architecture: str  # what headers say in modelspec.architecture,
+    version: str  # in ss_base_model_version,
+    tag: str  # and cards among their tags
+    repo: str  # where the weights are
+    hub: tuple[str, ...]  # names of its checkpoints
+    area_argument: str = ''  # how the stock pipeline is told a picture's side; empty: in no call
+    unflat: tuple[str, ...] = ()  # leaves that diffusers loses where names are written with underscores only
+    configuration: str = ''  # module:function that writes the full model's configuration files into a folder
+    programs: bool = True  # whether ComfyUI's nodes and DiffSynth's lines for it are known here
 
     @property
     def name(self) -> str:
@@ -57,8 +55,7 @@ class Family:
 
     def load(self):
         "The `Base` class of this family."
-        module, _, name = self.code.partition(':')
-        return getattr(importlib.import_module(module), name)
+        return _named(self.code)
 
     def layers(self, config: Mapping) -> dict[str, tuple[int, int]]:
         "Dotted name -> (in, out) of every Linear of the blocks that a LoRA may sit on, in the model's order."
@@ -128,6 +125,7 @@ QWEN_21 = Family(
     hub=('Qwen-Image-2.1',),
     area_argument='output_resolution',
     unflat=('img_mlp.gate_layer',),
+    configuration='collectionlora.bases.tiny_qwen21:qwen21_configuration',
     programs=False,
 )
 FAMILIES = (QWEN_EDIT, QWEN_21)
@@ -179,6 +177,12 @@ def family_of_file(header: Mapping, modules: Iterable[str]) -> Family:
 def family_named(name: str) -> Family:
     "The family that messages call so; the first one for another name."
     return next((f for f in FAMILIES if f.name == name), FAMILIES[0])
+
+
+def configured(key: str, place) -> Path | None:
+    "The configuration files of a full model in folder `place`, for a family that can write them; None for another key."
+    found = next((f for f in FAMILIES if f.configuration and f.key == key), None)
+    return found and _named(found.configuration)(place)
 
 
 def in_words(families: Iterable[Family]) -> str:

@@ -148,7 +148,7 @@ Effects = Annotated[list[Path], argument('Effect folders (effect.yaml, source/, 
 File = Annotated[Path, argument('A LoRA file in any known dialect, or a trainer folder.')]
 To = Annotated[Path, argument('What to write.')]
 Out = Annotated[Path, option('--out', '-o', help='Folder to write to; the same command goes on where it stopped.')]
-BaseOption = Annotated[str, option('--base', '-b', help="'nano', or the folder of a Qwen-Image-Edit pipeline.")]
+BaseOption = Annotated[str, option('--base', '-b', help="'nano', or the folder of an edit pipeline.")]
 Seed = Annotated[int, option('--seed', '-s', min=0, help='Seed of every draw.')]
 Device = Annotated[str, option('--device', help='cpu or cuda.', show_default='cuda where there is one')]
 Words = Annotated[
@@ -199,9 +199,11 @@ def job_of(
     processes: int = 1,
 ):
     "The `chain.Job` that a command's options describe; a device among the parameters `given` is the whole job's."
+    from collectionlora.bases.pipeline import check_folder
     from collectionlora.run.chain import base_folder, Job
 
     folder = base_folder(base)
+    check_folder(folder)
     embedded = folder.resolve() == core.nano_dir().resolve()
     if budget in ('demo', 'full') and not embedded:
         nano = 'its steps and rates are those of the nano base; paper has the published ones'
@@ -392,11 +394,13 @@ def _counted(base, work, way, size: float) -> None:
 
 
 def config_folder(base: str) -> Path:
-    "The folder of a base's configuration files: the full model's that ship for 'full', nano, or a pipeline folder."
+    "Configuration files of a base: the full models' for 'full' and 'qwen-image-2.1', nano's, or a pipeline folder's."
+    from collectionlora.bases.families import configured
+
     ships = {'full': core.data_dir() / 'qwen_image_edit_2509', 'nano': core.nano_dir()}
-    folder = ships.get(base, Path(base))
+    folder = ships.get(base) or configured(base, core.results_dir() / '.cache' / base) or Path(base)
     if not (folder / 'model_index.json').is_file():
-        ways = "give 'full', 'nano' or a pipeline's folder, with or without weights"
+        ways = "give 'full', 'qwen-image-2.1', 'nano' or a pipeline's folder, with or without weights"
         raise UserError(f'{base}: no model_index.json there; {ways}')
     return folder
 
@@ -405,7 +409,8 @@ def config_folder(base: str) -> Path:
 @command('plan', epilog='Example: collectionlora plan --card 48 --cards 2 -p rank=64 -p moments=8bit')
 def plan_(
     base: Annotated[
-        str, option(help="'full' (Qwen-Image-Edit-2509), 'nano', or a pipeline's folder, with or without weights.")
+        str,
+        option(help="'full' (Qwen-Image-Edit-2509), 'qwen-image-2.1', 'nano', or a pipeline's folder, weights or not."),
     ] = 'full',
     preset: Annotated[str, option(help='Settings to start from: paper, default or authors.')] = 'paper',
     card: Annotated[Optional[list[float]], option(help='Gigabytes of a card; may be repeated.')] = None,

@@ -37,7 +37,7 @@ def base_folder(name='nano') -> Path:
     folder = nano_dir() if str(name) == 'nano' else Path(name)
     if not (folder / 'model_index.json').is_file():
         absent = f'no base here ({folder}/model_index.json is absent)'
-        raise UserError(f"{name}: {absent}; give 'nano' or the folder of a Qwen-Image-Edit pipeline")
+        raise UserError(f"{name}: {absent}; give 'nano' or the folder of an edit pipeline")
     return folder
 
 # %% ../../nbs/run/chain.ipynb #350fdfea

@@ -415,7 +415,7 @@ def test_a_check_of_an_environment_says_what_it_lacks(tmp_path):
     (tmp_path / 'repository/EditReward.py').write_text(STAND_IN)
     make = ('bench', 'worker', '--repository', tmp_path / 'repository', '-o', tmp_path / 'w', '--python')
     lacks = call(*make, sys.executable, '--check')
-    assert lacks.exit_code == 1 and 'the environment cannot run editreward (' in re.sub(r'\s+', ' ', lacks.stderr)
+    assert lacks.exit_code == 2 and 'the environment cannot run editreward (' in re.sub(r'\s+', ' ', lacks.stderr)
     assert 'Error' in (tmp_path / 'w/trial/trial.log').read_text()
     assert call(*make, tmp_path / 'none/python').exit_code == 0
     assert 'cannot be started' in re.sub(r'\s+', ' ', call('bench', 'worker', '-o', tmp_path / 'w', '--check').stderr)

@@ -80,7 +80,7 @@ def looked_at(name: str, env: Path, before: dict, size: float, spent: tuple[floa
     python = env / 'bin' / 'python'
     now = packages(python)
     checked = asked(python, '-m', 'pip', 'check')
-    used = asked(python, '-c', USED[name])
+    used = asked(python, '-c', f'import collectionlora.core\n{USED[name]}')  # as our code does: ours first
     return dict(
         added=sorted(f'{k} {v}' for k, v in now.items() if k not in before),
         replaced=sorted(f'{k} {before[k]} -> {v}' for k, v in now.items() if before.get(k, v) != v),

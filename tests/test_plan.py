@@ -87,6 +87,11 @@ def test_plain_values_are_checked():
             fits.asked_for('paper', wrong)
 
 
+def test_a_term_that_there_is_not_is_no_part_of_a_plan():
+    with pytest.raises(UserError, match="the term 'kep'.*did you mean 'keep'"):
+        fits.asked_for('paper', {'further': {'kep': 1.0}})
+
+
 def test_rehearsed_effects_cost_their_share():
     s = Settings.preset('default', batch=1, p_switch=1.0, further={'keep': 1.0})
     none, all_ = passes(s, 0.0), passes(s, 1.0)
@@ -205,3 +210,23 @@ def test_processes_share_the_memory_of_a_cpu_and_need_more_of_the_host(small, wo
         fits.check_room(small, work, fits.Way(processes=2), 1e15, 1.5 * total(one), 1e15)
     teaching = fits.host_bytes(small, work, fits.Way(), teaching=True)
     assert total(teaching) <= total(one) and fits.check_room(small, work, fits.Way(), 1e15, 1e15, 1e15, True)
+
+
+def test_a_folder_that_is_no_whole_base_is_refused_before_anything_runs(small, tmp_path, monkeypatch):
+    from collectionlora.files.drawn import write_world_effect
+    from collectionlora.run import chain
+
+    def bare(name):
+        return shutil.copytree(small.folder, tmp_path / name, ignore=shutil.ignore_patterns('*.safetensors'))
+
+    effect = write_world_effect(tmp_path / 'confetti_party', 'confetti_party', 2, 0).folder
+    other, lacking = (shutil.copytree(small.folder, tmp_path / name) for name in ('other', 'lacking'))
+    (other / 'model_index.json').write_text((other / 'model_index.json').read_text().replace('QwenImageEditPlus', 'Flux'))
+    shards = {'weight_map': {f'w{k}': f'model-0000{k}-of-00002.safetensors' for k in (1, 2)}}
+    (lacking / 'transformer' / 'model.safetensors.index.json').write_text(json.dumps(shards))
+    monkeypatch.setattr(chain, 'execute', lambda *_, **__: pytest.fail('something ran'))
+    wrong = {bare('config'): 'has no *.safetensors', other: '_class_name is', lacking: '00001-of-00002.safetensors: missing'}
+    for base, said in wrong.items():
+        for command in (['teach', effect], ['distill', effect, '-t', effect]):
+            shown = CliRunner().invoke(app, [*map(str, command), '--out', str(tmp_path / 'out'), '--base', str(base)])
+            assert shown.exit_code == 2 and said in shown.output.replace('\n', ''), shown.output

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MOST_LONG', 'SPECIAL', 'PICTURE', 'Images', 'use_areas', 'token_types', 'fix_mm_token_type_ids', 'PilProcessor',
            'has_torchvision', 'load_pipe', 'load_transformer', 'blank_transformer', 'quiet', 'Parts', 'Staged',
-           'Pictures', 'Base', 'checked_device', 'load_base', 'scheduler_times', 'few_step_scheduler', 'plain_noise']
+           'Pictures', 'Base', 'check_folder', 'checked_device', 'load_base', 'scheduler_times', 'few_step_scheduler',
+           'plain_noise']
 
 # %% ../../nbs/bases/pipeline.ipynb #f4e4a5e6
 import gc
@@ -493,6 +494,12 @@ def _check_files(folder: Path, family: Family) -> None:
         raise UserError(
             f'{folder / INFO_FILE}: missing, and without it the pictures of this base have the wrong size; {_AGAIN}'
         )
+
+
+def check_folder(folder) -> None:
+    """Raises UserError, before anything is loaded, if a folder is no pipeline of a known family, or a part, a shard or a
+    configuration of it is absent or damaged."""
+    _check_files(Path(folder), family_of_folder(folder))
 
 # %% ../../nbs/bases/pipeline.ipynb #0d3ae65e
 def _check_numbers(part: nn.Module, folder: Path, frozen: str = '') -> None:

@@ -283,9 +283,12 @@ def read_text(path) -> str:
     if not path.is_file():
         raise UserError(f'{path}: no such file')
     try:
-        return path.read_bytes().decode('utf-8-sig')
+        text = path.read_bytes().decode('utf-8-sig')
     except UnicodeDecodeError as e:
         raise UserError(f'{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it again as UTF-8') from e
+    if '\0' in text:  # of other encodings, UTF-16 has them beside every letter
+        raise UserError(f'{path}: not UTF-8 text (a zero at character {text.index(chr(0))}); save it again as UTF-8')
+    return text
 
 
 def text_lines(path) -> list[tuple[int, str]]:

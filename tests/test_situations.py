@@ -10,7 +10,7 @@ from test_inputs import KOHYA, named, NAMES, RANK, save, scale_of
 from typer.testing import CliRunner
 
 import collectionlora.run.cli as cli
-from collectionlora.core import collection_dir, parse_yaml, UserError
+from collectionlora.core import collection_dir, parse_yaml, read_text, UserError
 from collectionlora.files.adopt import listing
 from collectionlora.files.checked import inspect_file
 from collectionlora.files.effects import load_general
@@ -127,6 +127,39 @@ def test_an_adapter_config_is_found_in_any_case_and_folder_and_with_a_mark(where
         read_lora(path)
 
 
+NAMED_SO = ['candy_r2_a8.safetensors', 'candy-rank2-alpha8-000010.safetensors', 'candy_dim2alpha8/lora.safetensors']
+
+
+@pytest.mark.parametrize('name', NAMED_SO)
+def test_a_name_that_says_another_alpha_is_refused(name, tmp_path):
+    path = save(tmp_path / name, named())
+    with pytest.raises(UserError, match="name '.*' says alpha 8.*--alpha"):
+        read_lora(path)
+    assert scale_of(path, alpha=8.0) == 4
+    assert scale_of(save(path, named(), {'software': '{"name": "ai-toolkit"}'})) == 1  # folded by the trainer
+    assert scale_of(save(path, named(**KOHYA, alpha=4))) == 2
+
+
+@pytest.mark.parametrize('name', ['candy_v1_alpha8', 'candy_r4_a8', 'candy_r2_a2', 'far2_a8', 'candy_r2_a8k'])
+def test_names_of_versions_other_ranks_and_the_same_alpha_are_not(name, tmp_path):
+    assert scale_of(save(tmp_path / f'{name}.safetensors', named())) == 1
+
+
+def test_the_text_of_a_model_card_is_said_and_not_applied(tmp_path):
+    path = save(tmp_path / 'x.safetensors', named())
+    for text in ('# Candy\n\nrank: 2, alpha: 8\n', '---\ntags: [lora]\n---\nLoRA rank 2, alpha 8. --- end'):
+        (tmp_path / 'README.md').write_text(text)
+        assert scale_of(path) == 1 and any('README.md' in n and 'alpha 8' in n for n in read_lora(path).meta['notes'])
+    (tmp_path / 'README.md').write_text('rank: 2, alpha: 2\n')
+    assert not any('README.md' in n for n in read_lora(path).meta['notes'])
+
+
+@pytest.mark.parametrize('alpha', [float('nan'), float('inf'), 0.0])
+def test_an_alpha_tensor_that_is_no_strength_is_called_so(alpha, tmp_path):
+    with pytest.raises(UserError, match='alpha must be finite and not zero'):
+        read_lora(save(tmp_path / 'x.safetensors', named(**KOHYA, alpha=alpha)))
+
+
 # ---- another model's LoRA, by any field
 
 OTHERS = {
@@ -141,6 +174,7 @@ OTHERS = {
     'checkpoint': 'flux1-dev-fp8.safetensors',
     'diffusion_model': '/x/wan2.2.safetensors',
     'arch': 'flex2',
+    'model_type': 'kontext',
     'sd_version': 'SDXL',
     'train_config': "{'model': {'arch': 'hunyuan_video'}}",
 }
@@ -395,3 +429,21 @@ def test_any_configuration_of_another_trainer_is_adopted_or_refused_in_a_sentenc
         listing(tmp_path / name)
     except UserError as e:
         assert name in str(e) or str(tmp_path) in str(e)
+
+
+@pytest.mark.parametrize('separator', [',', ';', '\t'])
+def test_a_list_with_any_separator_is_adopted(separator, tmp_path):
+    for name in ('a.png', 'cond/a.png'):
+        (tmp_path / 'set' / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (64, 64), (9, 9, 99)).save(tmp_path / 'set' / name)
+    rows = (('file_name', 'source_file_name', 'prompt'), ('a.png', 'cond/a.png', 'make it blue'))
+    (tmp_path / 'set' / 'metadata.csv').write_text('\n'.join(separator.join(row) for row in rows))
+    done = CliRunner().invoke(cli.app, ['adopt', str(tmp_path / 'set'), str(tmp_path / 'out')])
+    assert done.exit_code == 0 and 'make it blue' in done.output, done.output
+
+
+@pytest.mark.parametrize('content', [b'a\0b', 'make it blue'.encode('utf-16-le')])
+def test_text_with_zeros_is_no_text(content, tmp_path):
+    (tmp_path / 'a.txt').write_bytes(content)
+    with pytest.raises(UserError, match='a.txt: not UTF-8 text .a zero at character 1.'):
+        read_text(tmp_path / 'a.txt')

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..bases.sizes import Pass, pass_of, picture_costs, Sample, sample_of, Weights, weights_of
 from ..core import nearest, UserError
-from .costs import active, plan
+from .costs import active, check_terms, plan
 from .held import learning, left, MOMENT
 from .settings import Settings
 
@@ -74,6 +74,7 @@ def asked_for(preset: str, given: Mapping) -> tuple[Work, Way]:
     if 'rank' in given:
         given['rank_student'] = given['rank_fake'] = given.pop('rank')
     s = Settings.preset(preset, **given)
+    check_terms(s)
     for name, value in (work | way).items():
         _checked(name, value, getattr(Work(s) if name in work else Way(), name))
     return Work(s, **work), Way(**way)

@@ -23,6 +23,7 @@ from ..bases.pipeline import Base
 from ..bases.slots import stored_dtype
 from ..c2fdo import generator_times
 from ..core import load_state, nearest, seed_of, sha256_file, sha256_json, UserError
+from .costs import check_terms
 from .looks import Look, look_at, validate
 from .monitors import diagnose, due, is_best, Watch
 from .parallel import check_scale, eight_bit_adamw, join, Ranks, save_together
@@ -31,7 +32,7 @@ from .rollouts import Engine
 from .settings import resolved, schedule_of, Settings
 from .state import Diverged, Guard, Interruption, State, telling_what_helps, weights_of, writing
 from .state import latest_checkpoint, save_checkpoint, start_from
-from .terms import check_terms, fake_update, few_rows, generator_update
+from .terms import fake_update, few_rows, generator_update
 from ..files.conditions import ConditionCache
 from ..files.effects import EffectSet
 from ..files.header import base_identity, read_header

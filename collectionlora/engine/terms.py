@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'Batch', 'lanes', 'shares_of', 'batch_of', 'few_rows', 'real_velocity', 'match', 'simulated_backward',
-           'simulated_from_target', 'anchored', 'anchor_times', 'kept', 'check_terms', 'runs', 'loss_of', 'terms',
-           'flat_gradient', 'Part', 'monitors', 'Job', 'jobs_of', 'each_gradient', 'gradients', 'cycle_of',
-           'fake_shares', 'fake_inputs', 'starts', 'own_samples', 'rollout_of', 'shared_samples', 'fake_samples',
-           'fake_score_losses', 'rate_at', 'in_stage', 'student_rate', 'apply_gradient', 'follow', 'fake_update',
-           'cosines', 'guarded', 'generator_update']
+           'simulated_from_target', 'anchored', 'anchor_times', 'kept', 'runs', 'loss_of', 'terms', 'flat_gradient',
+           'Part', 'monitors', 'Job', 'jobs_of', 'each_gradient', 'gradients', 'cycle_of', 'fake_shares', 'fake_inputs',
+           'starts', 'own_samples', 'rollout_of', 'shared_samples', 'fake_samples', 'fake_score_losses', 'rate_at',
+           'in_stage', 'student_rate', 'apply_gradient', 'follow', 'fake_update', 'cosines', 'guarded',
+           'generator_update']
 
 # %% ../../nbs/engine/terms.ipynb #9f0948ff
 import math
@@ -22,7 +22,7 @@ from torch import nn, Tensor
 
 from ..bases.backbone import Backbone, Cond
 from ..c2fdo import anchor_loss, doubly_shifted
-from ..core import nearest, rng, seed_of, UserError
+from ..core import rng, seed_of
 from ..dmd import fake_loss, pseudo_target_loss, velocity_gradient
 from .costs import active, Term, TERMS, weight_of
 from .looks import compare
@@ -146,15 +146,6 @@ def kept(engine: Engine, b: Batch, g, earlier: Mapping) -> tuple[Tensor, dict]:
     return F.mse_loss(engine.velocity('student', x, t, b.student), wanted), {}
 
 # %% ../../nbs/engine/terms.ipynb #d8f23938
-def check_terms(s: Settings) -> None:
-    "Raises UserError if `further` names a term that there is not, or one whose weight has a setting of its own."
-    mine = [k for k, term in TERMS.items() if term.weight is None]
-    for name in s.further:
-        if name not in mine:
-            have = nearest(name, mine) if mine else 'there are none beside bs, ts and fm'
-            raise UserError(f'settings: further has the term {name!r}, which engine.terms.TERMS does not; {have}')
-
-
 def runs(term: Term, b: Batch) -> bool:
     "Whether a term is computed on a batch."
     return (term.general if b.y is None else term.effects) and term.plain == b.plain

@@ -189,7 +189,9 @@ def _rows(file: Path) -> list[tuple[str, dict]]:
     "(where, columns) of every row of JSON lines or CSV."
     if file.suffix.lower() == '.csv':
         try:
-            lines = list(csv.DictReader(io.StringIO(read_text(file), newline='')))
+            text = read_text(file)
+            separator = max(',;\t', key=text.partition('\n')[0].count)  # a spreadsheet writes what its country writes
+            lines = list(csv.DictReader(io.StringIO(text, newline=''), delimiter=separator))
         except csv.Error as e:
             raise UserError(f'{file}: not valid CSV ({e})') from e
         return [(f'{file} row {n}', {k: v for k, v in row.items() if k}) for n, row in enumerate(lines, 1)]

@@ -21,9 +21,9 @@ import numpy as np
 
 from ..bases.families import FAMILIES, family_of_file
 from ..core import read_json, UserError
-from .beside import alphas_beside, bases_beside, settings_beside
+from .beside import alphas_beside, bases_beside, settings_beside, told_around
 from .dialects import Dialect, DIALECTS, group_keys, key_names, TOP
-from .family import check_base, known_faults
+from .family import check_base, is_ai_toolkit, known_faults
 from .header import decode_metadata, read_table, verify
 from .strength import decide, Facts, read_config
 from .weights import configs_beside, find_weights
@@ -233,8 +233,10 @@ def _strength(path, table, tensors, dialect, ranks, configs, alpha, settings):
     alphas = {n: float(payload.array(slot['alpha']).reshape(())) for n, slot in groups.items() if 'alpha' in slot}
     others = tuple((p.name, owner) for p, owner in configs_beside(path)[1])
     folded = 'ss_network_alpha' in table.metadata and dialect.style.startswith('lora_A/B')
-    beside = tuple(alphas_beside(settings, folded))
-    return decide(Facts(table.metadata, dialect, ranks, alphas, configs, others, beside), alpha)
+    beside = [(where, a, False) for where, a in alphas_beside(settings, folded)]
+    if not (folded or is_ai_toolkit(table.metadata)):
+        beside += told_around(path, settings, {*ranks.values()})
+    return decide(Facts(table.metadata, dialect, ranks, alphas, configs, others, tuple(beside)), alpha)
 
 
 def _meta(path, table, dialect, strength, family) -> dict:

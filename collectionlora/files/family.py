@@ -63,7 +63,7 @@ FAMILIES = (
     ('Qwen-Image-Layered', r'qwen.{0,20}layered'),
     ('Qwen-Image', r'qwen[-_ ]?image|^qwen(/lora)?$'),
     ('a Qwen language model', r'qwen[-_ ]?\d|qwen.*(instruct|vl|coder|chat)'),
-    ('FLUX', r'flux|(^|[^a-z])flex[-_. ]?[12]'),
+    ('FLUX', r'flux|(^|[^a-z])flex[-_. ]?[12]|(^|[^a-z])kontext([^a-z]|$)'),
     ('Stable Diffusion XL', r'sd[-_]?xl|stable-diffusion-xl|pony|illustrious|noobai'),
     ('Stable Diffusion 3', r'sd[-_]?3|stable-diffusion-(v)?3'),
     ('Stable Diffusion', r'^sd[-_]?v?[12]|stable-diffusion-(v)?[12]|sd1\.5|v1-5-pruned|stability-ai/generative'),

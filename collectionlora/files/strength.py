@@ -246,8 +246,8 @@ class Facts(NamedTuple):
     """What a file and its folder say, before its strength is decided.
 
     ranks, alphas: module -> number (alphas empty where there are no alpha tensors); configs: (name, content) of those
-    that belong to the file; others: (name, owner or None) of those that may not; beside: (where, alpha) of what
-    settings beside the file say."""
+    that belong to the file; others: (name, owner or None) of those that may not; beside: (where, alpha, prose)
+    of what settings, names and cards beside the file say."""
 
     metadata: dict
     dialect: Dialect
@@ -338,7 +338,7 @@ def doubts(facts: Facts, scales: dict, settled: bool) -> list[str]:
     if _ours(facts):
         return []
     told = [(f'header field {r.field}', r.alpha, r.prose) for r in remarks(facts.metadata, not_counted(*facts[1::-1]))]
-    told += [(where, alpha, False) for where, alpha in facts.beside]
+    told += facts.beside
     notes = _factors(facts)
     for where, alpha, prose in told:
         if not _agrees(alpha, scales, facts.ranks):
@@ -393,6 +393,13 @@ def _convention(facts: Facts) -> Strength:
     return Strength(dict.fromkeys(facts.ranks, 1.0), 'none, so alpha = rank', notes)
 
 # %% ../../nbs/files/strength.ipynb #bc192d9a
+def _check(scales: dict) -> None:
+    "Raises UserError for a scale that is 0 or not finite."
+    for name, s in scales.items():
+        if not math.isfinite(s) or s == 0:
+            raise UserError(f'module {name} has the scale {s}; alpha must be finite and not zero.')
+
+
 def decide(facts: Facts, alpha: float | None = None) -> Strength:
     """The strength of every module, from all places that can hold it; `alpha` decides where it is given.
 
@@ -407,6 +414,7 @@ def decide(facts: Facts, alpha: float | None = None) -> Strength:
         strength = _given(facts, alpha, found)
     elif found:
         source, scales = next(iter(found.items()))
+        _check(scales)
         for other, s in found.items():
             if name := differ(scales, s):
                 both = f'{source} and {other} give different scales ({scales[name]:g} and {s[name]:g})'
@@ -415,7 +423,5 @@ def decide(facts: Facts, alpha: float | None = None) -> Strength:
     else:
         strength = _convention(facts)
     strength.notes.extend(doubts(facts, strength.scales, bool(facts.alphas) or alpha is not None))
-    for name, s in strength.scales.items():
-        if not math.isfinite(s) or s == 0:
-            raise UserError(f'module {name} has the scale {s}; alpha must be finite and not zero.')
+    _check(strength.scales)
     return strength

@@ -9,8 +9,8 @@ __all__ = ['HELP', 'STYLE', 'app', 'Effects', 'File', 'To', 'Out', 'BaseOption',
            'ToFile', 'runs', 'Run', 'Every', 'option', 'argument', 'root', 'guarded', 'Decimal', 'command', 'main',
            'assignments', 'device_of', 'job_of', 'grid', 'teach', 'distill', 'size', 'duration', 'config_folder',
            'plan_', 'evaluate', 'demo', 'rebase', 'collection_of', 'without', 'edit', 'serve', 'app_command', 'inspect',
-           'convert', 'adopt', 'resize', 'info', 'remove', 'rename', 'init', 'run', 'sweep', 'list_runs', 'show_run',
-           'compare_runs']
+           'convert', 'adopt', 'resize', 'info', 'remove', 'rename', 'init', 'run', 'sweep', 'list_runs', 'told_apart',
+           'show_run', 'compare_runs']
 
 # %% ../../nbs/run/cli.ipynb #44fafe97
 import functools
@@ -1075,6 +1075,13 @@ def list_runs(
         rows.append((name, r['status'], str(r['run']['seed']), time, ' '.join(f'{k} {v}' for k, v in first.items())))
     print(_columns(rows))
 
+# %% ../../nbs/run/cli.ipynb #0c3e40ca
+def told_apart(first: str, second: str) -> tuple[str, str]:
+    "Two paths without the folders with which both begin, so that a narrow column shows what differs."
+    a, b = Path(first).parts, Path(second).parts
+    same = len(os.path.commonprefix([a[:-1], b[:-1]]))
+    return '/'.join(a[same:]), '/'.join(b[same:])
+
 # %% ../../nbs/run/cli.ipynb #ed4cd3cc
 @command('show', of=runs, epilog='Example: collectionlora runs show rates/anchor_rates')
 def show_run(run: Run, every: Every = False):
@@ -1106,7 +1113,7 @@ def compare_runs(first: Run, second: Run, every: Every = False):
         if rows:
             shown = rows if every or title == 'metrics' else rows[:20]
             rest = [(f'and {len(rows) - 20} more', '', '')] if len(rows) > len(shown) else []
-            Console().print(grid(title, ('', first, second), shown + rest))
+            Console().print(grid(title, ('', *told_apart(first, second)), shown + rest))
     for picture in [p for f in files for p in pictures_of(f)]:
         print(short_path(picture))
 

@@ -545,6 +545,35 @@ def test_a_further_term_needs_no_other_file(world, roles, pull):
     assert passes(s)['gradient'] == pytest.approx(passes(SMALL)['gradient'] + SMALL.batch * (1 - SMALL.p_switch))
 
 
+def test_a_plan_that_has_not_read_the_losses_counts_a_term_that_they_add():
+    "In a process of its own, where `engine.terms` is imported only because `further` names a term of it."
+    program = """
+        import sys
+        from importlib.machinery import ModuleSpec
+        from collectionlora.engine import costs
+        from collectionlora.engine.settings import Settings
+
+        class Losses:  # stands for engine.terms with one term more, which takes no time to import
+            def find_spec(self, name, path, target=None):
+                return ModuleSpec(name, self) if name == 'collectionlora.engine.terms' else None
+
+            def create_module(self, spec):
+                return None
+
+            def exec_module(self, module):
+                costs.TERMS['near'] = costs.Term('near', forward=lambda s: 0.0)
+
+        sys.meta_path.insert(0, Losses())
+        plain, more = Settings.preset(), Settings.preset(further={'near': 0.1})
+        before = costs.passes(plain)
+        assert 'near' not in costs.TERMS
+        assert costs.passes(more)['gradient'] > before['gradient'] and costs.passes(plain) == before
+        costs.check_terms(more)
+        assert 'torch' not in sys.modules
+    """
+    subprocess.run([sys.executable, '-c', textwrap.dedent(program)], check=True)
+
+
 def test_a_further_term_is_shown_and_its_name_is_checked(world, pull, tmp_path):
     history = run(world, pull, tmp_path)
     assert all(('loss_pull' in h) == (h['effect'] is None) for h in history)

@@ -136,7 +136,7 @@ def test_tables_of_fifty_effects_share_the_collections(tmp_path, monkeypatch):
     assert len(students[0]) == 3 and all(s <= students[0] for s in students)
     assert students[1] == students[0] and students[2] == students[3] == students[4]
     twenty = {p.file.name for p in tables.wanted('composition').pieces if p.kind == 'student'}
-    growing = tables.wanted('table_4')
+    growing = tables.wanted('table_4', given={'sizes': [{'effects': n} for n in (10, 20, 50)]})
     made = {p.file.name for p in growing.pieces if p.kind == 'student'}
     assert twenty <= made and len(made & students[0]) == 1 and len(growing.left) == len(growing.pieces)
     assert not [p for p in tmp_path.rglob('*.safetensors')]

@@ -138,6 +138,7 @@ def test_the_entries_that_ship_are_made_again(folder):
 
 
 def test_what_does_not_ship_is_counted(small, monkeypatch):
+    sizes.pass_of.cache_clear()
     assert sizes.known(small.folder) is None
     asked = [small.folder, small.sample, 1, 4]
     found = sizes.pass_of(*asked, 'float32', True)
@@ -149,6 +150,7 @@ def test_what_does_not_ship_is_counted(small, monkeypatch):
     sizes.pass_of(SHIPPED[1], other, 1, 4, 'bfloat16', True)
     sizes.pass_of(SHIPPED[1], shipped, 1, 4, 'float32', True)
     assert [(of[1], of[4]) for of in called] == [(other, torch.bfloat16), (shipped, torch.float32)]
+    sizes.pass_of.cache_clear()
 
 
 def test_the_number_of_blocks_is_no_part_of_what_identifies_a_base(tmp_path):

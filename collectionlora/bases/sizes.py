@@ -142,6 +142,7 @@ def _counting():
     return torch, counted
 
 
+@lru_cache
 def weights_of(folder: Path) -> Weights:
     "The numbers in the parts of a base, from its configuration files."
     found = known(folder)
@@ -151,6 +152,7 @@ def weights_of(folder: Path) -> Weights:
     return Weights(**{name: extended(two[name], three[name], _blocks(folder)) for name in two})
 
 
+@lru_cache
 def pass_of(folder: Path, sample: Sample, n: int, rank: int, dtype: str, checkpointing: bool) -> Pass:
     """What a pass of n samples with a LoRA of this rank holds and computes; dtype: the base's, as in 'bfloat16'."""
     found = _for(folder, sample, dtype)
@@ -160,6 +162,7 @@ def pass_of(folder: Path, sample: Sample, n: int, rank: int, dtype: str, checkpo
     return _pass(found, n, rank, checkpointing, _blocks(folder))
 
 
+@lru_cache
 def picture_costs(folder: Path, sample: Sample, dtype: str) -> dict[str, tuple[int, int]]:
     "'encode', 'decode' -> (peak bytes, operations) of the autoencoder for one picture of the target's grid."
     found = _for(folder, sample, dtype)

@@ -447,3 +447,15 @@ def test_text_with_zeros_is_no_text(content, tmp_path):
     (tmp_path / 'a.txt').write_bytes(content)
     with pytest.raises(UserError, match='a.txt: not UTF-8 text .a zero at character 1.'):
         read_text(tmp_path / 'a.txt')
+
+
+def test_pictures_that_pair_with_nothing_are_said_and_two_of_one_name_refused(tmp_path, caplog):
+    for name in ('target/a.png', 'control/a.png', 'control/b.png'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new('RGB', (64, 64), (9, 9, 99)).save(tmp_path / name)
+    (tmp_path / 'target' / 'a.txt').write_text('make it blue')
+    done = CliRunner().invoke(cli.app, ['adopt', str(tmp_path), str(tmp_path / 'out')])
+    assert done.exit_code == 0 and 'b.png: no edited picture of its name' in caplog.text, done.output
+    Image.new('RGB', (64, 64), (99, 9, 9)).save(tmp_path / 'control' / 'a.jpg')
+    done = CliRunner().invoke(cli.app, ['adopt', str(tmp_path), str(tmp_path / 'out2')])
+    assert done.exit_code == 2 and 'has the same name' in ' '.join(done.output.split()), done.output

@@ -76,7 +76,12 @@ def _pictures(folder: Path, apart: Path | None = None) -> dict[str, Path]:
         raise UserError(f'{folder}: no such folder; give the folder of the pictures')
     inside = (p for p in folder.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith('.'))
     found = sorted(p for p in inside if apart is None or apart not in p.parents)
-    return {same_form(p.relative_to(folder).with_suffix('').as_posix()): p for p in found}
+    named = [(same_form(p.relative_to(folder).with_suffix('').as_posix()), p) for p in found]
+    by_name = dict(named)
+    for name, p in named:
+        if by_name[name] != p:
+            raise UserError(f'{p}: {by_name[name].name} beside it has the same name; remove one of the two')
+    return by_name
 
 
 def _pairs(sides: Sides) -> list[Pair]:
@@ -94,6 +99,10 @@ def _pairs(sides: Sides) -> list[Pair]:
     if alone:
         more = f' (and {len(alone) - 1} more)' if len(alone) > 1 else ''
         raise UserError(f'{alone[0]}: has no picture of its name in {sides.sources}{more}; add it or remove this one')
+    bare = lambda name: re.sub(r'_\d+$', '', name)
+    left = [p for name, p in sources.items() if name not in targets and bare(name) not in targets]
+    if left:
+        log.warning('%s: no edited picture of its name in %s; %d left out', left[0], sides.targets, len(left))
     return found
 
 # %% ../../nbs/files/adopt.ipynb #1fe10359

@@ -333,7 +333,7 @@ def test_the_chain_from_photographs_of_five_shapes_to_a_file_for_the_stock_pipel
     asked('distill', candy, lava, '--teachers', files, *on, *quick)
     collection = tmp_path / 'mine' / 'collection.safetensors'
     assert read_header(collection)['modelspec.architecture'] == family_of_folder(base).architecture
-    more = ('--out', tmp_path / 'more', '--base', base, '--device', 'cpu')
+    more = ('--out', tmp_path / 'more', '--base', base, '--device', 'cpu', '-p', 'settings={p_switch: 1}')
     asked('distill', snow, '--teachers', files, '--extend', collection, '--old', candy, '--old', lava, *more, *small)
     extended = tmp_path / 'more' / 'collection.safetensors'
     assert [e['id'] for e in read_header(extended)['collectionlora.effects']] == ['candy', 'lava', 'snow']

@@ -240,7 +240,7 @@ class Bench:
 
     def __init__(self, folder, hours: float = 0.0):
         self.root, self.until = Path(folder) / 'workshop', time.time() + 3600 * hours if hours else float('inf')
-        self.rates, self.began = Rates(self.root / 'rates'), time.time()
+        self.rates, self.began = Rates(self.root / 'core_seconds'), time.time()
 
     def piece(self, kind: str, name: str, made_of, ending: str, amount: float, make, needs=()) -> Piece:
         "A piece of this kind, made of plain data and of the pieces that it needs."
@@ -754,8 +754,9 @@ def open_workshop(
 ) -> Workshop:
     """The workshop of an experiment that writes to `folder`, by its parameters.
 
-    cache empty: a folder of its own below `out`, or results/.cache for a smoke run, so that smoke runs share it too;
+    cache empty: a folder of its own below `out`, or results/scratch/.cache for a smoke run: smoke runs share it, and their
+    times, which are all set-up, stay out of those of real runs;
     acceleration empty: the one that ships."""
-    place = cache or (folder if out else results_dir()) / '.cache'
+    place = cache or (folder if out else results_dir() / 'scratch') / '.cache'
     fast = acceleration or data_dir() / 'acceleration' / 'acceleration.safetensors'
     return Workshop(load_base(base or nano_dir()), place, Materials.of(materials), seed, hours, fast)

@@ -18,7 +18,7 @@ from pathlib import Path
 from ..bases.sizes import Pass, pass_of, picture_costs, Sample, sample_of, Weights, weights_of
 from ..core import nearest, UserError
 from .costs import active, check_terms, plan
-from .held import learning, left, MOMENT
+from .held import learning, left_bytes, MOMENT
 from .settings import Settings
 
 # %% ../../nbs/engine/fits.ipynb #c871f727
@@ -220,7 +220,7 @@ def disk_bytes(base: Base, work: Work, way: Way) -> dict[str, int]:
         'base': base.bytes * (w.transformer + w.encoder + w.autoencoder),
         'condition cache': cache_bytes(base, work),
         'painted targets': round(work.effects * work.targets * (entry_bytes(base)[0] + pixels)),
-        **left(student, fake, way.moments, base.bytes, work.keep),
+        **left_bytes(student, fake, way.moments, base.bytes, work.keep),
     }
 
 

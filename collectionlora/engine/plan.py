@@ -14,7 +14,7 @@ from ..bases.backbone import Backbone, Cond
 from ..bases.pipeline import Base
 from ..bases.slots import stored_dtype
 from .costs import plan
-from .held import learning, left
+from .held import learning, left_bytes
 from .pools import Rehearsal, samples_of
 from .settings import Settings
 from .state import telling_what_helps
@@ -90,7 +90,7 @@ def disk(base: Base, s: Settings, student: int, conditions: int) -> dict[str, in
     """Bytes of what a run leaves on disk, for a student of `student` bytes in fp32 and a condition cache of
     `conditions` bytes."""
     stored = stored_dtype(base.folder).itemsize
-    rows = left(student, student * s.rank_fake // s.rank_student, s.moments, stored)
+    rows = left_bytes(student, student * s.rank_fake // s.rank_student, s.moments, stored)
     return {**rows, 'condition cache, shared between runs': conditions}
 
 

@@ -252,8 +252,9 @@ def test_only_a_change_beyond_the_bound_is_warned_of():
     assert '1 of 3' in ext.warning(worse, True) and 'c (distance 1.00 → 1.30)' in ext.warning(worse, True)
     assert 'rehearse the old effects' in ext.warning(worse, False)
     assert [l['id'] for l in ext.worst_first(worse)] == ['c', 'a', 'b']
-    judged = lambda was, now, n: a_line('j', distance_after=9.0, bad_before=was, bad_after=now, judged=n)
-    assert ext.beyond(judged(0.25, 0.5, 4)) == ''  # one picture more is chance
+    judged = lambda was, now, n, far=9.0: a_line('j', distance_after=far, bad_before=was, bad_after=now, judged=n)
+    assert ext.beyond(judged(0.25, 0.5, 4, 1.2)) == ''  # one picture more is chance
+    assert ext.beyond(judged(0.5, 0.5, 2)) == 'distance 1.00 → 9.00'  # two pictures judged say little
     assert ext.beyond(judged(0.25, 0.75, 4)) == 'bad cases 25% → 75%'
     assert ext.beyond(judged(0.5, 0.6, 40)) == '' and ext.beyond(judged(0.5, 0.7, 40))
     assert ext.worst_first([*worse, judged(0.2, 0.6, 20)])[0]['id'] == 'j'

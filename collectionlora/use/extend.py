@@ -317,10 +317,15 @@ BOUND = f'{BOUNDS["bad"]:.0%} more bad cases, or a distance {BOUNDS["distance"]:
 
 
 def beyond(line: Mapping) -> str:
-    "How an old effect changed beyond the bound, in words; empty if it did not."
+    """How an old effect changed beyond the bound, in words; empty if it did not.
+
+    Where the judge saw so few pictures that one of them is more than its bound, the distance counts as well."""
     if 'bad_before' in line:
         was, now, n = line['bad_before'], line['bad_after'], line['judged']
-        return f'bad cases {was:.0%} → {now:.0%}' if now - was > BOUNDS['bad'] and (now - was) * n > 1.5 else ''
+        if now - was > BOUNDS['bad'] and (now - was) * n > 1.5:
+            return f'bad cases {was:.0%} → {now:.0%}'
+        if n * BOUNDS['bad'] > 1:
+            return ''
     was, now = line['distance_before'], line['distance_after']
     return f'distance {was:.2f} → {now:.2f}' if now > (1 + BOUNDS['distance']) * was else ''
 

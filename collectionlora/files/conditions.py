@@ -130,7 +130,7 @@ class _Named(_Entries):
     def _shape(self, path: Path, prompt: str | None) -> tuple:
         "What requests must share to be encoded together without padding."
         size = shown_size(path)
-        return (size, None) if prompt is None else (size, len(self.base.pipe.tokenizer(prompt)['input_ids']))
+        return (size, None) if prompt is None else (size, self.base.count(prompt))
 
 # %% ../../nbs/files/conditions.ipynb #13ffc9d4
 class _Encoder(_Named):

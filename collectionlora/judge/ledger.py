@@ -60,7 +60,8 @@ def evaluations(method: str) -> Find:
 
 
 def deployed(*path: str) -> Find:
-    "A number of a record of `deployment` at a path of keys, the last of which may be a ratio 'a / b'; no chance is in it."
+    """A number of a record of `deployment` at a path of keys, the last of which may be a ratio 'a / b'; counts of several
+    streams of requests are taken as their mean with its interval."""
 
     def find(metrics: Mapping) -> Reading | None:
         found = metrics
@@ -69,7 +70,10 @@ def deployed(*path: str) -> Find:
         names = path[-1].split(' / ')
         if any(n not in found for n in names):
             return None
-        value = found[names[0]] / (found[names[1]] if len(names) > 1 else 1)
+        streams = found[names[0]]
+        if isinstance(streams, list):
+            return Reading(*t_interval(streams), names[0], f'{len(streams)} streams of requests')
+        value = streams / (found[names[1]] if len(names) > 1 else 1)
         unit = f'of the {names[1]}' if len(names) > 1 else names[0]
         return Reading(value, value, value, unit, 'counted, not sampled')
 

@@ -17,12 +17,13 @@ import safetensors.torch
 import torch
 
 from collectionlora.core import rng, run_info, save_run, UserError
-from collectionlora.files.dialects import LEAVES, Lora
+from collectionlora.bases.families import FAMILIES
+from collectionlora.files.dialects import Lora
 from collectionlora.files.header import read_header
 from collectionlora.files.lora import read_lora, write_lora
 
 FEW, MANY = 200, 10_000
-MODULES = {f'transformer_blocks.0.{leaf}': (4 + i % 3, 5 + i % 4) for i, leaf in enumerate(LEAVES)}
+MODULES = {f'transformer_blocks.0.{leaf}': (4 + i % 3, 5 + i % 4) for i, leaf in enumerate(FAMILIES[0].leaves)}
 SPELLINGS = [
     (p, flat, down, up, adapter)
     for p, flat in (

@@ -226,12 +226,18 @@ def test_a_file_that_is_not_utf8_is_one_sentence_and_a_mark_is_no_content(read, 
 
 
 @many
-@given(st.lists(st.text(st.characters(exclude_categories=('Cs',), exclude_characters='\n'), max_size=20), max_size=5))
+@given(st.lists(st.text(st.characters(exclude_categories=('Cs',), exclude_characters='\n\0'), max_size=20), max_size=5))
 def test_lines_end_at_line_feeds_only(folder, lines):
     (folder / 'd').write_bytes('\n'.join(lines).encode())
     kept = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
     if not (lines and lines[0].startswith('\ufeff')):
         assert text_lines(folder / 'd') == kept
+
+
+def test_a_zero_is_no_text(folder):
+    (folder / 'z').write_bytes('a\nb'.encode('utf-16-le'))  # without a mark, as some Windows programs save it
+    with pytest.raises(UserError, match='not UTF-8 text .a zero at character 1.; save it again as UTF-8'):
+        text_lines(folder / 'z')
 
 
 def test_rows_and_effects_keep_every_text(folder):

@@ -187,7 +187,8 @@ def test_a_judge_out_of_quota_keeps_what_it_said(own, tmp_path, answer, said):
     root, _ = own
     made = tmp_path / 'made'
     shutil.copytree(root / 'made', made)
-    ask = ['bench', 'score', root / 'bench', made, '-e', 'nano', '--no-geometry', '--model', 'm', '--per-minute', 1e6, '--judge']
+    ask = ['bench', 'score', root / 'bench', made, '-e', 'nano', '--no-geometry', '--model', 'm']
+    ask += ['--per-minute', 1e6, '--judge']
     with serving(lambda body, n: good(body) if n < 5 else answer) as (judge, _):
         done = call(*ask, judge.url)
     assert done.exit_code == 2 and said in done.stderr and done.stderr.count('\n') < 6

@@ -171,7 +171,7 @@ def gallery_html(info: dict) -> str:
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 # %% ../../nbs/files/card.ipynb #72460634
-SNIPPET = """import torch
+SNIPPET = """{first}import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, {pipeline}
 from diffusers.utils import load_image
 {imports}
@@ -183,8 +183,8 @@ image = pipe(image=load_image("input.png"), prompt={prompt!r},
              sigmas={times}, num_inference_steps={steps}, true_cfg_scale=1.0{size}).images[0]
 image.save("output.png")"""
 NANO = dict(
-    imports="""import collectionlora.nano  # the classes of the miniature base
-from collectionlora.bases.pipeline import use_areas
+    first='import collectionlora.nano  # first: classes of the miniature base, and torchvision beside a CPU torch\n',
+    imports="""from collectionlora.bases.pipeline import use_areas
 from collectionlora.core import nano_dir
 
 use_areas(nano_dir())  # the stock pipeline resizes its input to the areas of the full model
@@ -286,7 +286,7 @@ def _use(info: dict) -> list[str]:
     "The section with the snippet, for the first effect of the catalogue."
     sampling, base, family = info['sampling'], info['base'], family_named(info['family'])
     folder = f'path/to/{base["id"]}' if base.get('id') else family.repo
-    full = dict(imports='', base=repr(_address(base) or folder), dtype='torch.bfloat16', size='')
+    full = dict(first='', imports='', base=repr(_address(base) or folder), dtype='torch.bfloat16', size='')
     code = SNIPPET.format(
         **(NANO if base.get('id') == 'nano' else full),
         pipeline=family.pipeline,

@@ -8,6 +8,16 @@ os.environ.update(HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', MPLBACKEND='agg'
 
 import pytest
 
+NO_TORCHVISION = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name.split('.')[0] == 'torchvision' else find(name, package)
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'torchvision': raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+"""  # the first lines of a program for a process in which torchvision cannot be found
+
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import NO_TORCHVISION
 from collectionlora import flow
 from collectionlora.bases.backbone import Backbone, Cond
 from collectionlora.bases.pipeline import few_step_scheduler, fix_mm_token_type_ids, load_base, plain_noise, use_areas
@@ -593,15 +594,7 @@ def test_what_is_no_base_is_refused(folder, tmp_path):
         load_base(tmp_path / 'foreign')
 
 
-WITHOUT_TORCHVISION = """
-import importlib.util, sys
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name.split('.')[0] == 'torchvision' else find(name, package)
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] == 'torchvision': raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-import numpy as np, torch
+WITHOUT_TORCHVISION = NO_TORCHVISION + """import numpy as np, torch
 from PIL import Image
 from collectionlora.bases.pipeline import load_base
 base = load_base(sys.argv[1])

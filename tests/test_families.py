@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from conftest import NO_TORCHVISION
 from collectionlora import flow
 from collectionlora.bases.backbone import Cond
 from collectionlora.bases.families import FAMILIES, families_with, family_of_folder, QWEN_21, QWEN_EDIT
@@ -369,15 +370,7 @@ def test_the_plan_of_a_pass_is_what_a_pass_holds(tmp_path):
     assert weights_of_base(place).transformer == held
 
 
-WITHOUT_TORCHVISION = """
-import importlib.util, sys
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name.split('.')[0] == 'torchvision' else find(name, package)
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] == 'torchvision': raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-import numpy as np
+WITHOUT_TORCHVISION = NO_TORCHVISION + """import numpy as np
 from PIL import Image
 from collectionlora.bases.pipeline import load_base
 base = load_base(sys.argv[1])

@@ -164,7 +164,7 @@ def test_a_listing_makes_nothing_and_ends_with_its_context(tmp_path):
         bench.make([piece])
     assert found == [(bench, [piece])] and not piece.there
     bench.make([piece])
-    assert piece.there and tables.whole([piece, piece]) == (piece,)
+    assert piece.there and workshop.whole([piece, piece]) == [piece]
     with pytest.raises(UserError, match='no such run file'):
         tables.wanted('bleeding', 'more')
 

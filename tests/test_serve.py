@@ -440,6 +440,86 @@ def test_the_command_refuses_before_anything_is_loaded(web, words, said, monkeyp
     assert done.exit_code == 2 and said in done.output, done.output
 
 
+# ---------------------------------------------------------------- asked by the command
+
+
+ASKS = """import sys
+from collectionlora.run.cli import main
+sys.argv[0] = 'collectionlora'
+try:
+    main()
+finally:
+    assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)
+"""
+
+
+def asked(*words):
+    "What `collectionlora edit` does and says in a process of its own that may not load the network."
+    return subprocess.run([sys.executable, '-c', ASKS, 'edit', *map(str, words)], capture_output=True, text=True)
+
+
+def test_the_command_asks_a_server_and_writes_what_it_writes_here(web, collection, tmp_path):
+    from collectionlora.use.edit import edit_all, working_words
+
+    animal().resize((128, 64)).save(tmp_path / 'cat.png')
+    words = [tmp_path / 'cat.png', 'lava_creature', 'candy_world+lava_creature', '--seeds', '2', '--strength', '0.5']
+    with web.serving(collection, token='a-token-of-16-letters') as url:
+        server = ['--server', url, '--token', 'a-token-of-16-letters']
+        done = asked(*words, *server, '--size', 'original', '--out', tmp_path / 'out', '--sheet', tmp_path / 'sheet.png')
+        told = asked('--list', *server)
+        wrong = asked(*words[:2], '--server', url)
+        unknown = asked(words[0], 'lava_creatur', *server)
+    here = edit_all(collection, [tmp_path / 'cat.png'], words[1:3], range(2), 0.5, 'original')
+    assert done.returncode == 0 and done.stdout.split() == [
+        *(str(tmp_path / 'out' / e.name) for e in here), str(tmp_path / 'sheet.png')
+    ]
+    assert working_words(collection, [animal().resize((128, 64))], 'original') in done.stderr.replace('\n', ' ')
+    for e in here:
+        with Image.open(tmp_path / 'out' / e.name) as made:
+            assert made.size == (128, 64)
+            assert max(abs(a - b) for a, b in zip(made.tobytes(), e.image.tobytes())) <= 1
+    assert told.returncode == 0 and 'lava_creature' in told.stdout
+    assert wrong.returncode == 2 and 'no or wrong token' in wrong.stderr and 'Traceback' not in wrong.stderr
+    assert unknown.returncode == 2 and "did you mean 'lava_creature'" in unknown.stderr
+
+
+def test_the_command_waits_for_a_full_line(web, collection, tmp_path):
+    from collectionlora.use.client import Server
+
+    with web.serving(collection, limits=Limits(waiting=2, batch=1)) as url:
+        made = Server(url).edit([animal()] * 6, 'lava_creature', list(range(6)))
+    assert len({m.tobytes() for m in made}) == 6
+
+
+@pytest.mark.parametrize(
+    'words, said',
+    [
+        (['--server', 'http://127.0.0.1:1'], 'no server answers there'),
+        (['--server', 'no such address'], 'no server answers there'),
+        (['--server', 'ftp://127.0.0.1'], 'no server answers there'),
+        (['--server', '127.0.0.1:1', '--base', 'nano2'], 'leave --base out'),
+        (['--server', '127.0.0.1:1', '--collection', 'c.safetensors'], 'leave --collection out'),
+        (['--server', '127.0.0.1:1', '--device', 'cpu'], 'leave --device out'),
+    ],
+)
+def test_the_command_says_why_it_cannot_ask(words, said, tmp_path):
+    animal().save(tmp_path / 'cat.png')
+    done = asked(tmp_path / 'cat.png', 'lava_creature', *words)
+    assert done.returncode == 2 and said in done.stderr and 'Traceback' not in done.stderr, done.stderr
+
+
+def test_another_program_behind_the_address_is_said(tmp_path):
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    from collectionlora.use.client import Server
+
+    with ThreadingHTTPServer(('127.0.0.1', 0), SimpleHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        said = core.refusal(Server, f'127.0.0.1:{other.server_port}')
+        other.shutdown()
+    assert 'not as `collectionlora serve` does' in said
+
+
 # ---------------------------------------------------------------- killed
 
 

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['HELP', 'STYLE', 'app', 'Effects', 'File', 'To', 'Out', 'BaseOption', 'Seed', 'Device', 'Words', 'Replace',
            'Processes', 'Given', 'Budget', 'Teachers', 'General', 'Init', 'DryRun', 'Extend', 'Old', 'Collections',
-           'More', 'Seeds', 'Strength', 'Size', 'Sheet', 'UNUSED', 'Token', 'Host', 'Served', 'Layers', 'Collection',
-           'ToFile', 'runs', 'Run', 'Every', 'option', 'argument', 'root', 'guarded', 'Decimal', 'command', 'main',
-           'assignments', 'device_of', 'job_of', 'grid', 'teach', 'distill', 'size', 'duration', 'config_folder',
-           'plan_', 'evaluate', 'demo', 'rebase', 'collection_of', 'without', 'edit', 'serve', 'app_command', 'inspect',
-           'convert', 'adopt', 'resize', 'info', 'remove', 'rename', 'init', 'run', 'sweep', 'list_runs', 'told_apart',
-           'show_run', 'compare_runs']
+           'More', 'Seeds', 'Strength', 'Size', 'Sheet', 'Asked', 'Known', 'UNUSED', 'Token', 'Host', 'Served',
+           'Layers', 'Collection', 'ToFile', 'runs', 'Run', 'Every', 'option', 'argument', 'root', 'guarded', 'Decimal',
+           'command', 'main', 'assignments', 'device_of', 'job_of', 'grid', 'teach', 'distill', 'size', 'duration',
+           'config_folder', 'plan_', 'evaluate', 'demo', 'rebase', 'collection_of', 'without', 'edit', 'serve',
+           'app_command', 'inspect', 'convert', 'adopt', 'resize', 'info', 'remove', 'rename', 'init', 'run', 'sweep',
+           'list_runs', 'told_apart', 'show_run', 'compare_runs']
 
 # %% ../../nbs/run/cli.ipynb #44fafe97
 import functools
@@ -530,6 +530,14 @@ Size = Annotated[
     str, option(help='ratio: in the shape of the original; working: as the network made it; original: its own size.')
 ]
 Sheet = Annotated[Optional[Path], option(help='Also write originals and results side by side to this picture file.')]
+Asked = Annotated[
+    Optional[str],
+    option(
+        help='Address of a running `collectionlora serve`, e.g. http://127.0.0.1:8000. It has loaded its collection '
+        'already, so the answer takes a second.'
+    ),
+]
+Known = Annotated[Optional[str], option(envvar='COLLECTIONLORA_TOKEN', help='The token of the server.')]
 
 
 def collection_of(file: Path | None, base: str) -> Path:
@@ -539,13 +547,10 @@ def collection_of(file: Path | None, base: str) -> Path:
     return file or core.collection_dir() / 'collection.safetensors'
 
 
-def _list_effects(collection: Path) -> None:
-    "Prints a collection's catalogue."
-    from collectionlora.files.header import catalogue
-
+def _list_effects(name: str, entries: Iterable[dict]) -> None:
+    "Prints a catalogue."
     columns = ('id', 'category', 'trigger', 'description')
-    rows = [[e.get(k, '') for k in columns] for e in catalogue(collection)]
-    Console().print(grid(f'effects of {collection.name}', columns, rows))
+    Console().print(grid(f'effects of {name}', columns, [[e.get(k, '') for k in columns] for e in entries]))
 
 # %% ../../nbs/run/cli.ipynb #fec139f0
 UNUSED = ('pandas', 'scipy', 'sklearn')  # what transformers and diffusers import where they find it, and no edit uses
@@ -563,22 +568,38 @@ def without(names: Iterable[str]):
             sys.modules.pop(name, None)
 
 # %% ../../nbs/run/cli.ipynb #966cd460
-def _edit(file, paths, effects, base, device, out, sheet, seeds, strength, size) -> None:
+def _opened(collection: Path | None, base: str, device: str):
+    "The collection of an edit, on its base."
+    from collectionlora.run.chain import base_folder
+    from collectionlora.use.edit import Collection
+
+    with without(UNUSED):
+        return Collection.load(base_folder(base), collection_of(collection, base), device=device_of(device))
+
+
+def _server(address: str, token: str | None, collection: Path | None, base: str, device: str):
+    "The server that is asked instead. Raises UserError for what only a collection opened here could mind."
+    from collectionlora.use.client import Server
+
+    given = {'--collection': collection, '--base': base != 'nano', '--device': device}
+    if named := [name for name, value in given.items() if value]:
+        raise UserError(f'--server and {named[0]}: the server has loaded its own; leave {named[0]} out')
+    return Server(address, token)
+
+
+def _edit(opened_maker, paths, effects, out, sheet, seeds, strength, size) -> None:
     "Edits pictures, writes them and their sheet, and prints the files."
     from collectionlora.files.effects import images_among
-    from collectionlora.run.chain import base_folder
-    from collectionlora.use.edit import Collection, edit_all, opened, save_edits, sheet_of, working_words
+    from collectionlora.use.results import edit_all, opened, save_edits, sheet_of, working_words
 
     pictures = images_among(paths)
     if not pictures:
         raise UserError(
             f'edit: no picture in {", ".join(map(str, paths))}; give files, or a folder that holds pictures'
         )
-    sources = [opened(p) for p in pictures]
-    with without(UNUSED):
-        loaded = Collection.load(base_folder(base), file, device=device_of(device))
-    _say(working_words(loaded, sources, size), 'yellow')
-    edits = edit_all(loaded, pictures, effects, seeds, strength, size)
+    sources, maker = [opened(p) for p in pictures], opened_maker()
+    _say(working_words(maker, sources, size), 'yellow')
+    edits = edit_all(maker, pictures, effects, seeds, strength, size)
     for path in save_edits(edits, out):
         print(path)
     if sheet:
@@ -605,25 +626,23 @@ def edit(
     list_only: Annotated[bool, option('--list', help="Only list the collection's effects.")] = False,
     base: BaseOption = 'nano',
     device: Device = '',
+    server: Asked = None,
+    token: Known = None,
 ):
     "Edit pictures with effects of a collection, all in one batch."
-    file = collection_of(collection, base)
+    if server:
+        maker = lambda: _server(server, token, collection, base, device)
+    else:
+        file, maker = collection_of(collection, base), lambda: _opened(collection, base, device)
+    if list_only and server:
+        return _list_effects(server, maker().catalogue.values())
     if list_only:
-        return _list_effects(file)
+        from collectionlora.files.header import catalogue
+
+        return _list_effects(file.name, catalogue(file))
     if image is None:
         raise UserError('edit: no picture was given; give a picture or a folder, or ask for the effects with --list')
-    _edit(
-        file,
-        [image, *(picture or [])],
-        effects or [],
-        base,
-        device,
-        out,
-        sheet,
-        range(seed, seed + seeds),
-        strength,
-        size,
-    )
+    _edit(maker, [image, *(picture or [])], effects or [], out, sheet, range(seed, seed + seeds), strength, size)
 
 # %% ../../nbs/run/cli.ipynb #2e1b8cbb
 Token = Annotated[

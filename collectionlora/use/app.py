@@ -23,7 +23,7 @@ from PIL import Image
 
 from ..core import replacing, rng, UserError
 from ..files.card import _escaped, THUMBNAILS
-from .edit import Collection, is_miniature
+from .edit import Collection
 from .serve import check_token, Limits, listening, Order, read_recipe, read_upload, Service
 from .sheet import contact_sheet, scaled
 
@@ -264,7 +264,7 @@ def quoted_css(text: str) -> str:
 
 def style_of(collection: Collection) -> str:
     "The style sheet of the page, with the thumbnails of the catalogue."
-    rules = [STYLE.replace('IMAGE', 'pixelated' if is_miniature(collection) else 'auto')]
+    rules = [STYLE.replace('IMAGE', 'pixelated' if collection.miniature else 'auto')]
     for id, effect in collection.catalogue.items():
         shot = str(effect.get('thumbnail', ''))
         if shot.startswith(THUMBNAILS) and re.fullmatch(r'[\w:/;,+=.-]+', shot):
@@ -294,7 +294,7 @@ def _title(collection: Collection) -> str:
     n, recipe = len(collection.catalogue), collection.recipe
     what = f'{n} effect{"s" * (n != 1)} in one file ({_escaped(collection.file.name)}), {recipe.words}, on '
     text = f'<h1>CollectionLoRA</h1><p>{what}{_escaped(collection.base.folder.name)}</p>'
-    if not is_miniature(collection):
+    if not collection.miniature:
         return f'<div id="title">{text}</div>'
     note = 'This base is a miniature of 64 × 64 pixels. It knows drawings of a small world and no photographs.'
     return f'<div id="title">{text}</div><p id="note">{note}</p>'
@@ -543,7 +543,7 @@ def run_app(
     folder = Path(folder).resolve()
     service = Service(open_collection(), limits)
     collection = service.collection
-    subjects = drawn_subjects(folder / 'subjects') if is_miniature(collection) else []
+    subjects = drawn_subjects(folder / 'subjects') if collection.miniature else []
     page = App(Studio(service, folder), subjects).build()
     try:
         _, url, _ = page.launch(

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['EDITS', 'Counts', 'problem', 'Guard', 'busy', 'EditForm', 'orders_of', 'as_format', 'answer_of', 'finished',
-           'add_errors', 'add_reading', 'add_edits', 'make_app', 'serve']
+           'add_errors', 'add_reading', 'add_edits', 'make_app', 'serving', 'serve']
 
 # %% ../../nbs/use/web.ipynb #358d15e1
 import asyncio
 import base64
 import hmac
 import io
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -236,7 +237,7 @@ def add_errors(app: FastAPI, service: Service) -> None:
 
 # %% ../../nbs/use/web.ipynb #48077643
 def add_reading(app: FastAPI, service: Service, counts: Counts) -> None:
-    "Registers what is only read: health, metrics, effects, and results by id."
+    "Registers what is only read: health, metrics, effects, sizes, and results by id."
     collection = service.collection
 
     @app.get('/health')
@@ -257,7 +258,14 @@ def add_reading(app: FastAPI, service: Service, counts: Counts) -> None:
     async def effects() -> dict:
         told = [e | {'prompt': collection.prompt(e['id'])} for e in collection.effects()]
         shots = {k: e['thumbnail'] for k, e in collection.catalogue.items() if e.get('thumbnail')}
-        return {'object': 'list', 'data': [e | {'thumbnail': shots.get(e['id'])} for e in told]}
+        told = [e | {'thumbnail': shots.get(e['id'])} for e in told]
+        return {'object': 'list', 'data': told, 'miniature': collection.miniature}
+
+    @app.get('/v1/sizes/{width}x{height}')
+    async def size(width: int, height: int):
+        if not 0 < width * height <= service.limits.pixels or width < 1:
+            return problem(400, f'{width} × {height} pixels: give at most {service.limits.pixels:,}, and no side of 0')
+        return {'working': collection.working_size(Image.new('1', (width, height)))}
 
     @app.get(EDITS + '/{id}')
     async def result(id: str):
@@ -319,6 +327,22 @@ def make_app(
         names = ['localhost', '[' if ':' in host else host]  # the middleware cuts [::1]:8000 at its first colon
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=names)
     return app
+
+# %% ../../nbs/use/web.ipynb #f544023e
+@contextmanager
+def serving(collection: Collection, host: str = '127.0.0.1', **kw) -> Iterator[str]:
+    "Context in which an opened collection is served from a thread, at the address given; kw: as for `make_app`."
+    sock = listening(host, 0)
+    server = uvicorn.Server(uvicorn.Config(make_app(collection, host=host, **kw), log_level='warning'))
+    thread = threading.Thread(target=server.run, kwargs=dict(sockets=[sock]), daemon=True)
+    thread.start()
+    while thread.is_alive() and not server.started:
+        time.sleep(0.02)
+    try:
+        yield f'http://{host}:{sock.getsockname()[1]}'
+    finally:
+        server.should_exit = True
+        thread.join()
 
 # %% ../../nbs/use/web.ipynb #468074aa
 def serve(

@@ -8,7 +8,8 @@ __all__ = ['LARGE_FILE', 'SETTLED', 'DECIMAL', 'FLOAT', 'DISPUTED', 'OTHERWISE',
            'notebooks_dir', 'results_dir', 'plain', 'sha256_json', 'sealed', 'is_sealed', 'sha256_file',
            'sha256_folder', 'seed_of', 'rng', 'wilson', 'replacing', 'folder_lock', 'save_state', 'load_state', 'Later',
            'read_text', 'text_lines', 'json_object', 'yaml_text', 'parse_yaml', 'read_yaml', 'write_yaml', 'read_json',
-           'write_json', 'bar', 'versions', 'hardware', 'command', 'run_info', 'is_run', 'read_run', 'save_run']
+           'read_object', 'write_json', 'bar', 'versions', 'hardware', 'command', 'run_info', 'is_run', 'read_run',
+           'save_run']
 
 # %% ../nbs/run/core.ipynb #7d0f1b17
 import difflib
@@ -458,6 +459,18 @@ def read_json(path):
         return json.loads(text)
     except (ValueError, RecursionError) as e:
         raise UserError(f'{path}: not valid JSON ({e})') from e
+
+
+def read_object(path, **kinds) -> dict:
+    """The object in a JSON file. kinds: key -> type or types of its value; with `NoneType` among them it may be absent.
+
+    Raises `UserError` for what is no object, and for a value of another type."""
+    found = json_object(read_text(path), str(path), 'a JSON object')
+    for key, kind in kinds.items():
+        if not isinstance(found.get(key), kind):
+            said = f'{key!r} is {found[key]!r:.80}, which is of the wrong type' if key in found else f'lacks {key!r}'
+            raise UserError(f'{path}: {said}; restore the file or make it again')
+    return found
 
 
 def write_json(path, obj) -> None:

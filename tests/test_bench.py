@@ -362,6 +362,105 @@ def test_what_is_wrong_is_said(own, tmp_path):
     assert not (tmp_path / 'x').exists()
 
 
+ROW = dict(method='a', effect='e', category='c', image='i', seed=0, valid=True, run='', values={'x': 1.0})
+LINE = '{"category": "animal", "id": "%s", "prompt": %s}\n'
+SCORED = ('score', 'bench', 'made', '-e', 'nano', '--no-geometry')
+REWARDED = ('reward', 'bench', 'made', '--worker', 'w', '--checkpoint', 'a', '--config', 'b')
+WRONG = [  # a file, what is written to it, the command that meets it, what is said
+    ('made/good/method.json', '[]', SCORED, 'must be a JSON object'),
+    ('made/good/method.json', '{}', SCORED, "lacks 'name'"),
+    ('made/good/method.json', '{"name": 3}', SCORED, "'name' is 3"),
+    ('made/good/method.json', '{"name": "lazy"}', SCORED, "another method is called 'lazy'"),
+    ('made/good/method.json', '{"name": "unedited source"}', SCORED, "another method is called 'unedited source'"),
+    ('made/scores/cache.sqlite', 'no database', SCORED, 'is no cache of embeddings'),
+    ('made/scores/rewards.jsonl', '{"id": ["a"], "mu": 1, "sigma": 1}\n', SCORED, 'line 1: breaks the protocol'),
+    ('made/scores/rewards.jsonl', '{"id": "a", "mu": 1, "sigma": 1, "checkpoint": 3}\n', SCORED, 'breaks the protocol'),
+    ('e/config.json', '[]', ('score', 'bench', 'made', '-e', 'e'), 'config.json: must be a JSON object'),
+    ('e/open_clip_config.json', '[]', ('score', 'bench', 'made', '-e', 'e'), 'must be a JSON object'),
+    ('e/open_clip_config.json', '{"model_cfg": {}}', ('score', 'bench', 'made', '-e', 'e'), 'says no width'),
+    ('none', '', (*SCORED, '--device', 'tpu'), "'tpu' is unknown"),
+    ('made/scores/rows.jsonl', '', ('table', 'made'), 'holds 0 rows'),
+    ('made/scores/rows.jsonl', json.dumps(ROW) + '\n' + json.dumps(ROW), ('table', 'made'), '2 rows of 1 outputs'),
+    ('made/scores/rows.jsonl', json.dumps(ROW | dict(values=[1])), ('table', 'made'), 'line 1: is no row'),
+    ('made/scores/rows.jsonl', json.dumps(ROW | dict(values={'x': '1'})), ('table', 'made'), 'line 1: is no row'),
+    ('made/scores/rows.jsonl', json.dumps(ROW | dict(values={'x': float('nan')})), ('table', 'made'), 'is no row'),
+    ('made/scores/rows.jsonl', json.dumps(ROW | dict(method=None)), ('table', 'made'), 'line 1: is no row'),
+    ('made/scores/rows.jsonl', json.dumps(ROW | dict(valid='yes')), ('table', 'made'), 'line 1: is no row'),
+    ('w/worker.json', '[]', REWARDED, 'must be a JSON object'),
+    ('w/worker.json', '{}', REWARDED, "lacks 'python'"),
+    ('w/worker.json', '{"kind": "x", "python": "p", "repository": "r"}', REWARDED, "unknown key 'x'"),
+    ('w/worker.json', '{"python": ["p"], "repository": "r"}', REWARDED, "'python' is ['p']"),
+    ('p.jsonl', '', ('prompts', 'p.jsonl'), 'holds no prompt'),
+    ('p.jsonl', LINE % ('a', 3), ('prompts', 'p.jsonl'), "'prompt' is missing or no text"),
+    ('p.jsonl', LINE % ('../../a', '"x"'), ('prompts', 'p.jsonl'), 'is no name of a file'),
+    ('p.jsonl', 2 * LINE % ('a', '"x"', 'a', '"x"'), ('prompts', 'p.jsonl'), 'stands twice'),
+    ('b', 'a file', ('make', 'photos', 'effects', '-o', 'b'), 'is there and is no bench'),
+    ('photos/strata.csv', 'file\nanimal/dog.png\nanimal/dog.png\n', ('make', 'photos', 'effects', '-o', 'b'), 'twice'),
+]
+
+
+@pytest.mark.parametrize('file, text, command, words', WRONG)
+def test_a_file_of_another_form_is_named(own, tmp_path, monkeypatch, file, text, command, words):
+    root, _ = own
+    for name in ('photos', 'effects', 'bench', 'made'):
+        shutil.copytree(root / name, tmp_path / name)
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(text)
+    if file.endswith('rows.jsonl'):
+        (tmp_path / 'made/scores/about.json').write_text('{}')
+    monkeypatch.chdir(tmp_path)
+    done = call('bench', *command)
+    assert done.exit_code == 2 and words in ' '.join(done.stderr.split()), (done.stderr, done.exception)
+
+
+def test_making_a_bench_deletes_nothing(own, tmp_path):
+    root, m = own
+    for name in ('photos', 'effects', 'bench'):
+        shutil.copytree(root / name, tmp_path / name)
+    listed = lambda: sorted(p.relative_to(tmp_path) for p in tmp_path.rglob('*'))
+    before = listed()
+    make = ('bench', 'make', tmp_path / 'photos', tmp_path / 'effects', '--heldout', 4, '-o')
+    for place in ('photos', 'effects'):
+        refused = call(*make, tmp_path / place)
+        assert refused.exit_code == 2 and 'is there and is no bench' in refused.stderr
+    refused = call(*make, tmp_path / 'b', '--training', tmp_path / 'effects')
+    assert refused.exit_code == 2 and 'would be overwritten by its training part' in ' '.join(refused.stderr.split())
+    (tmp_path / 'photos/animal/bad.png').write_text('no picture')
+    assert call(*make, tmp_path / 'b').exit_code == 2
+    (tmp_path / 'photos/animal/bad.png').unlink()
+    assert listed() == before
+    (tmp_path / 'bench/notes.txt').write_text('mine')
+    (tmp_path / 'bench/pictures/animal/dog.png').write_text('damaged')
+    assert call(*make, tmp_path / 'bench').exit_code == 0 and bench.load(tmp_path / 'bench') == m
+    assert (tmp_path / 'bench/notes.txt').read_text() == 'mine'
+
+
+def test_regions_and_truths_belong_to_their_pictures(own, tmp_path):
+    root, m = own
+    shutil.copytree(root / 'photos', tmp_path / 'photos')
+    region = tmp_path / 'photos/regions/red/animal/dog.png'
+    region.parent.mkdir(parents=True)
+    Image.new('L', (9, 7)).save(region)
+    with pytest.raises(UserError, match='is 9x7 pixels, its picture dog.png 96x72'):
+        bench.make(tmp_path / 'photos', [root / 'effects'], tmp_path / 'b', heldout=4)
+    shutil.rmtree(tmp_path / 'photos/regions')
+    (tmp_path / 'photos/spec/animal').mkdir(parents=True)
+    (tmp_path / 'photos/spec/animal/dog.json').write_text('{}')
+    bench.make(tmp_path / 'photos', [root / 'effects'], tmp_path / 'b', heldout=4)
+    (tmp_path / 'b/spec/animal/dog.json').write_text('{"other": 1}')
+    with pytest.raises(UserError, match='dog.json: is absent or other than when the bench was made'):
+        bench.load(tmp_path / 'b')
+
+
+def test_a_picture_of_one_pixel_is_scored(own, tmp_path):
+    root, _ = own
+    shutil.copytree(root / 'made', tmp_path / 'made')
+    Image.new('RGB', (1, 1)).save(tmp_path / 'made/good/red/animal-dog.png')
+    rows, _ = bench.score(root / 'bench', tmp_path / 'made', [])
+    found = next(r for r in rows if (r.method, r.effect, r.image) == ('good', 'red', 'dog'))
+    assert found.values['zoom (%)'] is None and found.values['colour drift (dE)'] > 0
+
+
 STAND_IN = """
 import numpy as np, torch
 from PIL import Image

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 from PIL import Image
@@ -24,10 +25,12 @@ from .. import world
 from collectionlora.core import (
     bar,
     check_keys,
+    folder_lock,
     is_sealed,
     nearest,
     plain,
     read_json,
+    read_object,
     read_text,
     replacing,
     rng,
@@ -92,6 +95,8 @@ def strata_of(folder: str | Path, pictures: Mapping[str, Sequence[Path]]) -> dic
             raise UserError(
                 f'{file}, line {n}: there is no picture {row.get("file")!r}; {nearest(row.get("file") or "", known)}'
             )
+        if row['file'] in found:
+            raise UserError(f'{file}, line {n}: {row["file"]} stands twice; keep one line')
         found[row['file']] = {k: (row.get(k) or '').strip() or 'unknown' for k in STRATA}
     return found
 
@@ -137,7 +142,10 @@ def _regions(e: EffectSet, photos: Path, pictures: Mapping, out: Path) -> dict[s
         for p in pictures[c]:
             where = f'regions/{e.id}/{c}/{p.stem}.png'
             if (photos / where).is_file():
-                read_region(photos / where)
+                a, b = read_region(photos / where).size, load_image(p).size
+                if a != b:
+                    said = f'is {a[0]}x{a[1]} pixels, its picture {p.name} {b[0]}x{b[1]}; draw it over the picture'
+                    raise UserError(f'{photos / where}: {said}')
                 found[f'{c}/{p.stem}'] = _copied(photos / where, out, where)
     return found
 
@@ -145,30 +153,53 @@ def _regions(e: EffectSet, photos: Path, pictures: Mapping, out: Path) -> dict[s
 def make(photos: str | Path, effects: Sequence, out: str | Path, heldout: int = 5, seed: int = 0) -> dict:
     """Writes a bench: pictures, held-out targets and `bench.json`; returns the manifest.
 
-    effects: folders of effects. Raises UserError for a bench with other content there, an effect of a category without
-    pictures, too few targets, and pictures that cannot be read."""
-    photos, out, sets = Path(photos), Path(out), load_effects(*effects)
+    effects: folders of effects. The same bench there is restored, and what else lies in it stays. Raises UserError for a
+    folder with other content, an effect of a category without pictures, too few targets, and unreadable pictures."""
+    photos, out, sets = Path(photos), Path(out).absolute(), load_effects(*effects)
+    if out.exists() and not (out.is_dir() and ((out / BENCH).is_file() or not any(out.iterdir()))):
+        raise UserError(f'{out}: is there and is no bench; give a new folder with --out')
     pictures = photographs(photos)
     for e in sets:
         for c in e.category.split(' or '):
             if c not in pictures:
                 raise UserError(f'{e.folder}: is for {c!r}, of which {photos} has no pictures; {nearest(c, pictures)}')
     strata, part = strata_of(photos, pictures), out.with_name(f'.{out.name}.part')
-    shutil.rmtree(part, ignore_errors=True)
-    images = {c: [_picture(p, c, photos, part, strata) for p in bar(ps, desc=c)] for c, ps in pictures.items()}
-    listed = [_effect(e, held_out(e, heldout, seed), photos, pictures, part) for e in sets]
-    asked = sum(len(images[c]) for e in sets for c in e.category.split(' or '))
-    content = dict(name='EffectBench', version=VERSION, seed=seed, instructions=asked, effects=listed, images=images)
-    manifest = sealed(content)
+    with folder_lock(part):
+        try:
+            images = {c: [_picture(p, c, photos, part, strata) for p in bar(ps, desc=c)] for c, ps in pictures.items()}
+            listed = [_effect(e, held_out(e, heldout, seed), photos, pictures, part) for e in sets]
+            asked = sum(len(images[c]) for e in sets for c in e.category.split(' or '))
+            words = dict(name='EffectBench', version=VERSION, seed=seed, instructions=asked)
+            manifest = sealed(words | dict(effects=listed, images=images))
+            _put(part, out, manifest)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return manifest
+
+
+def _put(part: Path, out: Path, manifest: dict) -> None:
+    "Moves a bench to its place at once; where it is there already, only its files are put back."
     write_json(part / BENCH, manifest)
-    if (out / BENCH).is_file() and read_json(out / BENCH).get('sha256') != manifest['sha256']:
-        shutil.rmtree(part)
+    if not (out / BENCH).is_file():
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+        (out / '.run.lock').unlink(missing_ok=True)
+        return
+    if read_object(out / BENCH).get('sha256') != manifest['sha256']:
         raise UserError(
             f'{out}: holds another bench; give another folder with --out, results on the two cannot be compared'
         )
-    shutil.rmtree(out, ignore_errors=True)
-    part.rename(out)
-    return manifest
+    for f in [*_files(manifest), dict(file=BENCH)]:
+        (out / f['file']).parent.mkdir(parents=True, exist_ok=True)
+        (part / f['file']).replace(out / f['file'])
+
+
+def _files(manifest: dict) -> list[dict]:
+    "{file, sha256} of every file of a bench."
+    pictures = [i for images in manifest['images'].values() for i in images]
+    targets = [t for e in manifest['effects'] for t in (*e['heldout'], *e.get('regions', {}).values())]
+    return [*pictures, *(i['spec'] for i in pictures if 'spec' in i), *targets]
 
 # %% ../../nbs/judge/bench.ipynb #2c573395
 def load(folder: str | Path, verify: bool = True) -> dict:
@@ -185,9 +216,7 @@ def load(folder: str | Path, verify: bool = True) -> dict:
         raise UserError(f'{folder / BENCH}: was changed by hand; make the bench again')
     if bare := next((e['id'] for e in m['effects'] if not e['heldout']), None):
         raise UserError(f'{folder / BENCH}: effect {bare} has no held-out target to compare with; make the bench again')
-    files = [i for images in m['images'].values() for i in images]
-    files += [t for e in m['effects'] for t in (*e['heldout'], *e.get('regions', {}).values())]
-    for f in files if verify else []:
+    for f in _files(m) if verify else []:
         if not (folder / f['file']).is_file() or sha256_file(folder / f['file']) != f['sha256']:
             raise UserError(f'{folder / f["file"]}: is absent or other than when the bench was made; restore it')
     return m
@@ -195,8 +224,11 @@ def load(folder: str | Path, verify: bool = True) -> dict:
 
 def write_training(effects: Sequence, out: str | Path, heldout: int = 5, seed: int = 0) -> list[Path]:
     "Effect folders without their held-out pairs, to train on; a source that shows the same picture goes, too."
-    written = []
-    for e in load_effects(*effects):
+    written, sets = [], load_effects(*effects)
+    for e in sets:
+        if (Path(out) / e.id).resolve() == Path(e.folder).resolve():
+            raise UserError(f'{e.folder}: would be overwritten by its training part; give another folder for that')
+    for e in sets:
         gone = set(held_out(e, heldout, seed))
         kept = [i for i in range(len(e)) if i not in gone]
         pairs = [(load_image(e.sources[i]), load_image(e.targets[i])) for i in kept]
@@ -297,7 +329,7 @@ def paint(
             out / slug(m.name) / METHOD,
             dict(name=m.name, bench=manifest['sha256'], nfe=m.nfe, recipe=m.recipe.words),
         )
-        if about.is_file() and {k: read_json(about).get(k) for k in said} != said:
+        if about.is_file() and {k: read_object(about).get(k) for k in said} != said:
             raise UserError(
                 f'{about.parent}: was painted on another bench or with another recipe; give another folder with --out'
             )
@@ -356,8 +388,12 @@ def outputs_of(out: str | Path, bench: Sequence[Item], manifest: dict) -> dict[s
     "method name -> its files in the order of the items, None where a sample failed. Raises UserError for missing ones."
     out, found = Path(out), {}
     for folder in sorted(p for p in out.iterdir() if p.is_dir() and p.name[0] != '.' and p.name != 'scores'):
-        about = read_json(folder / METHOD) if (folder / METHOD).is_file() else dict(name=folder.name)
-        if about.get('bench', manifest['sha256']) != manifest['sha256']:
+        about = dict(name=folder.name)
+        if (folder / METHOD).is_file():
+            about = read_object(folder / METHOD, name=str, bench=(str, NoneType))
+        if about['name'] in (COPY, *found):
+            raise UserError(f'{folder / METHOD}: another method is called {about["name"]!r}, too; write another name')
+        if (about.get('bench') or manifest['sha256']) != manifest['sha256']:
             raise UserError(
                 f'{folder}: was painted on another bench than the one given; paint again into another folder'
             )
@@ -703,7 +739,21 @@ def load_scores(out: str | Path) -> tuple[list[Scored], dict]:
         raise UserError(f'{out}: is not scored; run `collectionlora bench score BENCH {out}`')
     for n, line in text_lines(file):
         try:
-            rows.append(Scored(**json.loads(line)))
+            rows.append(_checked(Scored(**json.loads(line))))
         except (ValueError, TypeError) as e:
             raise UserError(f'{file}, line {n}: is no row ({e}); score again') from e
-    return rows, read_json(file.parent / 'about.json')
+    known = {(r.method, r.category, *r.pair) for r in rows}
+    if len(known) < max(len(rows), 1):
+        raise UserError(f'{file}: holds {len(rows)} rows of {len(known)} outputs; score again')
+    return rows, read_object(file.parent / 'about.json')
+
+
+def _checked(row: Scored) -> Scored:
+    "The row. Raises TypeError where a field has another type than a score's."
+    words = [getattr(row, k) for k in ('method', 'effect', 'category', 'image', 'run')]
+    number = lambda v: v is None or isinstance(v, (int, float)) and not isinstance(v, bool) and np.isfinite(v)
+    if not all(isinstance(v, str) for v in words) or not isinstance(row.valid, bool) or type(row.seed) is not int:
+        raise TypeError('a field has another type')
+    if not isinstance(row.values, dict) or not all(map(number, row.values.values())):
+        raise TypeError('values must be numbers by column')
+    return row

@@ -9,7 +9,7 @@ __all__ = ['LOCK', 'FAILURES', 'listed', 'Found', 'check_weights']
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import data_dir, nearest, read_json, sha256_file, UserError, write_json
+from ..core import data_dir, nearest, read_json, read_object, sha256_file, UserError, write_json
 
 # %% ../../nbs/judge/locked.ipynb #5c24fcc7
 def listed() -> dict[str, dict]:
@@ -63,7 +63,7 @@ def check_weights(folder: str | Path, load: bool = False) -> list[Found]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f'{folder}: no such folder; make it and copy the networks into folders of their names')
-    lock = read_json(folder / LOCK) if (folder / LOCK).is_file() else {}
+    lock = read_object(folder / LOCK) if (folder / LOCK).is_file() else {}
     found = []
     for name, entry in listed().items():
         files = _files(folder / name, entry['files'])

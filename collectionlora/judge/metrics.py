@@ -160,6 +160,7 @@ class Cache:
                 db.execute(
                     'create table if not exists vectors (encoder text, picture text, v blob, primary key (encoder, picture))'
                 )
+                db.execute('select encoder, picture, v from vectors limit 1')
         except sqlite3.DatabaseError as e:
             raise UserError(f'{path}: is no cache of embeddings ({e}); delete it, it is made again') from e
 

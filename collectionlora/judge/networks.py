@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..core import check_keys, nearest, read_json, replacing, sha256_file, sha256_json, UserError
+from ..core import check_keys, nearest, read_object, replacing, sha256_file, sha256_json, UserError
 from .locked import listed
 from .metrics import Encoder, IMAGENET, OPENAI, Prepare, WAYS
 
@@ -64,7 +65,7 @@ def _quiet():
 def _config(folder: Path) -> dict:
     if not folder.is_dir():
         raise UserError(f'{folder}: no such folder; give the folder that holds config.json and the weights')
-    return read_json(folder / 'config.json')
+    return read_object(folder / 'config.json')
 
 
 def _pretrained(folder: Path, kind, config, **kw):
@@ -188,9 +189,11 @@ def openai_state(path: str | Path, published: Mapping[str, str]) -> dict:
 # %% ../../nbs/judge/networks.ipynb #43d6fc80
 def _open_clip_folder(folder: Path) -> tuple[Path, dict]:
     "(file of weights, {quick_gelu, heads, size, way, mean, std}) of a folder that open_clip wrote."
-    told = read_json(folder / 'open_clip_config.json')
-    model, prepare = told['model_cfg'], told.get('preprocess_cfg', {})
-    vision = model['vision_cfg']
+    told = read_object(folder / 'open_clip_config.json', model_cfg=dict, preprocess_cfg=(dict, NoneType))
+    model, prepare = told['model_cfg'], told.get('preprocess_cfg') or {}
+    vision = model.get('vision_cfg')
+    if not isinstance(vision, dict) or type(vision.get('width')) is not int:
+        raise UserError(f'{folder}/open_clip_config.json: says no width in vision_cfg; take the file of the weights')
     way = {'shortest': 'crop', 'squash': 'squash', 'longest': 'letterbox'}[prepare.get('resize_mode', 'shortest')]
     files = [f for f in weight_files(folder) if f.name.startswith('open_clip')] or weight_files(folder)
     return files[0], dict(
@@ -214,7 +217,7 @@ def _hf_clip(folder: Path):
         vision['projection_dim'] = told.get('projection_dim', vision.get('projection_dim', 512))
     model = _pretrained(folder, CLIPVisionModelWithProjection, CLIPVisionConfig.from_dict(vision))
     file = folder / 'preprocessor_config.json'
-    saved = read_json(file) if file.is_file() else {}
+    saved = read_object(file) if file.is_file() else {}
     return model, tuple(saved.get('image_mean', OPENAI[0])), tuple(saved.get('image_std', OPENAI[1]))
 
 # %% ../../nbs/judge/networks.ipynb #ad199775
@@ -439,7 +442,7 @@ def described_encoder(file: str | Path) -> Encoder:
             f'{said}: no such file; write {{"metric": "face identity", "size": 112, "way": "squash"}} into it, '
             'which says what the encoder measures and how pictures are prepared'
         )
-    told = read_json(said)
+    told = read_object(said)
     check_keys(told, ('metric', 'size', 'way', 'resize', 'mean', 'std', 'distance'), str(said))
     for key in ('metric', 'size', 'way'):
         if key not in told:

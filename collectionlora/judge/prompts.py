@@ -73,12 +73,25 @@ def read_prompts(path: str | Path) -> list[dict]:
         try:
             row = json.loads(line)
             out.append({k: str(v) for k, v in row.items()})
-            lacking = [k for k in ('id', 'category', 'prompt') if not row.get(k)]
+            lacking = [k for k in ('id', 'category', 'prompt') if not (isinstance(row.get(k), str) and row[k].strip())]
         except (ValueError, AttributeError) as e:
             raise UserError(f'{path}, line {n}: is no line of a prompts file ({e})') from e
         if lacking:
-            raise UserError(f'{path}, line {n}: {lacking[0]!r} is missing')
+            raise UserError(f'{path}, line {n}: {lacking[0]!r} is missing or no text')
+        _check_name(out, f'{path}, line {n}')
+    if not out:
+        raise UserError(f'{path}: holds no prompt; delete it and it is written again')
     return out
+
+
+def _check_name(rows: Sequence[dict], where: str) -> None:
+    "Raises UserError where the last row's picture has another row's name, or one that leads out of its folder."
+    *known, row = rows
+    for key in ('id', 'category'):
+        if Path(row[key]).name != row[key] or row[key].startswith('.'):
+            raise UserError(f'{where}: {key} {row[key]!r} is no name of a file; use letters, digits and dashes')
+    if any((r['category'], r['id']) == (row['category'], row['id']) for r in known):
+        raise UserError(f'{where}: {row["category"]}/{row["id"]} stands twice; give another id')
 
 
 def draw(pipe: Callable, rows: Sequence[dict], folder: str | Path, seed: int = 0, **settings) -> int:

@@ -58,8 +58,10 @@ Bench = Annotated[Path, argument('The folder of the bench.', metavar='BENCH')]
 Made = Annotated[Path, argument('The folder of painted pictures.', metavar='MADE')]
 
 
-def _inputs(photos: str, effects: list[str], out: Path, pictures: int, seed: int):
+def _inputs(photos: str, effects: list[str], pictures: int, seed: int):
     "(PHOTOS, folders of effects, whether they were drawn)."
+    import tempfile
+
     from collectionlora.judge.bench import world_inputs
 
     if photos != 'nano':
@@ -67,7 +69,7 @@ def _inputs(photos: str, effects: list[str], out: Path, pictures: int, seed: int
     from collectionlora.files.header import catalogue
 
     ids = effects or [e['id'] for e in catalogue(core.collection_dir() / 'collection.safetensors')]
-    return *world_inputs(out.with_name(f'.{out.name}.drawn'), ids, pictures, 10, seed), True
+    return *world_inputs(tempfile.mkdtemp(), ids, pictures, 10, seed), True
 
 
 @command(
@@ -87,13 +89,13 @@ def make_bench(
 
     from collectionlora.judge import bench as rooms
 
-    place, folders, drawn = _inputs(photos, effects or [], out, pictures, seed)
+    place, folders, drawn = _inputs(photos, effects or [], pictures, seed)
     if not folders:
         raise UserError('bench make: no effects were given; name their folders after the folder of pictures')
     try:
-        made = rooms.make(place, folders, out, heldout, seed)
         if training:
             rooms.write_training(folders, training, heldout, seed)
+        made = rooms.make(place, folders, out, heldout, seed)
     finally:
         if drawn:
             shutil.rmtree(place.parent, ignore_errors=True)
@@ -239,8 +241,11 @@ def _report_judge(run, folder: Path, manifest: dict, verdicts: dict, out: Path) 
     )
     mine = [v for vs in verdicts.values() for v in vs]
     for file in sorted(here.parent.glob('verdicts-*.json')):
-        other = core.read_json(file)
-        theirs = [Verdict(**v) for m in verdicts for v in other['verdicts'].get(m, [])]
+        other = core.read_object(file, model=str, verdicts=dict)
+        try:
+            theirs = [Verdict(**v) for m in verdicts for v in other['verdicts'].get(m, [])]
+        except TypeError as e:
+            raise UserError(f'{file}: holds what is no verdict ({e}); delete it or ask that judge again') from e
         if file != here and [v.id for v in theirs] == [v.id for v in mine]:
             alpha = [agreement(mine, theirs, what) for what in ('present', 'score')]
             print(
@@ -315,7 +320,7 @@ def score_bench(
     truth = all('spec' in m for images in manifest['images'].values() for m in images)
     if not made.is_dir():
         raise UserError(f'{made}: no such folder; paint with `collectionlora bench run {folder} --out {made}`')
-    cache = Cache(made / 'scores/cache.sqlite')
+    device, cache = device_of(device), Cache(made / 'scores/cache.sqlite')
     if judge:
         asked = _judge(judge, model, key_name, per_minute, budget, device)
         run = Run(asked, Answers(made / 'scores/answers.jsonl'), seed)

@@ -54,12 +54,23 @@ def _there(text, config: Path) -> Path:
     raise UserError(f'{config}: {text} does not exist, and neither does {path.name} beside that file; correct the path')
 
 # %% ../../nbs/files/adopt.ipynb #557f0c3c
+def _beside(target: Path, ending: str) -> Path:
+    "The caption file of a picture: of this ending in any case, else .caption; `a.txt` or `a.png.txt`."
+    if target.with_suffix(ending).is_file() or ending == '.none':
+        return target.with_suffix(ending)
+    stems = {target.stem.lower(), target.name.lower()}
+    near = [p for p in target.parent.iterdir() if p.stem.lower() in stems]
+    near = [p for p in near if p.suffix.lower() in (ending, '.txt', '.caption')]
+    near.sort(key=lambda p: (p.suffix.lower() != ending, p.suffix.lower() != '.txt', p.name))
+    return near[0] if near else target.with_suffix(ending)
+
+
 def _caption(target: Path, sides: Sides) -> str | None:
     "The caption of a target, with the trigger word in place."
-    beside = target.with_suffix(sides.ending)
+    beside = _beside(target, sides.ending.lower())
     if sides.by_name:
         text = target.stem.replace('_', ' ')
-    elif beside.is_file() and sides.ending == '.json':
+    elif beside.is_file() and beside.suffix.lower() == '.json':
         found = read_json(beside)
         text = str(found.get('caption', '') if isinstance(found, dict) else found)
     else:
@@ -67,9 +78,10 @@ def _caption(target: Path, sides: Sides) -> str | None:
     word, text = sides.trigger, ' '.join(text.split())
     if word and '[trigger]' not in text and word not in text:
         text = f'{word} {text}'
-    return text.replace('[trigger]', word or '').strip() or None
+    return ' '.join(text.replace('[trigger]', word or '').split()) or None
 
 
+# %% ../../nbs/files/adopt.ipynb #d1e2f3a5
 def _pictures(folder: Path, apart: Path | None = None) -> dict[str, Path]:
     "Name without ending -> picture, below a folder but not below `apart`; hidden files do not count."
     if not folder.is_dir():
@@ -157,19 +169,22 @@ def _toml(file: Path) -> dict:
 
 
 def _musubi(config: Path, found: dict) -> list[Sides | Path]:
-    "The folders, or files of JSON lines, of a musubi-tuner configuration."
+    "The folders, or files of JSON lines, of a configuration of musubi-tuner or kohya's scripts."
     general, out = found.get('general'), []
     general = general if isinstance(general, dict) else {}
-    for d in _dicts(found.get('datasets')):
-        d = {**general, **d}
+    sets = [{**general, **d} for d in _dicts(found.get('datasets'))]
+    sets += [{**d, **subset} for d in sets for subset in _dicts(d.get('subsets'))]
+    for d in sets:
         if d.get('image_jsonl_file'):
             out.append(_there(d['image_jsonl_file'], config))
             if not out[-1].is_file():
                 raise UserError(
                     f'{config}: image_jsonl_file {d["image_jsonl_file"]} is a folder; name a file of JSON lines'
                 )
-        elif d.get('control_directory'):
-            sides = [_there(d.get(k), config) for k in ('image_directory', 'control_directory')]
+        elif d.get('control_directory') or d.get('conditioning_data_dir'):
+            kohya = not d.get('control_directory')
+            keys = ('image_dir', 'conditioning_data_dir') if kohya else ('image_directory', 'control_directory')
+            sides = [_there(d.get(k), config) for k in keys]
             out.append(Sides(*sides, _ending(d.get('caption_extension'))))
     return out
 
@@ -195,15 +210,18 @@ CAPTIONS = ('edit_prompt', 'instruction', 'prompt', 'caption', 'text')
 
 
 def _rows(file: Path) -> list[tuple[str, dict]]:
-    "(where, columns) of every row of JSON lines or CSV."
-    if file.suffix.lower() == '.csv':
+    "(where, columns) of every row of JSON lines, CSV or a JSON list."
+    if file.suffix.lower() == '.json':
+        return [(f'{file} entry {n}', row) for n, row in enumerate(_dicts(read_json(file)), 1)]
+    if file.suffix.lower() in ('.csv', '.tsv'):
         try:
-            text = read_text(file)
+            text = re.sub(r'\A\s*sep=.\r?\n', '', read_text(file))  # a line for Excel alone
             separator = max(',;\t', key=text.partition('\n')[0].count)  # a spreadsheet writes what its country writes
-            lines = list(csv.DictReader(io.StringIO(text, newline=''), delimiter=separator))
+            lines = list(csv.DictReader(io.StringIO(text, newline=''), delimiter=separator, skipinitialspace=True))
         except csv.Error as e:
             raise UserError(f'{file}: not valid CSV ({e})') from e
-        return [(f'{file} row {n}', {k: v for k, v in row.items() if k}) for n, row in enumerate(lines, 1)]
+        plain = lambda row: {k.strip().lower(): v.strip() if isinstance(v, str) else v for k, v in row.items() if k}
+        return [(f'{file} row {n}', plain(row)) for n, row in enumerate(lines, 1)]
     form = '{"image": ..., "edit_image": ..., "prompt": ...}'
     lines = [(f'{file} line {n}', line) for n, line in text_lines(file)]
     return [(where, json_object(line, where, form)) for where, line in lines]
@@ -264,7 +282,7 @@ LAYOUT = 'see "Data sets of other trainers" in the documentation for the layouts
 def _configured(file: Path, inner=False) -> tuple[str, list[Pair]] | None:
     "(trainer, pairs) of a configuration or list; None for a file that is none. `inner`: another file led to it."
     ending = file.suffix.lower()
-    if ending in ('.jsonl', '.csv'):
+    if ending in ('.jsonl', '.csv', '.tsv'):
         return 'list of pictures', _listed(file)
     if ending == '.toml':
         name, sides = 'musubi-tuner', _musubi(file, _toml(file))
@@ -274,6 +292,9 @@ def _configured(file: Path, inner=False) -> tuple[str, list[Pair]] | None:
         found = read_json(file)
         if isinstance(found, dict) and found.get('data_backend_config') and not inner:
             return _configured(_there(found['data_backend_config'], file), inner=True)
+        rows = _dicts(found)
+        if rows and all(_column(row, TARGETS) and _column(row, SOURCES) for row in rows):
+            return 'list of pictures', _listed(file)
         name, sides = 'SimpleTuner', _simpletuner(file, found)
     else:
         return None
@@ -287,7 +308,7 @@ def _sides_by_name(folder: Path) -> Sides | None:
     plain = lambda p: re.sub(endings, '', p.name.lower()) or p.name.lower()
     inside = [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith('.') and _pictures(p)]
     before = [p for p in inside if plain(p) in BEFORE]
-    after = [p for p in inside if p not in before and (plain(p) in AFTER or any(p.rglob('*.txt')))]
+    after = [p for p in inside if p not in before and (plain(p) in AFTER or any(q.suffix.lower() in ('.txt', '.caption') for q in p.rglob('*')))]
     if not after and before and any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.iterdir()):
         after = [folder]
     before = before or [p for p in inside if p not in after]
@@ -298,7 +319,7 @@ def _sides_by_name(folder: Path) -> Sides | None:
 
 def _in_folder(folder: Path) -> tuple[str, list[Pair]]:
     "(layout, pairs) of a folder."
-    endings = ('.toml', '.yaml', '.yml', '.json', '.jsonl', '.csv')
+    endings = ('.toml', '.yaml', '.yml', '.json', '.jsonl', '.csv', '.tsv')
     near = [
         *sorted(folder.iterdir()),
         *(q for p in sorted(folder.iterdir()) if p.is_dir() for q in sorted(p.iterdir())),
@@ -343,6 +364,9 @@ def _instruction(pairs: list[Pair], prompt: str | None, path) -> str:
             f'{path}: has {len(captions)} different captions, the most frequent {n} times ({most[:100]!r}), '
             'and an effect has one instruction; give it with --prompt'
         )
+    bare = [p for p in pairs if not p.caption]
+    if bare:
+        log.warning('%s: %d pictures without a caption; they get that of the others', bare[0].target, len(bare))
     return next(iter(captions))
 
 

@@ -27,6 +27,7 @@ from PIL import Image
 from collectionlora.core import (
     check_keys,
     json_object,
+    read_text,
     read_yaml,
     replacing,
     rng,
@@ -127,14 +128,28 @@ def _check_text(path: Path, key: str, value) -> None:
         raise UserError(f'{path}: {key!r} is empty; {fix}')
 
 
+# %% ../../nbs/files/effects.ipynb #e2f3a4b6
+def _say_cut(path: Path, found) -> None:
+    "Says where YAML took the end of a text for a comment: `prompt: paint #3` is `paint`."
+    lines = re.findall(r'(?m)^(\w+):[ \t]*([^\s"\'|>#][^#\n]*?)[ \t]+#(?=[^\s#])(.*)$', read_text(path))
+    for key, kept, cut in lines:
+        if isinstance(found, dict) and found.get(key) == kept.strip():
+            log.warning('%s: %r ends before "#%s", which YAML takes for a comment; put the text in quotes', path, key, cut)
+
+
 def _read_manifest(path: Path) -> dict:
     "The checked fields of an `effect.yaml`."
     if not path.is_file():
+        inside = path.parent.iterdir() if path.parent.is_dir() else ()
+        near = [p.name for p in inside if p.name.lower() in ('effect.yaml', 'effect.yml')]
+        if near:
+            raise UserError(f'{path.parent}: has {near[0]}; its name must be effect.yaml, in small letters')
         other = f', or {_adoption(path.parent)}' if _looks_foreign(path.parent) else ''
         raise UserError(
             f'{path.parent}: has no effect.yaml; write one with the lines `id:`, `category:` and `prompt:`{other}'
         )
     found = read_yaml(path)
+    _say_cut(path, found)
     check_keys(found, MANIFEST_KEYS, str(path))
     for key in ('id', 'category', 'prompt'):
         if key not in found:

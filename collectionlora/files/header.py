@@ -182,10 +182,10 @@ def read_table(path) -> Table:
             )
         at = e.end
     if start + at != size:
-        raise UserError(
-            f'{path} has {size} bytes but its header accounts for {start + at}; '
-            'it is truncated or carries foreign data.'
-        )
+        what = 'it is truncated; copy or download it again.'
+        if size > start + at:
+            what = 'it carries foreign data: something was appended, or it was copied as a text; copy it again.'
+        raise UserError(f'{path} has {size} bytes but its header accounts for {start + at}; {what}')
     return Table(meta, tensors, start)
 
 # %% ../../nbs/files/header.ipynb #dc934b5d

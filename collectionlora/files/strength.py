@@ -185,6 +185,12 @@ def _rank_beside(container: Container, key: str) -> int | None:
     return next((int(v) for v in found if v and v == int(v) > 0), None)
 
 
+def _rslora(container: Container) -> str | None:
+    "The field of a mapping that says rsLoRA; None without one."
+    named = [k for k in container.values if 'rslora' in re.sub('[_-]', '', str(k).lower())]
+    return next((f'{container.path}{k}' for k in named if as_plain(container.values[k]) in (True, '1')), None)
+
+
 def claim(container: Container, skip=lambda field: False, strict=True) -> Claim | None:
     """What a mapping of the header says about the LoRA's alpha; None if nothing. `skip`: fields that do not count.
 
@@ -212,8 +218,13 @@ def claim(container: Container, skip=lambda field: False, strict=True) -> Claim 
     if fields:
         _check_variant({str(k).removeprefix('transformer.'): as_plain(v) for k, v in container.values.items()})
     patterns = nested(container.values.get('rank_pattern'))
-    rslora = any('rslora' in str(k).lower() and as_plain(v) in (True, '1') for k, v in container.values.items())
-    config = {'r': rank, 'lora_alpha': alphas[0] if alphas else None, 'alpha_pattern': some, 'use_rslora': rslora}
+    rslora = _rslora(container)
+    if rslora and not fields and strict and not skip(rslora):
+        raise Unclear(
+            f'header field {rslora} says rsLoRA, where alpha is divided by the root of the rank, and no field gives alpha; '
+            f'{UNKNOWN}.'
+        )
+    config = {'r': rank, 'lora_alpha': alphas[0] if alphas else None, 'alpha_pattern': some, 'use_rslora': bool(rslora)}
     config['rank_pattern'] = patterns if isinstance(patterns, dict) else {}
     return Claim(tuple(sorted(fields)), config) if fields else None
 

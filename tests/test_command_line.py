@@ -202,6 +202,8 @@ def put(folder: Path, name, ending, kind, content) -> str:
     "Lays a generated file there, as far as the file system allows it; returns its name."
     path = folder / (name + ending)
     try:
+        if path.is_fifo():  # of the same name, and writing into it would wait for a reader
+            path.unlink()
         if kind in ('lora', 'collection'):
             shutil.copyfile(TEACHER if kind == 'lora' else COLLECTION, path)
         elif kind == 'picture':

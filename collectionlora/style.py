@@ -10,6 +10,7 @@ __all__ = ['PALETTE', 'STYLE', 'COLOURS', 'OTHER', 'figure_style', 'colour', 'ro
 import hashlib
 import io
 import json
+import warnings
 from pathlib import Path
 
 import matplotlib as mpl
@@ -49,6 +50,7 @@ STYLE = {
 def figure_style() -> None:
     "Makes the project's fonts, sizes and colours matplotlib's defaults."
     mpl.rcParams.update(STYLE)
+    warnings.filterwarnings('ignore', message='The figure layout has changed to tight')  # a notebook may ask for that
 
 # %% ../nbs/run/style.ipynb #99d5c0ed
 COLOURS = {

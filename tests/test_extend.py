@@ -91,6 +91,7 @@ def test_the_family_is_new_effects_and_rehearsed_old_ones_under_the_words_that_t
         (([],), 'nothing to add'),
         (([one],), "'one' is already in"),
         (([replace(two, trigger=one.trigger)],), 'cannot be told'),
+        (([replace(two, trigger='')],), 'effect.yaml: has no trigger'),
         (([two], [two]), 'cannot be rehearsed'),
     ):
         with pytest.raises(UserError, match=words):

@@ -114,10 +114,16 @@ def child_settings(parent: Parent, given: Mapping) -> Settings:
 def family(parent: Parent, effects: Sequence[EffectSet], rehearsed: Sequence[EffectSet] = ()) -> list[EffectSet]:
     """The effects that a child trains on: the new ones, then rehearsed old ones under the parent's words.
 
-    Raises UserError for a new effect whose id or trigger the parent has, and for a rehearsed one that it has not."""
+    Raises UserError for a new effect without a trigger, or whose id or trigger the parent has, and for a rehearsed one
+    that the parent has not."""
     if not effects:
         raise UserError(f'{parent.file}: nothing to add; give the folder of at least one new effect')
     for e in effects:
+        if not e.trigger.strip():
+            raise UserError(
+                f'{e.folder / "effect.yaml"}: has no trigger; add a line `trigger:` with a word that means nothing, or let '
+                '`collectionlora run prompts` draw one'
+            )
         if e.id in parent.entries:
             raise UserError(
                 f'{e.folder / "effect.yaml"}: id {e.id!r} is already in {parent.file}; '

@@ -452,6 +452,15 @@ def test_regions_and_truths_belong_to_their_pictures(own, tmp_path):
         bench.load(tmp_path / 'b')
 
 
+def test_one_effect_has_differences_without_intervals(tmp_path):
+    (tmp_path / 'scores').mkdir()
+    rows = [ROW | dict(method=m, values={'x': v}) for m, v in (('a', 1.0), ('b', 2.0))]
+    (tmp_path / 'scores/rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    (tmp_path / 'scores/about.json').write_text('{}')
+    done = call('bench', 'table', tmp_path, '--against', 'a')
+    assert done.exit_code == 0 and '-1.000' in done.output and 'nan' not in done.output, (done.output, done.exception)
+
+
 def test_a_picture_of_one_pixel_is_scored(own, tmp_path):
     root, _ = own
     shutil.copytree(root / 'made', tmp_path / 'made')

@@ -430,8 +430,9 @@ def _cell(estimate, outputs: int) -> str:
 def _contrast(c, p: float) -> tuple:
     "A line of the table of differences: t interval over effects, and the two-way bootstrap where effects are few."
     both = f'[{c.two_way[0]:+.3f}, {c.two_way[1]:+.3f}]' if c.two_way else ''
-    size = f'{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]'
-    return _short(c.value), c.b, size, both, f'{c.p:.3f}', f'{p:.3f}', c.pairs
+    alone = c.low != c.low  # NaN: one effect has no interval, and so no test
+    size = f'{c.difference:+.3f}' + ('' if alone else f' [{c.low:+.3f}, {c.high:+.3f}]')
+    return _short(c.value), c.b, size, both, *('–' if x != x else f'{x:.3f}' for x in (c.p, p)), c.pairs
 
 
 def _short(column: str) -> str:

@@ -298,3 +298,10 @@ def test_any_other_size_has_a_working_size_whose_latents_fit(size, nano):
     h, w = nano.size(Image.new('RGB', size))
     assert min(h, w) >= 32 and h % 32 == w % 32 == 0 and max(h, w) / min(h, w) < 16
     assert nano.encode_images([Image.new('RGB', size)]).shape[1] == nano.grid(Image.new('RGB', size))[0] * (w // 8)
+
+
+def test_a_warning_about_a_file_is_said_once(tmp_path, caplog):
+    Image.new('L', (9, 9)).save(tmp_path / 'a.png')
+    for _ in range(3):
+        load_image(tmp_path / 'a.png')
+    assert [r.getMessage() for r in caplog.records] == [f'{tmp_path / "a.png"}: converted from mode L to RGB']

@@ -201,6 +201,12 @@ def colours(image: Image.Image, raw: bytes = b'', name='picture'):
     return None if same else lambda im: to_srgb(im, gamma, points)
 
 # %% ../../nbs/files/pictures.ipynb #2dd59dfa
+@lru_cache(maxsize=4096)
+def _say(text: str) -> None:
+    "Warns once: a picture is opened many times, by every encoder and for every method."
+    log.warning('%s', text)
+
+
 def to_rgb(image: Image.Image, name, raw: bytes = b'') -> Image.Image:
     """`image` upright (EXIF orientation) and as 8-bit sRGB; `name` is for messages, `raw` the head of its file.
 
@@ -217,9 +223,9 @@ def to_rgb(image: Image.Image, name, raw: bytes = b'') -> Image.Image:
         )
     change = colours(image, raw, name)
     if mode != 'RGB':
-        log.warning('%s: converted from mode %s to RGB', name, mode)
+        _say(f'{name}: converted from mode {mode} to RGB')
     if change:
-        log.warning('%s: colours converted to sRGB', name)
+        _say(f'{name}: colours converted to sRGB')
     upright = ImageOps.exif_transpose(image)
     return change(upright).convert('RGB') if change else upright.convert('RGB')
 
@@ -228,13 +234,13 @@ def _say_parts(image: Image.Image, path) -> None:
     "Says what of a file is not used or not known: further frames or pages, a gain map, colours that are not said."
     if image.getexif().get_ifd(0x8769).get(0xA001) == 0xFFFF and not image.info.get('icc_profile'):
         if not _camera_adobe(image):
-            log.warning('%s: its camera says "uncalibrated" and no profile says which colours; taken as sRGB', path)
+            _say(f'{path}: its camera says "uncalibrated" and no profile says which colours; taken as sRGB')
     gain = any(word in str(image.info.get('xmp', b'')) for word in ('hdrgm', 'HDRGainMap', 'hdrgainmap'))
     gain = gain or any(b'iso:ts:21496' in content[:64] for _, content in getattr(image, 'applist', []))
     if gain:
-        log.warning('%s: its HDR gain map is left out, the normal picture is used', path)
+        _say(f'{path}: its HDR gain map is left out, the normal picture is used')
     elif (frames := getattr(image, 'n_frames', 1)) > 1:
-        log.warning('%s: holds %d pictures (animation or pages); the first is used', path, frames)
+        _say(f'{path}: holds {frames} pictures (animation or pages); the first is used')
 
 # %% ../../nbs/files/pictures.ipynb #3cce41d0
 NO_PICTURE = (

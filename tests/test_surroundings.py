@@ -278,3 +278,14 @@ def test_a_prompt_that_yaml_cuts_is_said_and_a_manifest_of_another_name_is_named
         next((tmp_path / 'e').glob('[eE]*')).rename(tmp_path / 'e' / name)
         with pytest.raises(UserError, match=f'has {name}; its name must be effect.yaml'):
             load_effect(tmp_path / 'e')
+
+
+def test_the_lora_of_one_effect_is_called_that_where_a_collection_is_wanted():
+    from collectionlora.core import collection_dir
+    from collectionlora.files.header import read_header
+    from collectionlora.use.sampling import Recipe
+
+    with pytest.raises(UserError, match='no times or steps; it is the LoRA of one effect.*collectionlora distill'):
+        Recipe.read(read_header(collection_dir() / 'teachers' / 'candy_world.safetensors'), 'x')
+    with pytest.raises(UserError, match='write the file with its sampling recipe'):
+        Recipe.read({}, 'x')

@@ -94,10 +94,11 @@ class Recipe:
 def _read_recipe(header: Mapping, where: str) -> Recipe:
     said = header.get('collectionlora.sampling')
     if not said or not ('times' in said or 'steps' in said):
-        raise UserError(
-            f'{where}: header field collectionlora.sampling gives no times or steps; '
-            'write the file with its sampling recipe'
-        )
+        alone = (header.get('collectionlora.train') or {}).get('kind') == 'teacher'
+        way_out = 'write the file with its sampling recipe'
+        if alone:
+            way_out = 'it is the LoRA of one effect and no collection yet; `collectionlora distill` makes one of it'
+        raise UserError(f'{where}: header field collectionlora.sampling gives no times or steps; {way_out}')
     stochastic, times = said.get('stochastic', True), tuple(said.get('times') or ())
     if times and not stochastic and times[-1] != 0:
         times += (0.0,)

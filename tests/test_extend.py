@@ -92,6 +92,7 @@ def test_the_family_is_new_effects_and_rehearsed_old_ones_under_the_words_that_t
         (([one],), "'one' is already in"),
         (([replace(two, trigger=one.trigger)],), 'cannot be told'),
         (([replace(two, trigger='')],), 'effect.yaml: has no trigger'),
+        (([replace(two, trigger=None)],), 'effect.yaml: has no trigger'),
         (([two], [two]), 'cannot be rehearsed'),
     ):
         with pytest.raises(UserError, match=words):
@@ -256,6 +257,7 @@ def test_only_a_change_beyond_the_bound_is_warned_of():
     judged = lambda was, now, n, far=9.0: a_line('j', distance_after=far, bad_before=was, bad_after=now, judged=n)
     assert ext.beyond(judged(0.25, 0.5, 4, 1.2)) == ''  # one picture more is chance
     assert ext.beyond(judged(0.5, 0.5, 2)) == 'distance 1.00 → 9.00'  # two pictures judged say little
+    assert ext.beyond(judged(0.9, 0.9, 40)) == 'distance 1.00 → 9.00'  # the judge has no room to see it
     assert ext.beyond(judged(0.25, 0.75, 4)) == 'bad cases 25% → 75%'
     assert ext.beyond(judged(0.5, 0.6, 40)) == '' and ext.beyond(judged(0.5, 0.7, 40))
     assert ext.worst_first([*worse, judged(0.2, 0.6, 20)])[0]['id'] == 'j'

@@ -1099,7 +1099,7 @@ def told_apart(first: str, second: str) -> tuple[str, str]:
     "Two paths without the folders with which both begin, so that a narrow column shows what differs."
     a, b = Path(first).parts, Path(second).parts
     same = len(os.path.commonprefix([a[:-1], b[:-1]]))
-    return '/'.join(a[same:]), '/'.join(b[same:])
+    return Path(*a[same:]).as_posix(), Path(*b[same:]).as_posix()
 
 # %% ../../nbs/run/cli.ipynb #ed4cd3cc
 @command('show', of=runs, epilog='Example: collectionlora runs show rates/anchor_rates')

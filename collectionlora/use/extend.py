@@ -119,15 +119,15 @@ def family(parent: Parent, effects: Sequence[EffectSet], rehearsed: Sequence[Eff
     if not effects:
         raise UserError(f'{parent.file}: nothing to add; give the folder of at least one new effect')
     for e in effects:
-        if not e.trigger.strip():
-            raise UserError(
-                f'{e.folder / "effect.yaml"}: has no trigger; add a line `trigger:` with a word that means nothing, or let '
-                '`collectionlora run prompts` draw one'
-            )
         if e.id in parent.entries:
             raise UserError(
                 f'{e.folder / "effect.yaml"}: id {e.id!r} is already in {parent.file}; '
                 'change the id, or rehearse it as an old effect'
+            )
+        if not (e.trigger or '').strip():
+            raise UserError(
+                f'{e.folder / "effect.yaml"}: has no trigger; add a line `trigger:` with a word that means nothing, or let '
+                '`collectionlora run prompts` draw one'
             )
     for e in rehearsed:
         if e.id not in parent.entries:
@@ -325,12 +325,13 @@ BOUND = f'{BOUNDS["bad"]:.0%} more bad cases, or a distance {BOUNDS["distance"]:
 def beyond(line: Mapping) -> str:
     """How an old effect changed beyond the bound, in words; empty if it did not.
 
-    Where the judge saw so few pictures that one of them is more than its bound, the distance counts as well."""
+    Where the judge saw so few pictures that one of them is more than its bound, or called nearly all of them bad before,
+    the distance counts as well."""
     if 'bad_before' in line:
         was, now, n = line['bad_before'], line['bad_after'], line['judged']
         if now - was > BOUNDS['bad'] and (now - was) * n > 1.5:
             return f'bad cases {was:.0%} → {now:.0%}'
-        if n * BOUNDS['bad'] > 1:
+        if n * BOUNDS['bad'] > 1 and was + BOUNDS['bad'] <= 1:
             return ''
     was, now = line['distance_before'], line['distance_after']
     return f'distance {was:.2f} → {now:.2f}' if now > (1 + BOUNDS['distance']) * was else ''

@@ -123,5 +123,6 @@ def test_the_cards_snippet_runs_as_it_stands(tmp_path):
     (tmp_path / 'snippet.py').write_text(re.search('```python\n(.*?)```', card, re.S)[1])
     done = subprocess.run([sys.executable, 'snippet.py'], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert card.count('# needs: ') == 1 and 'pip install torchvision' in card  # which the package does not bring
     made = Image.open(tmp_path / 'output.png')
     assert made.size == (64, 64) and made.convert('RGB').tobytes() != drawn.tobytes()

@@ -171,7 +171,8 @@ def gallery_html(info: dict) -> str:
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 # %% ../../nbs/files/card.ipynb #72460634
-SNIPPET = """{first}import torch
+SNIPPET = """# needs: {needs}
+{first}import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, {pipeline}
 from diffusers.utils import load_image
 {imports}
@@ -183,6 +184,7 @@ image = pipe(image=load_image("input.png"), prompt={prompt!r},
              sigmas={times}, num_inference_steps={steps}, true_cfg_scale=1.0{size}).images[0]
 image.save("output.png")"""
 NANO = dict(
+    needs='collectionlora, and pip install torchvision',
     first='import collectionlora.nano  # first: classes of the miniature base, and torchvision beside a CPU torch\n',
     imports="""from collectionlora.bases.pipeline import use_areas
 from collectionlora.core import nano_dir
@@ -287,6 +289,7 @@ def _use(info: dict) -> list[str]:
     sampling, base, family = info['sampling'], info['base'], family_named(info['family'])
     folder = f'path/to/{base["id"]}' if base.get('id') else family.repo
     full = dict(first='', imports='', base=repr(_address(base) or folder), dtype='torch.bfloat16', size='')
+    full['needs'] = 'pip install torch torchvision diffusers transformers peft accelerate'
     code = SNIPPET.format(
         **(NANO if base.get('id') == 'nano' else full),
         pipeline=family.pipeline,

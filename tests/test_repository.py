@@ -88,7 +88,8 @@ def test_the_front_page_names_effects_that_the_demonstration_makes():
     from collectionlora.files import drawn
     from collectionlora.run.chain import differences
 
-    made = set(drawn.pick_effects(differences('effects', 'demo')['effects'], 0))
+    asked = differences('effects', 'demo')
+    made = set(drawn.pick_effects(asked['effects'], 0, asked['working']))
     page = (ROOT / 'README.md').read_text()
     named = {
         word

@@ -230,7 +230,7 @@ def test_a_base_of_ours_needs_its_picture_size(tmp_path):
 def test_plain_diffusers_opens_the_folder_that_ships():
     from diffusers import QwenImageEditPlusPipeline
 
-    importlib.import_module('collectionlora.nano')  # its autoencoder is a class of ours
+    importlib.import_module('collectionlora.bases.nano')  # its autoencoder is a class of ours
     pipe, ours = QwenImageEditPlusPipeline.from_pretrained(core.nano_dir()), load_base(core.nano_dir()).pipe
     for part in ('transformer', 'text_encoder', 'vae'):
         assert type(getattr(pipe, part)) is type(getattr(ours, part))
@@ -257,7 +257,7 @@ def test_the_base_that_ships_is_still_the_one_that_the_collection_was_made_for()
     from collectionlora.files.header import read_header
 
     made_for = read_header(core.data_dir() / 'collection' / 'collection.safetensors')['collectionlora.base']
-    assert core.read_json(core.nano_dir() / 'model_index.json')['vae'] == ['collectionlora.nano', 'PatchPCA']
+    assert core.read_json(core.nano_dir() / 'model_index.json')['vae'] == ['collectionlora.bases.nano', 'PatchPCA']
     assert load_base(core.nano_dir()).hash == made_for['hash']
 
 

@@ -24,7 +24,7 @@ from diffusers import QwenImageEditPlusPipeline
 from .. import world
 from .decoder import picture_loss
 from .nano import PICTURE, PIXELS, prompt_template, to_tensor
-from ..core import bar, load_state, rng, save_state, seed_of, UserError, write_json
+from ..core import bar, load_state, read_json, rng, save_state, seed_of, UserError, write_json
 from ..flow import add_noise, shift_time, velocity
 
 # %% ../../nbs/bases/training.ipynb #2cdcaab5
@@ -363,6 +363,8 @@ def save_base(parts, folder, record):
     "Writes the pipeline folder, with `collectionlora.json` (areas, schedule shift, pixels) and the training record."
     folder = Path(folder)
     QwenImageEditPlusPipeline(**parts).save_pretrained(folder)
+    for config in folder.glob('*/config.json'):  # diffusers keeps the folder that a part was loaded from
+        write_json(config, {k: v for k, v in read_json(config).items() if k != '_name_or_path'})
     area = PIXELS**2
     write_json(folder / 'collectionlora.json', dict(vae_area=area, condition_area=area, shift=1.0, pixels=PIXELS))
     write_json(folder / 'training.json', record)

@@ -24,19 +24,19 @@ def working_effects(least: float) -> list[str]:
 def pick_effects(n: int, seed: int, least: float = 0.0) -> list[str]:
     """The first n effects of the world in an order drawn by seed in which the families take turns.
 
-    least: only those of `working_effects`; 0: all. Smaller sets are parts of larger ones. Raises `UserError` if there
-    are fewer than n."""
+    least: only those of `working_effects`, in the same order; 0: all. Smaller sets are parts of larger ones.
+    Raises `UserError` if there are fewer than n."""
     known = working_effects(least) if least else list(world.EFFECTS)
     if not 1 <= n <= len(known):
         which = f' whose own LoRA is good on {least:.0%} of the subjects' if least else ''
         raise UserError(f'pick_effects: {n} effects asked, the miniature world has 1 to {len(known)}{which}')
     families = {}
-    for id in known:
-        families.setdefault(world.EFFECTS[id].family, []).append(id)
+    for id, effect in world.EFFECTS.items():
+        families.setdefault(effect.family, []).append(id)
     order = rng('families', seed).permutation(sorted(families))
     turns = [world.in_turn(families[f], rng('effects of', seed, f)) for f in order]
     rounds = [[str(ids[k]) for ids in turns if k < len(ids)] for k in range(max(map(len, turns)))]
-    return [id for r in rounds for id in r][:n]
+    return [id for r in rounds for id in r if id in known][:n]
 
 # %% ../../nbs/files/drawn.ipynb #48a57342
 def write_world_effect(folder, effect_id: str, pairs: int, seed: int, stratum: str = 'train') -> EffectSet:

@@ -29,10 +29,10 @@ def ids(file):
 def test_the_list_changes_and_the_weights_do_not(file):
     before, weights = catalogue(file), read_header(file)['collectionlora.payload_sha256']
     said = call('remove', file, 'candy_world')
-    assert said.exit_code == 0 and 'no longer listed' in said.output and before[1]['trigger'] in said.output
+    assert said.exit_code == 0 and 'no longer listed' in said.output and before[0]['trigger'] in said.output
     said = call('rename', file, 'lava_creature', 'molten')
     assert said.exit_code == 0 and before[2]['trigger'] in said.output
-    assert ids(file) == ['balloon_body', 'molten', 'little_devil'] and catalogue(file)[0] == before[0]
+    assert ids(file) == ['film_strip', 'molten', 'star_dust'] and catalogue(file)[0] == before[1]
     assert catalogue(file)[1] == before[2] | {'id': 'molten'}
     assert read_header(file)['collectionlora.payload_sha256'] == weights
     assert 'molten' in file.with_name('c.html').read_text() and 'candy_world' not in file.with_name('c.html').read_text()
@@ -47,10 +47,10 @@ def test_what_cannot_be_removed_or_renamed(file):
     for id in ids(file)[1:]:
         remove_effect(file, id)
     for change, words in (
-        ((remove_effect, file, 'balloon'), 'balloon_body'),
-        ((remove_effect, file, 'balloon_body'), 'only effect'),
-        ((rename_effect, file, 'balloon_body', 'balloon_body'), 'already'),
-        ((rename_effect, file, 'balloon_body', '../x'), 'letters'),
+        ((remove_effect, file, 'candy'), 'candy_world'),
+        ((remove_effect, file, 'candy_world'), 'only effect'),
+        ((rename_effect, file, 'candy_world', 'candy_world'), 'already'),
+        ((rename_effect, file, 'candy_world', '../x'), 'letters'),
     ):
         with pytest.raises(UserError, match=words):
             change[0](*change[1:])

@@ -11,7 +11,14 @@ from collectionlora import core
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'results'
-EARLIER = {'fb54f7a7': '598 K', 'b204999a': '320 K', '6a1fd693': 'first'}  # bases that no longer ship, by their hash
+EARLIER = {  # bases that no longer ship, by their hash
+    '73e90ea5': '2.6 M',
+    'f68440a8': '2.6 M',
+    'ce07205a': '998 K',
+    'fb54f7a7': '598 K',
+    'b204999a': '320 K',
+    '6a1fd693': 'first',
+}
 ASIDE = {'log', 'figures', 'tables', 'main_job'}  # folders that are no experiment
 NOT_SHOWN = {
     'out',
@@ -33,7 +40,8 @@ executed notebooks, single pictures and trained files; a run file makes them aga
 `python tools/list_results.py` writes this list, `python tools/keep_results.py results/<experiment>/<run>.json` makes a
 run ready for git.
 
-Bases: *ships* is the nano base in `data/nano`, which has seen 998 K samples. *598 K*, *320 K* and *first* came before.
+Bases: *ships* is the nano base in `data/nano`, which has seen 2.6 M samples and has a decoder's correction; *2.6 M* is
+the same without the correction, or with an earlier training of it. *998 K*, *598 K*, *320 K* and *first* came before.
 Numbers of different bases do not compare. "What varies" lists the parameters in which the runs of an experiment differ;
 where most runs of an experiment share a value, only the others show theirs.
 """

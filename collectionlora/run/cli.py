@@ -608,7 +608,7 @@ def _edit(opened_maker, paths, effects, out, sheet, seeds, strength, size) -> No
         print(sheet)
 
 # %% ../../nbs/run/cli.ipynb #9e459d57
-@command(epilog='Example: collectionlora edit cat.png candy_world little_devil --seeds 2 --sheet cats.jpg --out edits')
+@command(epilog='Example: collectionlora edit cat.png candy_world star_dust --seeds 2 --sheet cats.jpg --out edits')
 def edit(
     image: Annotated[Optional[Path], argument('The picture to edit, or a folder of pictures.')] = None,
     effects: Annotated[
@@ -907,7 +907,7 @@ ToFile = Annotated[
 ]
 
 
-@command(epilog='Example: collectionlora remove collection.safetensors little_devil')
+@command(epilog='Example: collectionlora remove collection.safetensors star_dust')
 def remove(collection: Collection, effect: Annotated[str, argument('Id of the effect.')], to: ToFile = None):
     "Take an effect out of a collection's catalogue. The weights stay as they are."
     from collectionlora.use.catalogue import remove_effect

@@ -210,11 +210,13 @@ AUTHORS = PAPER | dict(
 )
 DEFAULT = dict(
     p_switch=0.8,
-    guidance=2.0,
+    guidance=1.0,
     weight_fm=0.005,
     lr_anchor=0.004,
-    lr_student=5e-4,
-    lr_fake=1e-3,
+    lr_student=3e-4,
+    lr_fake=6e-4,
+    fake_per_generator=3,
+    fake_warmup=60,
     fake_init='student',
 )
 PRESETS = {'paper': PAPER, 'default': DEFAULT, 'authors': AUTHORS}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'LARGE', 'base_folder', 'budgets', 'differences', 'Job', 'checked_effects', 'teach', 'describe', 'paint',
-           'rank_of', 'distill_settings', 'check_machine', 'distill', 'extend', 'plan', 'evaluate', 'ladder', 'rivals',
-           'write_report', 'shipped_acceleration', 'default_folder', 'compare', 'demo', 'ship', 'install_base',
-           'rebase']
+           'rank_of', 'distill_settings', 'check_machine', 'starts_from_pairs', 'flow_matched', 'distill', 'extend',
+           'plan', 'evaluate', 'ladder', 'rivals', 'write_report', 'shipped_acceleration', 'default_folder', 'compare',
+           'demo', 'ship', 'install_base', 'rebase']
 
 # %% ../../nbs/run/chain.ipynb #18847e5f
 import shutil
@@ -261,6 +261,24 @@ def check_machine(
     fits.check_room(base, work, way, *_room(job, values), teaching)
 
 # %% ../../nbs/run/chain.ipynb #a079076c
+def starts_from_pairs(s, effects: dict[str, Path], preset: str, init: Path | None = None, given: dict | None = None):
+    """Whether flow matching on the effects' own pairs takes the place of a student's first, anchored steps.
+
+    s: resolved settings; given: what was asked for beside the budget."""
+    from collectionlora.files.effects import load_effects
+
+    asked = 'anchor_first' in (given or {}).get('settings', {})
+    if preset != 'default' or init or asked or not 0 < s.anchor_first < s.steps:
+        return False
+    return all(e.targets for e in load_effects(*effects.values()))
+
+
+def flow_matched(job: Job, described: dict[str, Path], given: dict | None = None) -> Path:
+    "One LoRA on the pairs of all effects by flow matching: the baseline, and the start of a student."
+    job.do('baseline_fm', 'all_in_one', {'effects': list(described.values())}, given)
+    return job.out / 'all_in_one.safetensors'
+
+
 def distill(
     job: Job,
     effects: dict[str, Path],
@@ -274,7 +292,11 @@ def distill(
     values, s = distill_settings(job, init, given)
     _stream(general, s)
     check_machine(job, s, values, effects, general)
-    painted = paint(job, describe(job, effects, words), teachers, general)
+    described = describe(job, effects, words)
+    if starts_from_pairs(s, effects, values['preset'], init, given):
+        init = flow_matched(job, described, {'rank': s.rank_student})
+        given = merged(given or {}, {'steps': s.steps - s.anchor_first, 'settings': {'anchor_first': 0}})
+    painted = paint(job, described, teachers, general)
     inputs = {'effects': list(painted.values()), 'teachers': list(teachers.values()), 'general': general, 'init': init}
     job.do('distill', 'collection', inputs, given)
     return job.out / 'collection.safetensors'
@@ -403,8 +425,8 @@ def compare(job: Job) -> Path:
 
     effects = checked_effects([job.out / 'effects'])
     teachers = teacher_files([job.out / 'teachers'], effects)
-    job.do('baseline_fm', 'all_in_one', {'effects': [job.out / 'described' / id for id in effects]})
-    collection, fm = (job.out / f'{name}.safetensors' for name in ('collection', 'all_in_one'))
+    fm = flow_matched(job, {id: job.out / 'described' / id for id in effects})
+    collection = job.out / 'collection.safetensors'
     acceleration = shipped_acceleration(job.base)
     evaluate(job, collection, effects, teachers, acceleration, fm, {'training': f'seed {job.seed}'})
     own = [job.record(name) for name in ('effects', 'prompts', 'targets', 'collection', 'all_in_one')]

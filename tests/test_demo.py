@@ -1,12 +1,14 @@
 "The chain's order and the commands around it: what is asked wrongly is said before anything is made."
 
+import functools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from collectionlora import core
@@ -146,10 +148,28 @@ def test_a_job_puts_every_stage_on_its_device_and_keeps_the_budgets_other_settin
     )
     job = chain.Job(tmp_path, folder / 'base', 'full', device='cuda')
     chain.distill(job, chain.checked_effects([folder / 'effects']), {}, None, None, {'settings': {'p_switch': 1.0}})
-    assert {e: v['device'] for e, v in asked.items()} == dict(prompts='cuda', targets='cuda', distill='cuda')
-    assert asked['distill']['settings'] == {**chain.differences('distill', 'full')['settings'], 'p_switch': 1.0}
+    stages = ('prompts', 'baseline_fm', 'targets', 'distill')
+    assert {e: v['device'] for e, v in asked.items()} == dict.fromkeys(stages, 'cuda')
+    budget = chain.differences('distill', 'full')
+    assert asked['distill']['settings'] == {**budget['settings'], 'anchor_first': 0, 'p_switch': 1.0}
+    assert asked['distill']['steps'] == budget['steps'] - budget['settings']['anchor_first']
     with pytest.raises(UserError, match='--general: 20% of the steps'):
         chain.distill(job, chain.checked_effects([folder / 'effects']), {})
+
+
+def test_pairs_take_the_place_of_anchoring_where_nothing_else_was_asked(folder, tmp_path):
+    effects = chain.checked_effects([folder / 'effects'])
+    _, s = chain.distill_settings(chain.Job(tmp_path, folder / 'base', 'full'))
+    started = functools.partial(chain.starts_from_pairs, s, effects)
+    assert started('default') and s.anchor_first > 0
+    assert not started('paper') and not started('default', tmp_path / 'own.safetensors')
+    assert not started('default', None, {'settings': {'anchor_first': 100}})
+    bare = {}
+    for id, where in effects.items():
+        bare[id] = shutil.copytree(where, tmp_path / id)
+        shutil.rmtree(bare[id] / 'target')
+    assert not chain.starts_from_pairs(s, bare, 'default')
+    assert not chain.starts_from_pairs(replace(s, anchor_first=0, lr_anchor=None), effects, 'default')
 
 
 def test_teachers_paint_as_many_general_pictures_as_the_budget_borrows(world, folder, tmp_path, monkeypatch):
@@ -402,8 +422,10 @@ def test_a_trained_base_becomes_the_nano_base_in_half_the_size(tmp_path, monkeyp
     shutil.copytree(core.nano_dir(), nano)
     vae = load_base(trained).pipe.vae
     deeper = PatchPCA.from_config(vae.config, refine=8)
-    deeper.load_state_dict(vae.state_dict(), strict=False)
+    deeper.load_state_dict({k: v for k, v in vae.state_dict().items() if k in ('W', 'mu')}, strict=False)
     deeper.save_pretrained(trained / 'vae')
+    weights = trained / 'transformer' / 'diffusion_pytorch_model.safetensors'
+    save_file({k: v.float() for k, v in load_file(weights).items()}, weights, metadata={'format': 'pt'})
     monkeypatch.setattr(chain, 'nano_dir', lambda: nano)
     chain.install_base(trained)
     name = Path('transformer') / 'diffusion_pytorch_model.safetensors'

@@ -211,6 +211,7 @@ AUTHORS = PAPER | dict(
 DEFAULT = dict(
     p_switch=0.8,
     guidance=1.0,
+    weight_ts=0.5,
     weight_fm=0.005,
     lr_anchor=0.004,
     lr_student=3e-4,

@@ -1,7 +1,7 @@
 """Writes data/working.json: on which share of unseen subjects each effect's own LoRA was good, from the run records.
 Then the manifests of EffectBench-nano, whose effects are chosen by these shares.
 
-`python tools/working.py`, after `collectionlora run nbs/experiments/single/effects_60.yaml` and the run files that go on
+`python tools/working.py`, after `collectionlora run nbs/experiments/single/effects_40.yaml` and the run files that go on
 from it, on the base that ships. An effect that no run has judged on this base is left out of the file."""
 
 from collectionlora.core import data_dir, nano_dir, read_json, results_dir, UserError, write_json

@@ -63,7 +63,7 @@ def test_an_effect_with_any_name_makes_a_file_and_a_rule(tmp_path):
     assert path.parent == tmp_path / visitor and app.caption_of(path).endswith(', 5')
     shot = 'data:image/png;base64,AAAA'
     entries = {'a"]{}b': {'thumbnail': shot}, 'x': {'thumbnail': shot + '");} body{'}, 'y': {}}
-    hostile = SimpleNamespace(catalogue=entries, base=SimpleNamespace(info={'vae_area': 4096}))
+    hostile = SimpleNamespace(catalogue=entries, miniature=True)
     rules = app.style_of(hostile).replace(app.STYLE.replace('IMAGE', 'pixelated'), '')
     assert rules.count('background-image') == 1 and 'a\\22 \\5d \\7b \\7d b' in rules
 

@@ -29,7 +29,7 @@ def test_the_formula_counts_the_numbers_of_a_shipped_file():
     sizes = layer_sizes(core.nano_dir())
     with safe_open(core.collection_dir() / 'collection.safetensors', 'pt') as f:
         numbers = sum(int(np.prod(f.get_slice(k).get_shape())) for k in f.keys() if 'alpha' not in k)
-    assert numbers == scaling.lora_numbers(sizes, 16) == 2 * scaling.lora_numbers(sizes, 8)
+    assert numbers == scaling.lora_numbers(sizes, 32) == 2 * scaling.lora_numbers(sizes, 16)
     assert scaling.share_of_bank(16, 4, 16) == 0.25 and scaling.directions(16, 56, 4) == 224
 
 

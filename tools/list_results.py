@@ -157,7 +157,8 @@ def main_job(shipped: str) -> list[str]:
         asked, path = student['run']['parameters'], f'main_job/{folder.name}'
         made = f'rank {asked["rank"]}, {asked["steps"]} steps'
         cells = [f'[{folder.name}]({path})', base_of(record, shipped), record['run']['seed'], ', '.join(effects), made]
-        lines.append(f'| {" | ".join(map(str, [*cells, f"[sheet]({path}/pictures.jpg)"]))} |')
+        sheet = f'[sheet]({path}/pictures.jpg)' if kept(folder, 'pictures.jpg') else '–'
+        lines.append(f'| {" | ".join(map(str, [*cells, sheet]))} |')
     return lines
 
 

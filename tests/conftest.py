@@ -1,6 +1,7 @@
 "Tests run offline, on one thread per process and without a display; set before torch or matplotlib is imported."
 
 import os
+from unittest.mock import patch
 
 for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'):
     os.environ.setdefault(name, '1')
@@ -64,3 +65,10 @@ def browser():
         opened = p.chromium.launch(executable_path=found, args=['--no-sandbox'])
         yield opened
         opened.close()
+
+
+@pytest.fixture(autouse=True)
+def environment_stays():
+    "What a command that runs in this process sets for itself (`serve` hides progress bars) ends with its test."
+    with patch.dict(os.environ):
+        yield

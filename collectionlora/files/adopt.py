@@ -308,7 +308,8 @@ def _sides_by_name(folder: Path) -> Sides | None:
     plain = lambda p: re.sub(endings, '', p.name.lower()) or p.name.lower()
     inside = [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith('.') and _pictures(p)]
     before = [p for p in inside if plain(p) in BEFORE]
-    after = [p for p in inside if p not in before and (plain(p) in AFTER or any(q.suffix.lower() in ('.txt', '.caption') for q in p.rglob('*')))]
+    captioned = lambda p: any(q.suffix.lower() in ('.txt', '.caption') for q in p.rglob('*'))
+    after = [p for p in inside if p not in before and (plain(p) in AFTER or captioned(p))]
     if not after and before and any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.iterdir()):
         after = [folder]
     before = before or [p for p in inside if p not in after]

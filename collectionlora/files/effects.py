@@ -134,7 +134,8 @@ def _say_cut(path: Path, found) -> None:
     lines = re.findall(r'(?m)^(\w+):[ \t]*([^\s"\'|>#][^#\n]*?)[ \t]+#(?=[^\s#])(.*)$', read_text(path))
     for key, kept, cut in lines:
         if isinstance(found, dict) and found.get(key) == kept.strip():
-            log.warning('%s: %r ends before "#%s", which YAML takes for a comment; put the text in quotes', path, key, cut)
+            told = '%s: %r ends before "#%s", which YAML takes for a comment; put the text in quotes'
+            log.warning(told, path, key, cut)
 
 
 def _read_manifest(path: Path) -> dict:

@@ -7,12 +7,13 @@ __all__ = ['LARGE_FILE', 'SETTLED', 'DECIMAL', 'FLOAT', 'DISPUTED', 'OTHERWISE',
            'nearest', 'check_keys', 'refusal', 'in_checkout', 'repo_root', 'data_dir', 'nano_dir', 'collection_dir',
            'notebooks_dir', 'results_dir', 'plain', 'sha256_json', 'sealed', 'is_sealed', 'sha256_file',
            'sha256_folder', 'seed_of', 'rng', 'wilson', 'replacing', 'folder_lock', 'save_state', 'load_state', 'Later',
-           'read_text', 'text_lines', 'json_object', 'yaml_text', 'parse_yaml', 'read_yaml', 'write_yaml', 'read_json',
-           'read_object', 'write_json', 'bar', 'versions', 'hardware', 'command', 'run_info', 'is_run', 'read_run',
-           'save_run']
+           'read_text', 'pack', 'unpacked', 'text_lines', 'json_object', 'yaml_text', 'parse_yaml', 'read_yaml',
+           'write_yaml', 'read_json', 'read_object', 'write_json', 'bar', 'versions', 'hardware', 'command', 'run_info',
+           'is_run', 'read_run', 'save_run']
 
 # %% ../nbs/run/core.ipynb #7d0f1b17
 import difflib
+import gzip
 import hashlib
 import importlib
 import json
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -292,9 +294,31 @@ def read_text(path) -> str:
     return text
 
 
+def pack(path) -> Path:
+    "Replaces the file `path` by `<path>.gz`, the same bytes for the same content."
+    path = Path(path)
+    packed = Path(f'{path}.gz')
+    with replacing(packed) as part:
+        part.write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+    path.unlink()
+    return packed
+
+
+def unpacked(path) -> str:
+    "The UTF-8 text in a gzip file. Raises `UserError` if it is not one or is cut off."
+    try:
+        return gzip.decompress(Path(path).read_bytes()).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
+        raise UserError(f'{path}: no gzip file of UTF-8 text, or cut off ({e}); copy it again') from e
+
+
 def text_lines(path) -> list[tuple[int, str]]:
-    "(number from 1, line) of every line of a file of JSON lines that is not blank. Raises as `read_text`."
-    return [(n, line) for n, line in enumerate(read_text(path).split('\n'), 1) if line.strip()]
+    """(number from 1, line) of every line of a file of JSON lines that is not blank. Raises as `read_text`.
+
+    Where there is no `path` but a `<path>.gz`, as `pack` leaves it, that is read."""
+    packed = Path(f'{path}.gz')
+    text = unpacked(packed) if packed.is_file() and not Path(path).is_file() else read_text(path)
+    return [(n, line) for n, line in enumerate(text.split('\n'), 1) if line.strip()]
 
 
 def _once(pairs) -> dict:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
+from collectionlora import core
 from collectionlora.bases import likeness
 from collectionlora.core import UserError
 from collectionlora.judge import gate, statistics
@@ -213,3 +214,16 @@ def test_identical_differences_are_not_certainty():
     assert c.difference == -1 and c.p == 0.25 and -1 <= c.low < c.high < -0.5 and np.isnan(c.mde)
     lo, hi = statistics.newcombe(grid(np.ones((2, 5), bool)), grid(np.ones((2, 5), bool)))
     assert lo == pytest.approx(-statistics.wilson(0, 10)[1]) and hi == pytest.approx(statistics.wilson(0, 10)[1])
+
+
+def test_packed_rows_are_read_by_their_own_name(tmp_path):
+    rows, file = [row(), row('b')], tmp_path / 'r.jsonl'
+    gate.write_rows(file, rows)
+    packed = core.pack(file)
+    assert gate.read_rows(file) == rows and list(tmp_path.iterdir()) == [packed]
+    gate.write_rows(file, rows)
+    assert core.pack(file).read_bytes() == packed.read_bytes()
+    for damage in (packed.read_bytes()[:-9], b'plain'):
+        packed.write_bytes(damage)
+        with pytest.raises(UserError, match='r.jsonl.gz: no gzip file'):
+            gate.read_rows(file)

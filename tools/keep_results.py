@@ -1,7 +1,7 @@
 """Makes runs in results/ ready for git: `python tools/keep_results.py results/<experiment>/<run>.json ...`
 
 The record loses what only its own machine needs, the executed notebook goes, and the run's picture becomes one JPEG.
-Rows (.rows.jsonl) stay: whoever keeps a run decides whether something reads them."""
+Rows (.rows.jsonl) are packed and stay: whoever keeps a run decides whether something reads them."""
 
 import re
 import sys
@@ -9,15 +9,17 @@ from pathlib import Path
 
 from PIL import Image
 
-from collectionlora.core import read_json
+from collectionlora.core import pack, read_json
 from collectionlora.run.kept import as_text, thinned
+
+QUALITY = 78
 
 
 def to_jpeg(folder: Path, run: str) -> None:
     "One picture of a run, `<run>.pictures.png` or else `<run>.png`, becomes `<run>.jpg`; its other PNG files go."
     pictures = [p for name in (f'{run}.pictures.png', f'{run}.png') if (p := folder / name).is_file()]
     if pictures:
-        Image.open(pictures[0]).convert('RGB').save(folder / f'{run}.jpg', quality=85, optimize=True)
+        Image.open(pictures[0]).convert('RGB').save(folder / f'{run}.jpg', quality=QUALITY, optimize=True)
     for picture in folder.glob(f'{run}.*png'):
         picture.unlink()
     card = folder / f'{run}.md'
@@ -31,6 +33,8 @@ def keep(record: Path) -> None:
     folder, run = record.parent, record.stem
     (folder / f'{run}.ipynb').unlink(missing_ok=True)
     to_jpeg(folder, run)
+    for rows in folder.glob(f'{run}.*rows.jsonl'):
+        pack(rows)
     record.write_text(as_text(thinned(read_json(record), folder)) + '\n', encoding='utf-8')
 
 

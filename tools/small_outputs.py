@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageChops, ImageStat
 
 ROOT = Path(__file__).resolve().parent.parent
+QUALITY = 75  # of JPEG
 
 
 def smallest(png: bytes) -> tuple[str, bytes]:
@@ -26,7 +27,7 @@ def smallest(png: bytes) -> tuple[str, bytes]:
     if max(ImageStat.Stat(ImageChops.difference(white, few.convert('RGB'))).mean) < 1:
         few.save(new, 'PNG', optimize=True)
     else:
-        white.save(new, 'JPEG', quality=88, optimize=True)
+        white.save(new, 'JPEG', quality=QUALITY, optimize=True, progressive=True)
     kind = 'image/png' if new.getvalue().startswith(b'\x89PNG') else 'image/jpeg'
     return (kind, new.getvalue()) if len(new.getvalue()) < len(png) else ('image/png', png)
 

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
-from ..core import data_dir, read_json, replacing, results_dir, sha256_file, UserError
+from ..core import data_dir, pack, read_json, replacing, results_dir, sha256_file, UserError
 from ..judge.evaluate import held_out, read_pictures
 from ..judge.gate import read_rows
 
@@ -153,7 +153,7 @@ ROWS = 'evaluation.rows.jsonl'
 def keep(folder, to=None) -> Path:
     """Keeps a finished demonstration in results/main_job/<its name>; a folder that is there is replaced.
 
-    Written are the records, the judged rows, a sheet of pictures (`pictures.jpg`) and the second judge's view
+    Written are the records, the judged rows (packed), a sheet of pictures (`pictures.jpg`) and the second judge's view
     (`opinion.json`). Raises `UserError` if a part is missing."""
     folder = Path(folder)
     to = Path(to or results_dir() / 'main_job' / folder.name)
@@ -166,6 +166,7 @@ def keep(folder, to=None) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     shutil.copyfile(folder / ROWS, part / ROWS)
+    pack(part / ROWS)
     records = {name: folder / name for name in RECORDS}
     records |= {f'teacher.{file.name}': file for file in sorted((folder / 'teachers').glob('*.json'))}
     for name, file in records.items():

@@ -123,8 +123,31 @@ def test_mistakes_in_the_index_are_named(index, tmp_path):
 
 
 def _written(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
+
+
+def _solid(path, level):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', (16, 16), (level, 0, 0)).save(path)
+
+
+def test_a_folder_of_folders_needs_no_index(tmp_path):
+    for column, level in (('source', 0), ('target', 50), ('new base', 100), ('old', 150), ('.cache', 9)):
+        for name in ('rainy/cat', 'rainy/dog', 'note', 'plain'):
+            _solid(tmp_path / column / f'{name}.{"jpg" if column == "old" else "png"}', level)
+    _written(tmp_path / 'source/note.txt', ' make it night\n')
+    _solid(tmp_path / 'old/rainy/extra.png', 7)  # has no source, so it is no case
+    cases = {c.image: c for c in study.cases_of(tmp_path)}
+    assert {k: c.effect for k, c in cases.items()} == {
+        'rainy/cat': 'rainy', 'rainy/dog': 'rainy', 'note': 'make it night', 'plain': 'plain'
+    }
+    assert all(list(c.results) == ['new base', 'old'] for c in cases.values())
+    assert cases['rainy/cat'].example == tmp_path / 'target/rainy/dog.png' and cases['note'].example is None
+    _solid(tmp_path / 'old/note.png', 3)
+    assert 'called note too' in core.refusal(study.cases_of, tmp_path)
+    assert 'has no folder source' in core.refusal(study.cases_of, tmp_path / 'old')
 
 
 @pytest.mark.parametrize(
@@ -251,6 +274,10 @@ def test_the_commands(index, tmp_path):
     found = json.loads(run('score', votes, '--key', tmp_path / 's.key.json', '--json').output)
     assert found['questions']['style']['ranking'][0] == 'ours'
     assert run('score', tmp_path / 'no.jsonl', '--key', tmp_path / 's.key.json').exit_code == 2
+    for column, level in (('source', 0), ('old', 90), ('new', 200)):
+        _solid(tmp_path / 'both' / column / 'make_it_red.png', level)
+    two = run('make', tmp_path / 'both', '--out', tmp_path / 'two.html')
+    assert two.exit_code == 0 and held(tmp_path / 'two.html')['cases'][0]['effect'] == 'make it red', two.output
 
 
 # ---- in a browser

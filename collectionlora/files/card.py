@@ -121,7 +121,8 @@ STYLE = (
     'body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem}'
     '\n.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(220px,1fr));gap:1rem;padding:0}'
     '.grid li{list-style:none;border:1px solid #8886;border-radius:.6rem;padding:.8rem}'
-    '\nimg{width:100%;border-radius:.4rem}code{word-break:break-word}dt{font-weight:600}dd{margin:0 0 .4rem}'
+    '\nimg{width:100%;border-radius:.4rem}code{word-break:break-word}dt{font-weight:600}dd{margin:0}'
+    '\ndl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.2rem 1rem}'
     'small{opacity:.75}h3{margin:.4rem 0}.prompt code{user-select:all}button{font:inherit;font-size:.8rem;margin-left:.5rem}'
 )
 THUMBNAILS = ('data:image/png;base64,', 'data:image/jpeg;base64,', 'data:image/webp;base64,')

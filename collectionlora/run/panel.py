@@ -33,7 +33,7 @@ def _told(collection: Path | None, effects: list[str]) -> dict[str, str]:
 
 @command('make', of=study, epilog='Example: collectionlora study make evaluation/pictures/index.json --out study.html')
 def make_study(
-    index: Annotated[Path, argument('The index.json of painted pictures, or JSON lines of them.')],
+    index: Annotated[Path, argument('The index.json of painted pictures, JSON lines, or a folder of folders.')],
     out: Annotated[Path, option('--out', '-o', help='The page; its key is written beside it.')] = Path('study.html'),
     method: Annotated[
         Optional[list[str]],
@@ -90,5 +90,6 @@ def score_study(
             rows.append((m, f'{s["value"]:.1%} [{s["low"]:.1%}, {s["high"]:.1%}]', f'{q["worths"][m]:+.2f}'))
         title = f'{question}: {q["votes"]} votes, agreement {q["alpha"]:.2f}'
         Console().print(grid(title, ('method', 'share of votes', 'log-worth'), rows))
-    print(f'{found["raters"]} people, {found["cases"]} sources, {found["effects"]} effects')
+    people = 'person' if found['raters'] == 1 else 'people'
+    print(f'{found["raters"]} {people}, {found["cases"]} sources, {found["effects"]} effects')
     print(*_doubts(found), sep='\n')

@@ -18,9 +18,46 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..core import check_keys, nearest, read_json, replacing, rng, sha256_json, text_lines
+from ..core import check_keys, nearest, read_json, read_text, replacing, rng, sha256_json, text_lines
 from ..core import UserError, write_json
-from ..files.pictures import load_image
+from ..files.pictures import IMAGE_SUFFIXES, load_image
+
+# %% ../../nbs/use/study.ipynb #95628c4b
+def _pictures_under(folder: Path) -> dict[str, Path]:
+    "Name without ending, with the folder between -> picture. Raises UserError where two have one name."
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob('*')):
+        inside = path.relative_to(folder)
+        if path.suffix.lower() not in IMAGE_SUFFIXES or any(part.startswith('.') for part in inside.parts):
+            continue
+        name = inside.with_suffix('').as_posix()
+        if name in found:
+            raise UserError(f'{path}: another picture there is called {name} too; rename one')
+        found[name] = path
+    return found
+
+
+def _effect_of(name: str, source: Path) -> str:
+    "The effect of a picture: the folder between, the text beside the source, or the picture's name."
+    if '/' in name:
+        return name.rpartition('/')[0]
+    beside = source.with_suffix('.txt')
+    return (read_text(beside).strip() if beside.is_file() else '') or name
+
+
+def _in_folders(folder: Path) -> list[dict]:
+    "The pictures of a folder of folders, as an index lists them; columns are the names of the folders."
+    columns = {p.name: p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith('.')}
+    if 'source' not in columns:
+        raise UserError(f'{folder}: has no folder source; lay it out as source/cat.png and METHOD/cat.png')
+    pictures = {column: _pictures_under(path) for column, path in columns.items()}
+    sources, rows = pictures['source'], []
+    for column, mine in pictures.items():
+        for name in sources.keys() & mine.keys():
+            effect = _effect_of(name, sources[name])
+            rows.append(dict(effect=effect, image=name, column=column, file=mine[name]))
+    return sorted(rows, key=lambda r: (r['image'], r['column']))
+
 
 # %% ../../nbs/use/study.ipynb #e82b202c
 GIVEN = ('source', 'target')  # columns that are no methods
@@ -39,9 +76,13 @@ class Case:
 
 
 def _listed(index: Path) -> list[dict]:
-    "The pictures that an index lists, files as paths. Raises UserError for an entry that is none."
+    "The pictures that an index lists or a folder holds, files as paths. Raises UserError for an entry that is none."
+    if index.is_dir():
+        return _in_folders(index)
     if not index.is_file():
-        raise UserError(f'{index}: no such file; give the index.json of an evaluation, or JSON lines of pictures')
+        raise UserError(
+            f'{index}: no such file; give the index.json of an evaluation, JSON lines of pictures, or a folder of folders'
+        )
     if index.suffix == '.jsonl':
         lines = [(f'{index}, line {n}', line) for n, line in text_lines(index)]
         try:

@@ -408,7 +408,7 @@ def test_rebase_makes_the_acceleration_lora_the_demonstration_and_what_ships(tmp
     monkeypatch.setattr(chain, 'data_dir', lambda: tmp_path / 'data')
     monkeypatch.setattr(chain, 'results_dir', lambda: tmp_path / 'results')
     monkeypatch.setattr(
-        chain, 'demo', lambda seed: order.append('demo') or tmp_path / 'results' / 'demo' / 'report.html'
+        chain, 'demo', lambda seed, processes: order.append('demo') or tmp_path / 'results' / 'demo' / 'report.html'
     )
     monkeypatch.setattr(chain, 'ship', lambda folder: order.append(folder))
     assert chain.rebase() == tmp_path / 'results' / 'demo' / 'report.html'

@@ -14,6 +14,7 @@ from PIL import Image
 from collectionlora.bases.pipeline import load_base
 from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import UserError
+from collectionlora.files.conditions import ConditionCache
 from collectionlora.files.dialects import Lora, lora_hash
 from collectionlora.files.header import catalogue, file_sha256
 from collectionlora.files.lora import read_lora, write_lora
@@ -217,6 +218,24 @@ def test_a_finished_file_shows_and_explains_itself(base, tmp_path):
     with pytest.raises(UserError, match="did you mean 'oil'"):
         edit.present(base, file, {'oi': picture(1)})
     assert 'presented' not in base.backbone.roles
+
+
+def test_a_file_is_presented_from_cached_conditions_without_encoders(base, tmp_path):
+    pictures = {id: tmp_path / f'{id}.png' for id in ('oil', 'snow')}
+    for k, (path, size) in enumerate(zip(pictures.values(), ((80, 64), (64, 64)))):
+        picture(k, size).save(path)
+    files = [collection_file(tmp_path / f'{n}.safetensors', base) for n in ('asked', 'cached')]
+    edit.present(base, files[0], pictures, side=32)
+    cache = ConditionCache(base, tmp_path / 'cache')
+    with edit.Collection(base, files[1]) as shown:
+        cache.warm([(path, shown.prompt(id)) for id, path in pictures.items()])
+    base.drop_encoders()
+    try:
+        edit.present(base, files[1], pictures, side=32, conditions=cache)
+    finally:
+        base.load_encoders()
+    shots = [[e['thumbnail'] for e in catalogue(f)] for f in files]
+    assert shots[0] == shots[1] and len(shots[0]) == 2
 
 
 @pytest.mark.parametrize('stochastic', [True, False])

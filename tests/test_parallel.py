@@ -31,7 +31,10 @@ from collectionlora.files.header import read_header
 from collectionlora.files.lora import read_lora, write_lora
 from collectionlora.run import slurm as arrays
 from collectionlora.run.execute import execute, RunFailed
+from collectionlora.run.keys import notebook_code
+from collectionlora.run.signature import notebook_path
 from collectionlora.run.sweep import sweep, table, write_table
+from collectionlora.run.torchrun import shares_work
 
 from test_distill import fake_samples, make_world, open_world, SMALL
 
@@ -148,6 +151,19 @@ def test_a_teacher_on_two_processes_has_the_losses_of_one(world, tmp_path):
     answers(together(lambda r: go(r, 2, 'c')))  # stopped on two, resumed on one
     resumed = answers(together(lambda r: go(r, name='c'), 1))[0]
     assert all(a == pytest.approx(b, rel=1e-4) for a, b in zip(resumed, alone))
+
+
+TRAINING = ('teacher', 'baseline_fm', 'targets', 'distill', 'extend', 'acceleration')
+
+
+def test_every_stage_that_trains_or_paints_shares_its_work_and_never_holds_encoders_and_transformer_at_once():
+    for name in TRAINING:
+        path = notebook_path(name)
+        code = notebook_code(path)
+        loads = [line for line in code.splitlines() if ' = load_base(' in line]
+        assert shares_work(path) and len(loads) == 1 and 'staged=' in loads[0] and 'frozen=frozen' in loads[0], name
+        assert '.load_transformer()' in code and 'ranks.leave()' in code, name
+    assert 'staged=True' in notebook_code(notebook_path('prompts'))  # which needs no transformer at all
 
 
 # --- the same numbers

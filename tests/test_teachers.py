@@ -156,6 +156,22 @@ def test_two_shapes_and_flips_train_together(base, world, tmp_path):
     assert len(infos) == 3
 
 
+def test_conditions_are_read_row_by_row_mirrored_ones_too(world):
+    effect, cache, _ = world
+    (bucket,) = flow_data(cache, examples(effect), flip=True).buckets
+    asked = [(e.source, e.prompt) for e in examples(effect)]
+    n = len(asked)
+    wanted = [cache.cond(asked, flip=f) for f in (False, True)] + [
+        cache.uncond([p for p, _ in asked], flip=f) for f in (False, True)
+    ]
+    for k, cond in enumerate(wanted):
+        for i in range(n):
+            row, want = bucket.cond.index(k * n + i), cond.index([i])
+            assert torch.equal(row.source, want.source) and torch.equal(row.emb, want.emb)
+    held = [v for v in vars(bucket.cond).values() if isinstance(v, torch.Tensor)]
+    assert not held and bucket.x0.device.type == 'cpu'  # a card holds the samples of one forward alone
+
+
 # --- training
 def test_one_pair_can_be_learned(base, world):
     data = flow_data(world[1], examples(world[0])[:1])

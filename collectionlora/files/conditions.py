@@ -247,12 +247,14 @@ class ConditionCache(_Encoder):
 class Conditions:
     """The conditions of (source image path, prompt) pairs on one grid, read from a `ConditionCache` row by row.
 
-    Indexed like a `Cond`. Raises `UserError` for an entry that is gone and cannot be made from the same picture."""
+    Indexed like a `Cond`. flips: for each pair whether the mirrored picture is meant; empty: none. Raises `UserError` for an
+    entry that is gone and cannot be made from the same picture."""
 
-    def __init__(self, cache: ConditionCache, pairs: Sequence[tuple]):
+    def __init__(self, cache: ConditionCache, pairs: Sequence[tuple], flips: Sequence[bool] = ()):
         self.cache, self.pairs = cache, [(Path(p), c) for p, c in pairs]
-        images = {p: cache._key(p, None, False) for p, _ in self.pairs}
-        self.keys = [(images[p], cache._key(p, c, False)) for p, c in self.pairs]
+        self.flips = tuple(flips) or (False,) * len(self.pairs)
+        images = {(p, f): cache._key(p, None, f) for (p, _), f in zip(self.pairs, self.flips)}
+        self.keys = [(images[p, f], cache._key(p, c, f)) for (p, c), f in zip(self.pairs, self.flips)]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -261,7 +263,7 @@ class Conditions:
         key, (path, c) = self.keys[i][prompt], self.pairs[i]
         found = self.cache._read(key)
         if found is None and self.cache.base.encoder_bytes:
-            self.cache._fill([(path, c if prompt else None)])
+            self.cache._fill([(path, c if prompt else None)], self.flips[i])
             found = self.cache._read(key)
         if found is None:
             raise UserError(

@@ -433,13 +433,15 @@ def compare(job: Job) -> Path:
     return write_report(job, [*(job.record(id, 'teachers') for id in effects), *own])
 
 
-def demo(budget: str = 'demo', seed: int = 0, base='nano', out=None, replace: bool = False) -> Path:
-    """The main job on effects of the miniature world; returns the report's path.
+def demo(
+    budget: str = 'demo', seed: int = 0, base='nano', out=None, replace: bool = False, processes: int = 1
+) -> Path:
+    """The main job on effects of the miniature world, its work shared by `processes`; returns the report's path.
 
     Started again, it repeats only what has changed; what was made with other parameters stays unless `replace`."""
     differences('distill', budget)  # a misspelt budget is found before anything runs
     folder = base_folder(base)
-    job = Job(Path(out or default_folder(budget, seed)), folder, budget, seed, replace=replace)
+    job = Job(Path(out or default_folder(budget, seed)), folder, budget, seed, replace=replace, processes=processes)
     job.do('effects', 'effects', {})
     effects = checked_effects([job.out / 'effects'])
     distill(job, effects, teach(job, effects), job.out / 'general')
@@ -509,8 +511,8 @@ def install_base(folder) -> Path:
     return _replaced(part, nano_dir())
 
 
-def rebase(seed: int = 0, budget: str = 'full', base=None) -> Path:
-    """Makes again what hangs on the nano base; returns the demonstration's report.
+def rebase(seed: int = 0, budget: str = 'full', base=None, processes: int = 1) -> Path:
+    """Makes again what hangs on the nano base, the work shared by `processes`; returns the demonstration's report.
 
     `base`: a trained base, which becomes data/nano first. Then data/acceleration, results/demo, data/collection.
     Raises `UserError` outside a checkout."""
@@ -519,11 +521,11 @@ def rebase(seed: int = 0, budget: str = 'full', base=None) -> Path:
     differences('acceleration', budget)  # before anything is drawn
     if base:
         install_base(base)
-    job = Job(results_dir() / 'acceleration', base_folder(), budget, seed)
+    job = Job(results_dir() / 'acceleration', base_folder(), budget, seed, processes=processes)
     job.do('effects', 'stream', {})
     job.do('acceleration', 'acceleration', {'general': job.out / 'general'})
     with replacing(data_dir() / 'acceleration' / 'acceleration.safetensors') as part:
         shutil.copyfile(job.out / 'acceleration.safetensors', part)
-    page = demo(seed=seed)
+    page = demo(seed=seed, processes=processes)
     ship(page.parent)
     return page

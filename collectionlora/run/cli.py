@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['HELP', 'STYLE', 'app', 'Effects', 'File', 'To', 'Out', 'BaseOption', 'Seed', 'Device', 'Words', 'Replace',
-           'Processes', 'Given', 'Budget', 'Teachers', 'General', 'Init', 'DryRun', 'Extend', 'Old', 'Collections',
-           'More', 'Seeds', 'Strength', 'Size', 'Sheet', 'Asked', 'Known', 'UNUSED', 'Token', 'Host', 'Served',
-           'Layers', 'Collection', 'ToFile', 'runs', 'Run', 'Every', 'option', 'argument', 'root', 'guarded', 'Decimal',
-           'command', 'main', 'assignments', 'device_of', 'job_of', 'grid', 'teach', 'distill', 'size', 'duration',
-           'config_folder', 'plan_', 'evaluate', 'demo', 'rebase', 'collection_of', 'without', 'edit', 'serve',
-           'app_command', 'inspect', 'convert', 'adopt', 'resize', 'info', 'remove', 'rename', 'init', 'run', 'sweep',
-           'list_runs', 'told_apart', 'show_run', 'compare_runs']
+           'Processes', 'Frozen', 'Given', 'Budget', 'Teachers', 'General', 'Init', 'DryRun', 'Extend', 'Old',
+           'Collections', 'More', 'Seeds', 'Strength', 'Size', 'Sheet', 'Asked', 'Known', 'UNUSED', 'Token', 'Host',
+           'Served', 'Layers', 'Collection', 'ToFile', 'runs', 'Run', 'Every', 'option', 'argument', 'root', 'guarded',
+           'Decimal', 'command', 'main', 'assignments', 'device_of', 'job_of', 'grid', 'teach', 'distill', 'size',
+           'duration', 'config_folder', 'plan_', 'evaluate', 'demo', 'rebase', 'collection_of', 'without', 'edit',
+           'serve', 'app_command', 'inspect', 'convert', 'adopt', 'resize', 'info', 'remove', 'rename', 'init', 'run',
+           'sweep', 'list_runs', 'told_apart', 'show_run', 'compare_runs']
 
 # %% ../../nbs/run/cli.ipynb #44fafe97
 import functools
@@ -156,7 +156,22 @@ Words = Annotated[
     option('--words', help='A prompts.yaml with triggers and descriptions to use, e.g. a corrected one.'),
 ]
 Replace = Annotated[bool, option('--replace', help='Overwrite a finished run that has other parameters.')]
-Processes = Annotated[int, option('--processes', min=1, help='How many processes share a run, under torchrun.')]
+Processes = Annotated[
+    int,
+    option(
+        '--processes',
+        min=1,
+        help='How many processes share a run, under torchrun; what takes seconds (words, report) stays on one.',
+    ),
+]
+Frozen = Annotated[
+    str,
+    option(
+        '--frozen',
+        help='How the base is held: int8, fp8, nf4 (fewer bits), host, disk (weights wait there).',
+        show_default='as it is',
+    ),
+]
 Given = Annotated[
     Optional[list[str]],
     option('--parameter', '-p', metavar='NAME=VALUE', help='A parameter of the experiment; may be repeated.'),
@@ -489,12 +504,13 @@ def demo(
     keep: Annotated[
         bool, option(help='Keep records, judged rows and one sheet of pictures in results/main_job, which is in git.')
     ] = False,
+    processes: Processes = 1,
     replace: Replace = False,
 ):
     "The main job on the embedded nano base: effects, teachers, targets, collection, baselines, evaluation, report."
     from collectionlora.run import chain
 
-    page = chain.demo(budget, seed, base, out, replace)
+    page = chain.demo(budget, seed, base, out, replace, processes)
     if keep:
         from collectionlora.run import kept
 
@@ -507,11 +523,12 @@ def rebase(
     seed: Seed = 0,
     budget: Annotated[str, option('--budget', help='Of the acceleration LoRA.')] = 'full',
     base: Annotated[Optional[Path], option('--base', help='A trained base, which becomes the nano base first.')] = None,
+    processes: Processes = 1,
 ):
     "Make again what hangs on the nano base (in a checkout): acceleration LoRA, demonstration, shipped collection."
     from collectionlora.run.chain import rebase as go
 
-    print(go(seed, budget, base))
+    print(go(seed, budget, base, processes))
 
 # %% ../../nbs/run/cli.ipynb #21e32359
 Collections = Annotated[
@@ -568,20 +585,21 @@ def without(names: Iterable[str]):
             sys.modules.pop(name, None)
 
 # %% ../../nbs/run/cli.ipynb #966cd460
-def _opened(collection: Path | None, base: str, device: str):
+def _opened(collection: Path | None, base: str, device: str, frozen: str = ''):
     "The collection of an edit, on its base."
     from collectionlora.run.chain import base_folder
     from collectionlora.use.edit import Collection
 
     with without(UNUSED):
-        return Collection.load(base_folder(base), collection_of(collection, base), device=device_of(device))
+        file = collection_of(collection, base)
+        return Collection.load(base_folder(base), file, device=device_of(device), frozen=frozen)
 
 
-def _server(address: str, token: str | None, collection: Path | None, base: str, device: str):
+def _server(address: str, token: str | None, collection: Path | None, base: str, device: str, frozen: str = ''):
     "The server that is asked instead. Raises UserError for what only a collection opened here could mind."
     from collectionlora.use.client import Server
 
-    given = {'--collection': collection, '--base': base != 'nano', '--device': device}
+    given = {'--collection': collection, '--base': base != 'nano', '--device': device, '--frozen': frozen}
     if named := [name for name, value in given.items() if value]:
         raise UserError(f'--server and {named[0]}: the server has loaded its own; leave {named[0]} out')
     return Server(address, token)
@@ -626,14 +644,15 @@ def edit(
     list_only: Annotated[bool, option('--list', help="Only list the collection's effects.")] = False,
     base: BaseOption = 'nano',
     device: Device = '',
+    frozen: Frozen = '',
     server: Asked = None,
     token: Known = None,
 ):
     "Edit pictures with effects of a collection, all in one batch."
     if server:
-        maker = lambda: _server(server, token, collection, base, device)
+        maker = lambda: _server(server, token, collection, base, device, frozen)
     else:
-        file, maker = collection_of(collection, base), lambda: _opened(collection, base, device)
+        file, maker = collection_of(collection, base), lambda: _opened(collection, base, device, frozen)
     if list_only and server:
         return _list_effects(server, maker().catalogue.values())
     if list_only:
@@ -655,14 +674,14 @@ Served = Annotated[
 ]
 
 
-def _loader(collection: Path | None, base: str, device: str):
+def _loader(collection: Path | None, base: str, device: str, frozen: str = ''):
     "A function that opens the collection of a command; what can be checked without the base is checked at once."
     from collectionlora.run.chain import base_folder
     from collectionlora.use.edit import Collection, CollectionFile
 
     file = CollectionFile(collection_of(collection, base)).file
     folder, device = base_folder(base), device_of(device)
-    return lambda: Collection.load(folder, file, device=device)
+    return lambda: Collection.load(folder, file, device=device, frozen=frozen)
 
 # %% ../../nbs/run/cli.ipynb #8f5eaa41
 @command(epilog='Example: collectionlora serve collection.safetensors --batch 16 --keep orders')
@@ -680,6 +699,7 @@ def serve(
     megabytes: Annotated[float, option(min=0.001, help='Largest upload.')] = 20,
     megapixels: Annotated[float, option(min=0.001, help='Largest picture.')] = 25,
     device: Device = '',
+    frozen: Frozen = '',
 ):
     "Serve a collection to programs: orders for different effects share a forward; OpenAI's form of requests."
     os.environ.setdefault('TQDM_DISABLE', '1')  # a bar for every forward is of no use here
@@ -688,7 +708,7 @@ def serve(
 
     limits = Limits(bytes=int(megabytes * 1e6), pixels=int(megapixels * 1e6), waiting=waiting, batch=batch)
     url = lambda at: _say(f'serving on {at} (POST /v1/images/edits, GET /v1/effects, /health, /metrics)', 'green')
-    run_server(_loader(collection, base, device), host, port, token, keep, limits, url)
+    run_server(_loader(collection, base, device, frozen), host, port, token, keep, limits, url)
 
 # %% ../../nbs/run/cli.ipynb #7751d0f4
 @command('app', epilog='Example: collectionlora app collection.safetensors --base Qwen-Image-Edit-2509 --show')
@@ -701,6 +721,7 @@ def app_command(
     token: Token = None,
     show: Annotated[bool, option('--show', help='Open the page in a browser.')] = False,
     device: Device = '',
+    frozen: Frozen = '',
 ):
     "Open a collection as a page: pick a picture, click effects, compare, download."
     os.environ.setdefault('TQDM_DISABLE', '1')
@@ -708,7 +729,7 @@ def app_command(
 
     url = lambda at: _say(f'the app is on {at}' + (' (name: guest, password: the token)' if token else ''), 'green')
     folder = out or core.results_dir() / 'app'
-    run_app(_loader(collection, base, device), folder, host, port, token, show=show, ready=url)
+    run_app(_loader(collection, base, device, frozen), folder, host, port, token, show=show, ready=url)
 
 # %% ../../nbs/run/cli.ipynb #fdbd398e
 Layers = Annotated[

@@ -22,6 +22,7 @@ from collectionlora.run.cli import (
     command,
     Device,
     device_of,
+    Frozen,
     grid,
     option,
     Seed,
@@ -155,6 +156,7 @@ def run_bench(
     batch: Annotated[int, option(min=1, help='Pictures per forward.')] = 16,
     base: BaseOption = 'nano',
     device: Device = '',
+    frozen: Frozen = '',
 ):
     "Paint the bench with every method that the given files allow; one seed per sample, shared by all methods."
     from collectionlora.judge import bench as rooms
@@ -166,7 +168,8 @@ def run_bench(
 
     manifest = rooms.load(folder)
     prompts = {e['id']: e['prompt'] for e in manifest['effects']}
-    loaded = Collection.load(base_folder(base), collection_of(collection, base), device=device_of(device))
+    file = collection_of(collection, base)
+    loaded = Collection.load(base_folder(base), file, device=device_of(device), frozen=frozen)
     for id in prompts:
         loaded.prompt(id)
     known = {**{id: e.get('teacher_prompt') or ' ' for id, e in loaded.catalogue.items()}, **prompts}

@@ -96,6 +96,7 @@ def run_notebook(path: Path, to: Path, values: dict, out: Path, run: str) -> Non
             kernel_name='python3',
             language='python',
             progress_bar=False,
+            start_timeout=600,  # a busy machine may need minutes to start Python
             stderr_file=sys.stderr,
             kernel_manager_class=ThisPython,
             store_widget_state=False,

@@ -132,9 +132,13 @@ class LoadedCollection(CollectionFile):
         self.role = load_role(base, file, role or free_role(base), allow_other_base)
 
     @classmethod
-    def load(cls, base: Base | str | Path, file: str | Path, device: str = 'cpu', **kw) -> 'LoadedCollection':
-        "A file on a base: a `Base`, the folder of one, or 'nano'; `kw` as for the class."
-        return cls(open_base(base, device), file, **kw)
+    def load(
+        cls, base: Base | str | Path, file: str | Path, device: str = 'cpu', frozen: str = '', **kw
+    ) -> 'LoadedCollection':
+        """A file on a base: a `Base`, the folder of one, or 'nano'; `kw` as for the class.
+
+        frozen: how a base that is loaded here is held, as for `bases.pipeline.load_base`."""
+        return cls(open_base(base, device, frozen=frozen), file, **kw)
 
     def close(self) -> None:
         "Takes the collection off the base; nothing happens where that was done."
@@ -230,23 +234,37 @@ def _jpeg_uri(image: Image.Image, side: int) -> str:
 
 
 def thumbnails(
-    collection: Collection, pictures: Mapping[str, Picture], side: int = 64, seed: int = 0
+    collection: Collection, pictures: Mapping[str, Picture], side: int = 64, seed: int = 0, conditions=None
 ) -> dict[str, dict]:
     """effect id -> {thumbnail, example_seed}: what the collection makes of that effect's picture.
 
-    Samples that are not finite are left out."""
+    conditions: a `ConditionCache` that has the pictures, all of them files, with the collection's prompts; None: the
+    encoders make them. Samples that are not finite are left out."""
     ids, images = list(pictures), [opened(p, 'picture') for p in pictures.values()]
     prompts, seeds = [collection.prompt(e) for e in ids], [seed] * len(ids)
-    made = generate(collection.base, collection.role, images, prompts, seeds, collection.recipe, desc='thumbnails')
+    files, known = list(pictures.values()), conditions is not None
+    cached = lambda part, words: conditions.cond([(files[i], c) for i, c in zip(part, words)]).to(collection.base.device)
+    made = generate(
+        collection.base,
+        collection.role,
+        images,
+        prompts,
+        seeds,
+        collection.recipe,
+        desc='thumbnails',
+        encode=cached if known else None,
+    )
     done = {e: fitted(o.image, i.size) for e, i, o in zip(ids, images, made) if o.image is not None}
     return {e: {'thumbnail': _jpeg_uri(image, side), 'example_seed': seed} for e, image in done.items()}
 
 # %% ../../nbs/use/edit.ipynb #5f2d1446
-def present(base: Base, file: str | Path, pictures: Mapping[str, Picture], side: int = 64, seed: int = 0) -> list[Path]:
+def present(
+    base: Base, file: str | Path, pictures: Mapping[str, Picture], side: int = 64, seed: int = 0, conditions=None
+) -> list[Path]:
     """Completes a finished collection file and returns what was written beside it: card, gallery, workflow.
 
-    Thumbnails of the effects in `pictures` go into the catalogue (side 0: none)."""
+    Thumbnails of the effects in `pictures` go into the catalogue (side 0: none); conditions: see `thumbnails`."""
     if side:
         with Collection(base, file, role='presented') as shown:
-            annotate(file, thumbnails(shown, pictures, side, seed))
+            annotate(file, thumbnails(shown, pictures, side, seed, conditions))
     return write_card(file)

@@ -211,18 +211,22 @@ def generate(
     neutral: str = ' ',
     batch: int = 16,
     desc: str = 'editing',
+    encode: Callable[[Sequence[int], Sequence[str]], Cond] | None = None,
 ) -> list[Output]:
-    "One Output per (image, prompt, seed); strengths per image; `neutral` is the prompt of the unguided branch."
+    """One Output per (image, prompt, seed); strengths per image; `neutral` is the prompt of the unguided branch.
+
+    encode: the condition of images, by their numbers, and prompts; None: made by the base's encoders."""
+    encode = encode or (lambda part, words: base.cond([images[i] for i in part], words))
     out: list[Output | None] = [None] * len(images)
     parts = buckets(images, batch, base.grid)
     folds = base.backbone.dtype == torch.float32 and not isinstance(role, Blend)
     fold = base.backbone.merged(role) if folds else nullcontext()
     with fold, bar(total=len(parts) * recipe.steps, desc=desc) as progress:
         for part in parts:
-            pictures, s = [images[i] for i in part], None if strength is None else [strength[i] for i in part]
-            cond = base.cond(pictures, [prompts[i] for i in part])
+            s = None if strength is None else [strength[i] for i in part]
+            cond = encode(part, [prompts[i] for i in part])
             needs = recipe.guidance != 1 or (s is not None and any(v != 1 for v in s))
-            other = base.cond(pictures, [neutral] * len(part)) if needs else None
+            other = encode(part, [neutral] * len(part)) if needs else None
             x0 = sample(base, role, cond, [seeds[i] for i in part], recipe, other, s, progress.update)
             fine = torch.isfinite(x0).flatten(1).all(1).tolist()
             decoded = base.decode(torch.nan_to_num(x0), cond.grids[0])

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LARGE_FILE', 'SETTLED', 'DECIMAL', 'FLOAT', 'DISPUTED', 'OTHERWISE', 'UNFOLDED', 'PACKAGES', 'UserError', 'RunFailed',
-           'nearest', 'check_keys', 'refusal', 'in_checkout', 'repo_root', 'data_dir', 'nano_dir', 'collection_dir',
-           'notebooks_dir', 'results_dir', 'plain', 'sha256_json', 'sealed', 'is_sealed', 'sha256_file',
-           'sha256_folder', 'seed_of', 'rng', 'wilson', 'replacing', 'folder_lock', 'save_state', 'load_state', 'Later',
-           'read_text', 'pack', 'unpacked', 'text_lines', 'json_object', 'yaml_text', 'parse_yaml', 'read_yaml',
-           'write_yaml', 'read_json', 'read_object', 'write_json', 'bar', 'versions', 'hardware', 'command', 'run_info',
-           'is_run', 'read_run', 'save_run']
+           'OutOfMemory', 'out_of_memory', 'short_of_memory', 'nearest', 'check_keys', 'refusal', 'in_checkout',
+           'repo_root', 'data_dir', 'nano_dir', 'collection_dir', 'notebooks_dir', 'results_dir', 'plain',
+           'sha256_json', 'sealed', 'is_sealed', 'sha256_file', 'sha256_folder', 'seed_of', 'rng', 'wilson',
+           'replacing', 'folder_lock', 'save_state', 'load_state', 'Later', 'read_text', 'pack', 'unpacked',
+           'text_lines', 'json_object', 'yaml_text', 'parse_yaml', 'read_yaml', 'write_yaml', 'read_json',
+           'read_object', 'write_json', 'bar', 'versions', 'hardware', 'command', 'run_info', 'is_run', 'read_run',
+           'save_run']
 
 # %% ../nbs/run/core.ipynb #7d0f1b17
 import difflib
@@ -42,6 +43,29 @@ class UserError(ValueError):
 
 class RunFailed(RuntimeError):
     "An experiment's notebook stopped with an error; the message names the executed notebook."
+
+# %% ../nbs/run/core.ipynb #070fb232
+class OutOfMemory(UserError):
+    "Memory of host or device ran out; what was done before is kept."
+
+
+def out_of_memory(e: BaseException) -> bool:
+    "Whether an exception says that memory of host or device ran out; torch's is known by its name."
+    if isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError':
+        return True
+    return isinstance(e, RuntimeError) and any(w in str(e) for w in ("can't allocate memory", 'out of memory'))
+
+
+@contextmanager
+def short_of_memory(where: str, advice: str):
+    "Turns running out of memory into an `OutOfMemory` that says where it was and what helps."
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
+            raise
+        said = (str(e).splitlines() or [type(e).__name__])[0][:120]
+        raise OutOfMemory(f'out of memory at {where} ({said}); {advice}') from e
 
 # %% ../nbs/run/core.ipynb #2d57688b
 def nearest(name: str, options) -> str:

@@ -147,7 +147,10 @@ def test_a_job_puts_every_stage_on_its_device_and_keeps_the_budgets_other_settin
         ),
     )
     job = chain.Job(tmp_path, folder / 'base', 'full', device='cuda')
-    chain.distill(job, chain.checked_effects([folder / 'effects']), {}, None, None, {'settings': {'p_switch': 1.0}})
+    given = {'settings': {'p_switch': 1.0}, 'frozen': 'int8', 'micro_batch': 3}
+    chain.distill(job, chain.checked_effects([folder / 'effects']), {}, None, None, given)
+    assert {e: v.get('frozen') for e, v in asked.items()} == dict.fromkeys(asked, 'int8') | {'prompts': None}
+    assert asked['baseline_fm']['micro_batch'] == asked['distill']['micro_batch'] == 3
     stages = ('prompts', 'baseline_fm', 'targets', 'distill')
     assert {e: v['device'] for e, v in asked.items()} == dict.fromkeys(stages, 'cuda')
     budget = chain.differences('distill', 'full')

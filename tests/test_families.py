@@ -26,6 +26,7 @@ from collectionlora.files.dialects import DIALECTS, Lora, unflatten
 from collectionlora.files.effects import write_effect
 from collectionlora.files.header import base_identity, read_header
 from collectionlora.files.lora import convert, read_lora, write_lora
+from collectionlora.run import chain
 from collectionlora.run.cli import app
 from collectionlora.use.edit import Collection
 from collectionlora.use.plain import fixed_noise
@@ -218,14 +219,42 @@ def test_the_header_and_the_card_speak_of_this_family(file, folder, tmp_path):
     assert (
         'QwenImage21Pipeline' in card
         and 'EditPlus' not in card
-        and 'ComfyUI' not in card.split('## Effects')[0].split('No work')[0]
+        and 'one with the node `TextEncodeQwenImage21`' in card
+        and 'DiffSynth' not in card
     )
     mine = tmp_path / 'mine.safetensors'
     mine.write_bytes(file.read_bytes())
-    assert [p.suffix for p in write_card(mine)] == ['.md', '.html', '.txt']
-    with pytest.raises(UserError, match='no workflow'):
-        comfyui_workflow(inspect(file))
+    assert [p.suffix for p in write_card(mine)] == ['.md', '.html', '.txt', '.json']
     assert base_identity('/x/Qwen-Image-2.1')['repo'] == 'Qwen/Qwen-Image-2.1'
+
+
+# ComfyUI's node: its inputs; its outputs are a positive and a negative condition and a latent
+NODE_21 = {'clip', 'prompt', 'negative_prompt', 'vae', 'resolution', 'images.image_1'}
+
+
+@pytest.mark.parametrize('strength', [1.0, 0.6])
+def test_the_workflow_is_made_of_the_nodes_of_this_family(file, strength):
+    info = inspect(file)
+    info['effects'][0]['strength'] = strength
+    flow = comfyui_workflow(info, 'candy', seed=7)
+    nodes = {n['_meta']['title']: (n['class_type'], n['inputs']) for n in flow.values()}
+    kind, given = nodes['size']
+    assert kind == 'TextEncodeQwenImage21' and set(given) == NODE_21 and given['prompt'] == 'candyx, make it candy'
+    number = next(k for k, n in flow.items() if n['class_type'] == kind)
+    assert nodes['sample'][1]['latent_image'] == [number, 2]
+    assert flow[given['images.image_1'][0]]['class_type'] == 'LoadImage'
+    guider, asked = nodes['guider']
+    if strength == 1:
+        assert guider == 'BasicGuider' and asked['conditioning'] == [number, 0]
+    else:
+        assert guider == 'CFGGuider' and asked['cfg'] == 0.6
+        assert [asked['positive'], asked['negative']] == [[number, 0], [number, 1]]
+    kinds = {n['class_type'] for n in flow.values()}
+    assert not kinds & {'TextEncodeQwenImageEditPlus', 'FluxKontextImageScale', 'VAEEncode', 'ReferenceLatent'}
+    loaded = {nodes[k][1][n] for k, n in (('model', 'unet_name'), ('clip', 'clip_name'), ('vae', 'vae_name'))}
+    assert all('2.1' in name or 'qwen3vl' in name for name in loaded)
+    wires = [v for n in flow.values() for v in n['inputs'].values() if isinstance(v, list)]
+    assert all(v[0] in flow for v in wires)
 
 
 def test_the_snippet_of_the_card_runs(file, folder, base, tmp_path, monkeypatch):
@@ -345,6 +374,35 @@ def test_the_chain_from_photographs_of_five_shapes_to_a_file_for_the_stock_pipel
     asked('convert', extended, tmp_path / 'plain.safetensors', '--dialect', 'diffusers')
     pipe = load_pipe(base, torch.float32)
     pipe.load_lora_weights(str(tmp_path), weight_name='plain.safetensors')
+
+
+SHORT = {
+    'baseline_fm': {'steps': 4, 'batch': 4},
+    'targets': {'steps': 2, 'batch': 4},
+    'distill': {'steps': 6, 'batch': 4, 'val_every': 0, 'settings': {'anchor_first': 4, 'routes': 2}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family', ['first', 'second'])
+def test_two_processes_walk_the_chain_to_the_collection_of_one(family, folder, tmp_path, monkeypatch):
+    base, own = folder if family == 'second' else tiny_base(tmp_path / 'base'), chain.differences
+    short = lambda experiment, budget: {**own(experiment, budget), **SHORT.get(experiment, {})}
+    monkeypatch.setattr(chain, 'differences', short)
+    effects = [five_shapes(tmp_path / 'effects', id, i) for i, id in enumerate(('candy', 'lava'))]
+    on, small = ('--base', base, '--device', 'cpu', '--budget', 'demo'), ('-p', 'rank=2')
+    few = ('-p', 'steps=2', '-p', 'batch=3', '-p', 'validate=0')
+    asked('teach', *effects, *on, *small, *few, '--out', tmp_path, '--processes', 2)
+    settings = ('-p', 'settings={p_switch: 1, few_steps: 2, fake_warmup: 1}')
+    for n in (1, 2):
+        given = (*on, *small, *settings, '--out', tmp_path / str(n), '--processes', n)
+        asked('distill', *effects, '--teachers', tmp_path / 'teachers', *given)
+    for name in ('all_in_one', 'collection'):  # flow matching on the effects' own pairs, and what starts from it
+        one, two = (read_lora(tmp_path / str(n) / f'{name}.safetensors').factors for n in (1, 2))
+        assert one.keys() == two.keys()
+        assert all((a - b).abs().max() < 1e-5 for k in one for a, b in zip(one[k], two[k]))
+    painted = [[p.read_bytes() for p in sorted((tmp_path / str(n) / 'targets').rglob('*.png'))] for n in (1, 2)]
+    assert painted[0] == painted[1] and len(painted[0]) >= 20
 
 
 # --- plans, and a machine without torchvision

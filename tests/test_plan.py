@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from collectionlora import core
 from collectionlora.bases import counted, sizes
 from collectionlora.bases.counted import weights_of_base
+from collectionlora.bases.families import configured
 from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import UserError
 from collectionlora.engine import fits
@@ -79,6 +80,26 @@ def test_hours_shrink_with_cards_as_far_as_the_batch_goes(small, work):
     assert at(8)['distilling'] == pytest.approx(at(4)['distilling'])  # a batch of 4 keeps four busy
 
 
+def test_a_start_by_flow_matching_is_a_stage_of_its_own(small):
+    given = dict(steps=260, batch=4, rank=8, anchor_first=240, start_batch=8, teacher_rank=4, targets=2, effects=3)
+    work, way = fits.asked_for('default', given)
+    assert (work.start_steps, work.s.steps, work.s.anchor_first) == (240, 20, 0)
+    card = fits.card_of(80)
+    found, at = fits.hours(small, work, way, card), fits.seconds_of(small, work, way, card)
+    assert found['starting'] * 3600 == pytest.approx(240 * 8 * at['gradient'])
+    assert found['teaching'] * 3600 == pytest.approx(3 * 2000 * at['gradient'])
+    many = fits.hours(small, work, replace(way, processes=8), card)
+    assert many['starting'] == pytest.approx(found['starting'] / 8)
+    assert many['teaching'] == pytest.approx(found['teaching'] / 3)  # three teachers, one a card
+    held = fits.device_bytes(small, work, way)
+    assert total(held['teaching']) < total(held['starting']) < total(held['distilling'])
+    anchored, _ = fits.asked_for('default', given | {'start_steps': 0})
+    assert (anchored.start_steps, anchored.s.steps, anchored.s.anchor_first) == (0, 260, 240)
+    for rows in (fits.hours(small, anchored, way, card), fits.device_bytes(small, anchored, way)):
+        assert 'starting' not in rows
+    assert fits.asked_for('paper', {})[0].start_steps == 0
+
+
 def test_plain_values_are_checked():
     work, way = fits.asked_for('paper', dict(rank=64, effects=180, moments='8bit', guidance=1.0))
     assert (work.s.rank_student, work.s.rank_fake, work.effects, way.moments) == (64, 64, 180, '8bit')
@@ -110,51 +131,60 @@ def test_the_command_plans_from_configuration_files_alone(small, tmp_path):
     assert refused.exit_code == 2 and 'config.json: no such file' in refused.output.replace('\n', '')
 
 
-SHIPPED = [core.data_dir() / 'qwen_image_edit_2509', core.nano_dir()]
+NAMES = ('qwen_image_edit_2509', 'nano', 'qwen-image-2.1')  # the last one's files are written by its family
 MADE_BY = 'run python tools/counted.py again'
 
 
-@pytest.mark.parametrize('folder', SHIPPED, ids=lambda folder: folder.name)
+@pytest.fixture(scope='module')
+def shipped(tmp_path_factory):
+    "Folder of configuration files by name."
+    second = configured(NAMES[2], tmp_path_factory.mktemp('counted') / NAMES[2])
+    return dict(zip(NAMES, (core.data_dir() / NAMES[0], core.nano_dir(), second)))
+
+
+@pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('n, rank, checkpointing', [(1, 48, False), (3, 24, True)])
-def test_counts_that_ship_are_those_of_the_model_to_the_byte(folder, n, rank, checkpointing):
+def test_counts_that_ship_are_those_of_the_model_to_the_byte(shipped, name, n, rank, checkpointing):
+    folder = shipped[name]
     sample = sizes.sample_of(folder)
     assert sizes.known(folder), MADE_BY
     counted_here = counted.pass_of(folder, sample, n, rank, torch.bfloat16, checkpointing)
     assert sizes.pass_of(folder, sample, n, rank, 'bfloat16', checkpointing) == counted_here, MADE_BY
 
 
-def test_weights_and_pictures_that_ship_are_those_of_the_model():
-    for folder in SHIPPED:
+def test_weights_and_pictures_that_ship_are_those_of_the_model(shipped):
+    for folder in shipped.values():
         sample = sizes.sample_of(folder)
         assert sizes.weights_of(folder) == weights_of_base(folder), MADE_BY
         assert sizes.picture_costs(folder, sample, 'bfloat16') == counted.picture_costs(folder, sample, torch.bfloat16)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('folder', SHIPPED, ids=lambda folder: folder.name)
-def test_the_entries_that_ship_are_made_again(folder):
+@pytest.mark.parametrize('name', NAMES)
+def test_the_entries_that_ship_are_made_again(shipped, name):
+    folder = shipped[name]
     entry = core.read_json(core.data_dir() / 'counted.json')[sizes.key_of(folder)]
     assert {'base': folder.name, **core.plain(counted.entry_of(folder))} == entry, MADE_BY
 
 
-def test_what_does_not_ship_is_counted(small, monkeypatch):
+def test_what_does_not_ship_is_counted(small, shipped, monkeypatch):
     sizes.pass_of.cache_clear()
     assert sizes.known(small.folder) is None
     asked = [small.folder, small.sample, 1, 4]
     found = sizes.pass_of(*asked, 'float32', True)
     assert found == counted.pass_of(*asked, torch.float32, True)
-    shipped = sizes.sample_of(SHIPPED[1])
-    other = replace(shipped, text=shipped.text + 1)  # another sample, or precision, than the file's
+    own = sizes.sample_of(shipped['nano'])
+    other = replace(own, text=own.text + 1)  # another sample, or precision, than the file's
     called = []
     monkeypatch.setattr(counted, 'pass_of', lambda *of: called.append(of))
-    sizes.pass_of(SHIPPED[1], other, 1, 4, 'bfloat16', True)
-    sizes.pass_of(SHIPPED[1], shipped, 1, 4, 'float32', True)
-    assert [(of[1], of[4]) for of in called] == [(other, torch.bfloat16), (shipped, torch.float32)]
+    sizes.pass_of(shipped['nano'], other, 1, 4, 'bfloat16', True)
+    sizes.pass_of(shipped['nano'], own, 1, 4, 'float32', True)
+    assert [(of[1], of[4]) for of in called] == [(other, torch.bfloat16), (own, torch.float32)]
     sizes.pass_of.cache_clear()
 
 
-def test_the_number_of_blocks_is_no_part_of_what_identifies_a_base(tmp_path):
-    folder = shutil.copytree(SHIPPED[0], tmp_path / 'base')
+def test_the_number_of_blocks_is_no_part_of_what_identifies_a_base(shipped, tmp_path):
+    folder = shutil.copytree(shipped[NAMES[0]], tmp_path / 'base')
     path = folder / 'transformer' / 'config.json'
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {'num_layers': 7, '_name_or_path': 'here'}))
@@ -203,6 +233,8 @@ def test_a_base_that_does_not_fit_is_refused_before_anything_runs(small, tmp_pat
         for processes in (1, 2):
             with pytest.raises(UserError, match=f'{what}.*GB are needed.*GB are missing'):
                 run(chain.Job(tmp_path, small.folder, 'paper', processes=processes))
+    with pytest.raises(UserError, match='--processes 3: a batch has 2 samples, so some .*give at most 2'):
+        run(chain.Job(tmp_path, small.folder, 'paper', processes=3))
 
 
 def test_processes_share_the_memory_of_a_cpu_and_need_more_of_the_host(small, work):

@@ -46,7 +46,9 @@ class Family:
     area_argument: str = ''  # how the stock pipeline is told a picture's side; empty: in no call
     unflat: tuple[str, ...] = ()  # leaves that diffusers loses where names are written with underscores only
     configuration: str = ''  # module:function that writes the full model's configuration files into a folder
-    programs: bool = True  # whether ComfyUI's nodes and DiffSynth's lines for it are known here
+    width: int = 3072  # of the full model's transformer
+    node: str = 'TextEncodeQwenImageEditPlus'  # ComfyUI's node that encodes prompt and picture; empty: none is known
+    programs: bool = True  # whether DiffSynth's lines for it are known here
 
     @property
     def name(self) -> str:
@@ -126,6 +128,8 @@ QWEN_21 = Family(
     area_argument='output_resolution',
     unflat=('img_mlp.gate_layer',),
     configuration='collectionlora.bases.tiny_qwen21:qwen21_configuration',
+    width=4096,
+    node='TextEncodeQwenImage21',
     programs=False,
 )
 FAMILIES = (QWEN_EDIT, QWEN_21)

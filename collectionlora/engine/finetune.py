@@ -54,8 +54,8 @@ def examples(effect: EffectSet, prompt: str | None = None) -> list[Example]:
 
 @dataclass(frozen=True)
 class Bucket:
-    """M examples of one latent grid: targets x0 [M, N, C] on the host; conditions of 2M rows, with the instructions first
-    and without them after, read when a batch needs them; groups, M ids."""
+    """M examples of one latent grid: targets x0 [M, N, C] on the host; conditions of 2M rows, with the instructions
+    first and without them after, read when a batch needs them; groups, M ids."""
 
     x0: Tensor
     cond: Conditions
@@ -223,11 +223,12 @@ class FlowRun:
     def parts(self, step: int) -> Iterator[Tensor]:
         """The loss of this process's share of a batch in parts that add up to it: of one shape each and as small as the
         backbone wants."""
-        for share in shares_of(draw_batch(self.data, self.s, step), self.ranks):
-            x0, eps, t, cond = (v.to(self.backbone.device) for v in share)
-            for i in self.backbone.parts(len(x0)):
-                v = self.backbone.velocity(self.role, add_noise(x0[i], eps[i], t[i]), t[i], cond.index(i))
-                yield flow_loss(v, x0[i], eps[i]) * (len(v) / self.s.batch)
+        for whole_x0, *whole, cond in shares_of(draw_batch(self.data, self.s, step), self.ranks):
+            for i in self.backbone.parts(len(whole_x0)):
+                of = (whole_x0[i], *(v[i] for v in whole), cond.index(i))
+                x0, eps, t, few = (v.to(self.backbone.device) for v in of)
+                v = self.backbone.velocity(self.role, add_noise(x0, eps, t), t, few)
+                yield flow_loss(v, x0, eps) * (len(v) / self.s.batch)
 
     def one(self) -> dict:
         "One step; returns {step, loss, grad_norm, lr, seconds}. Raises `UserError` if the loss is not finite."

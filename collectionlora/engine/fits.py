@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FROZEN', 'LIBRARIES', 'SHARD', 'TEACHERS', 'CONDITIONS', 'gigabytes', 'CARDS', 'PATHS', 'SPARE', 'PRICES', 'SHOWN',
-           'TEACHING', 'LASTING', 'Work', 'Way', 'asked_for', 'Base', 'planned_base', 'per_forward', 'frozen_bytes',
-           'learning_bytes', 'micro_bytes', 'device_bytes', 'peak', 'entry_bytes', 'cache_bytes', 'host_bytes',
-           'disk_bytes', 'Card', 'card_of', 'seconds_of', 'hours', 'changed', 'ways_out', 'Verdict', 'said', 'verdict',
-           'overview', 'as_markdown', 'refuse', 'check_room']
+           'TEACHING', 'COLLECTING', 'LASTING', 'Work', 'Way', 'asked_for', 'Base', 'planned_base', 'per_forward',
+           'frozen_bytes', 'learning_bytes', 'micro_bytes', 'matching_bytes', 'device_bytes', 'peak', 'entry_bytes',
+           'cache_bytes', 'host_bytes', 'disk_bytes', 'Card', 'card_of', 'seconds_of', 'hours', 'changed', 'ways_out',
+           'Verdict', 'said', 'verdict', 'overview', 'as_markdown', 'refuse', 'check_room']
 
 # %% ../../nbs/engine/fits.ipynb #d95811bd
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,10 +25,17 @@ from .settings import Settings
 @dataclass(frozen=True)
 class Work:
     """What a chain makes: a collection by settings `s` from `effects` teachers of rank `teacher_rank`, each with `targets`
-    painted pictures in `paint_steps` steps, and `general` pictures of the general stream; `keep` checkpoints stay."""
+    painted pictures in `paint_steps` steps, and `general` pictures of the general stream; `keep` checkpoints stay.
+
+    A teacher takes `teacher_steps` updates of `teacher_batch` samples. A student that starts from flow matching on the
+    effects' own pairs takes `start_steps` of `start_batch` before the first of `s.steps`; 0: it does not."""
 
     s: Settings
     teacher_rank: int = 32
+    teacher_steps: int = 2000
+    teacher_batch: int = 1
+    start_steps: int = 0
+    start_batch: int = 16
     effects: int = 50
     targets: int = 20
     paint_steps: int = 40
@@ -67,7 +74,9 @@ def _checked(name: str, value, like) -> None:
 def asked_for(preset: str, given: Mapping) -> tuple[Work, Way]:
     """Work and way from plain values: fields of both, `rank` for both ranks, and settings over a preset.
 
-    Raises UserError for unknown names and values out of range."""
+    Of the preset `default`, flow matching takes the place of `anchor_first` updates, as it does where the effects have
+    pairs of their own (`run.chain.distill`); a `start_steps` of one's own switches that off. Raises UserError for
+    unknown names and values out of range."""
     given = dict(given)
     take = lambda names: {k: given.pop(k) for k in names if k in given}
     work, way = (take([f.name for f in fields(kind) if f.name not in ('s', 'processes')]) for kind in (Work, Way))
@@ -77,6 +86,9 @@ def asked_for(preset: str, given: Mapping) -> tuple[Work, Way]:
     check_terms(s)
     for name, value in (work | way).items():
         _checked(name, value, getattr(Work(s) if name in work else Way(), name))
+    if preset == 'default' and 0 < s.anchor_first < s.steps and 'start_steps' not in work:
+        work['start_steps'] = s.anchor_first
+        s = replace(s, steps=s.steps - s.anchor_first, anchor_first=0, lr_anchor=None)
     return Work(s, **work), Way(**way)
 
 # %% ../../nbs/engine/fits.ipynb #c3793865
@@ -103,9 +115,12 @@ class Base:
         return 4 * rank * self.weights.lora
 
     def pass_(self, work: Work, way: Way) -> Pass:
-        "What a pass of one micro-batch holds and computes."
-        n = per_forward(work.s.batch, way)
-        return pass_of(self.folder, self.sample, n, work.s.rank_student, self.dtype, way.checkpointing)
+        "What a pass of one micro-batch of the student holds and computes."
+        return self.pass_of(per_forward(work.s.batch, way), work.s.rank_student, way)
+
+    def pass_of(self, n: int, rank: int, way: Way) -> Pass:
+        "What a pass of n samples with a LoRA of this rank holds and computes."
+        return pass_of(self.folder, self.sample, n, rank, self.dtype, way.checkpointing)
 
 
 def planned_base(folder, text: int = 300, dtype: str = 'bfloat16') -> Base:
@@ -144,6 +159,16 @@ def micro_bytes(base: Base, n: int) -> int:
     return 4 * n * (10 * x.tokens * x.channels + 3 * (x.source * x.channels + x.text * x.width))
 
 # %% ../../nbs/engine/fits.ipynb #7fb8d9cd
+def matching_bytes(base: Base, batch: int, rank: int, way: Way) -> dict[str, int]:
+    "Bytes on one card of flow matching with a LoRA of this rank, a teacher's or a student's first, the base left out."
+    n, x = per_forward(batch, way), base.sample
+    return {
+        'LoRA, its gradient, two moments': 4 * base.lora(rank),
+        'a pass with gradient': base.pass_of(n, rank, way).gradient,
+        'samples of the micro-batch': 4 * n * (4 * x.tokens * x.channels + x.source * x.channels + x.text * x.width),
+    }
+
+
 def device_bytes(base: Base, work: Work, way: Way) -> dict[str, dict[str, int]]:
     "Bytes on one card, stage -> what for -> bytes; a stage's sum is its peak."
     w, held, pictures = base.weights, frozen_bytes(base, way), picture_costs(base.folder, base.sample, base.dtype)
@@ -151,15 +176,19 @@ def device_bytes(base: Base, work: Work, way: Way) -> dict[str, dict[str, int]]:
     teacher, learning = base.lora(work.teacher_rank), learning_bytes(base, work, way)
     looked = max(costs.forward, pictures['decode'][0])
     used = {'frozen base': held, 'autoencoder': autoencoder}
+    alone = used | {'frozen base': frozen_bytes(base, replace(way, spread_base=False))}
     parts = {'samples of the micro-batch': micro_bytes(base, n)}
+    first = {'starting': alone | matching_bytes(base, work.start_batch, work.s.rank_student, way)}
     return {
         'encoding': {
             'encoders': w.encoder * base.bytes,
             'autoencoder': autoencoder,
             'a picture or a prompt': pictures['encode'][0],
+            **({'frozen base': held} if way.spread_base else {}),
         },
-        'teaching': used | {'LoRA, its gradient, two moments': 4 * teacher, 'a pass with gradient': costs.gradient} | parts,
-        'painting': used | {'teacher slot': teacher, 'a forward, or a picture decoded': looked},
+        'teaching': alone | matching_bytes(base, work.teacher_batch, work.teacher_rank, way),
+        **(first if work.start_steps else {}),
+        'painting': alone | {'teacher slot': teacher, 'a forward, or a picture decoded': looked},
         'distilling': used | learning | {'a pass with gradient': costs.gradient} | parts,
         'validating': used | learning | {'a forward, or a picture decoded': looked},
     }
@@ -168,7 +197,7 @@ def device_bytes(base: Base, work: Work, way: Way) -> dict[str, dict[str, int]]:
 def peak(base: Base, work: Work, way: Way, stages: Sequence[str] = ()) -> tuple[str, int]:
     "The stage that needs most, and its bytes; stages: those to choose from, all without."
     found = device_bytes(base, work, way)
-    sums = {stage: sum(found[stage].values()) for stage in stages or found}
+    sums = {stage: sum(rows.values()) for stage, rows in found.items() if not stages or stage in stages}
     stage = max(sums, key=sums.get)
     return stage, sums[stage]
 
@@ -208,6 +237,8 @@ def host_bytes(base: Base, work: Work, way: Way, teaching: bool = False) -> dict
     if way.frozen == 'host':
         training['frozen weights that wait'] = w.adapted * base.bytes
     loading = {'loading: a shard or the encoders': max(shard, w.encoder * base.bytes)}
+    if way.spread_base and way.processes > 1:
+        loading = {'loading: the whole base': (w.transformer + w.encoder + w.autoencoder) * base.bytes}
     larger = max(training, loading, key=lambda rows: sum(rows.values()))
     return {k: round(v * way.processes) for k, v in {'Python and libraries': LIBRARIES, **larger}.items()}
 
@@ -270,13 +301,21 @@ def seconds_of(base: Base, work: Work, way: Way, card: Card) -> dict[str, float]
 
 
 def hours(base: Base, work: Work, way: Way, card: Card) -> dict[str, float]:
-    "Hours of each stage; all of them share their pictures among the processes."
+    """Hours of each stage; all of them share their pictures among the processes, training as far as the batch goes.
+
+    Teaching is that of all teachers, dealt to the cards: one `teach` on each, with some of the effects."""
     at, painted, guided = seconds_of(base, work, way, card), work.effects * work.targets, 1 + (work.s.guidance != 1)
-    share = -(-work.s.batch // way.processes) / work.s.batch
+    own = lambda batch: -(-batch // way.processes)  # samples of a batch on the busiest process
+    share = own(work.s.batch) / work.s.batch
+    taught = work.effects * work.teacher_batch
+    matching = {'teaching': work.teacher_steps * taught / min(way.processes, max(1, taught))}
+    if work.start_steps:
+        matching['starting'] = work.start_steps * own(work.start_batch)
     encoding = (2 * painted + work.general) * at['encode'] + (3 * painted + 2 * work.general) * at['prompt']
     painting = painted * (work.paint_steps * guided * at['forward'] + at['decode'])
     training = plan(work.s, at, work.effects, work.general)['seconds'] * share
-    found = {'encoding': encoding / way.processes, 'painting': painting / way.processes, 'distilling': training}
+    found = {'encoding': encoding / way.processes, **{k: samples * at['gradient'] for k, samples in matching.items()}}
+    found |= {'painting': painting / way.processes, 'distilling': training}
     return {k: v / 3600 for k, v in found.items()}
 
 # %% ../../nbs/engine/fits.ipynb #e987976e
@@ -385,7 +424,7 @@ def overview(base: Base, work: Work, way: Way, cards=(24, 48, 80, 141), numbers=
     return rows
 
 
-SHOWN = ('card', 'change', 'then, GB', 'painting, h', 'distilling, h', 'host GB', 'disk GB')
+SHOWN = ('card', 'change', 'then, GB', 'teaching, h', 'painting, h', 'distilling, h', 'host GB', 'disk GB')
 
 
 def as_markdown(rows: Sequence[Mapping], columns: Sequence[str] = SHOWN) -> str:
@@ -402,6 +441,7 @@ def refuse(what: str, needed: float, there: float, fix: str) -> None:
 
 
 TEACHING = ('encoding', 'teaching')  # the stages of a single teacher
+COLLECTING = ('encoding', 'starting', 'painting', 'distilling', 'validating')  # and those of a collection from teachers
 LASTING = ('condition cache',)  # what a teacher leaves on the disk, its file aside
 
 
@@ -410,7 +450,7 @@ def check_room(
 ) -> Verdict:
     """Raises UserError, naming the missing bytes, if a run fits not into `card` bytes for each process, or `host` or
     `disk` bytes for all; the base itself lies on the disk already. teaching: the run trains a teacher, no student."""
-    v = verdict(base, work, way, card, TEACHING if teaching else ())
+    v = verdict(base, work, way, card, TEACHING if teaching else COLLECTING)
     if not v.fits:
         by = 'nothing known makes it fit; take a larger card or more of them'
         by = by if v.changes is None else f'{v.change} makes it fit'

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['BEFORE', 'restore', 'State', 'writing', 'save_checkpoint', 'compare_fingerprints', 'latest_checkpoint',
-           'Interruption', 'Diverged', 'Guard', 'out_of_memory', 'OutOfMemory', 'short_of_memory', 'telling_what_helps',
-           'start_from', 'weights_of']
+           'Interruption', 'Diverged', 'Guard', 'telling_what_helps', 'start_from', 'weights_of']
 
 # %% ../../nbs/engine/state.ipynb #24b54956
 import math
@@ -21,7 +20,7 @@ import torch
 from torch import nn, Tensor
 
 from ..bases.backbone import Backbone
-from ..core import load_state, save_state, UserError
+from ..core import load_state, out_of_memory, OutOfMemory, save_state, short_of_memory, UserError  # noqa: F401
 from .parallel import optimiser, Ranks
 from .settings import Settings
 from ..files.dialects import Lora
@@ -242,29 +241,6 @@ class Guard:
         return value
 
 # %% ../../nbs/engine/state.ipynb #e0de1bd1
-def out_of_memory(e: BaseException) -> bool:
-    "Whether an exception says that memory of host or device ran out."
-    if isinstance(e, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(e, RuntimeError) and any(w in str(e) for w in ("can't allocate memory", 'out of memory'))
-
-
-class OutOfMemory(UserError):
-    "Memory of host or device ran out; what was done before is kept."
-
-
-@contextmanager
-def short_of_memory(where: str, advice: str):
-    "Turns running out of memory into an `OutOfMemory` that says where it was and what helps."
-    try:
-        yield
-    except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e):
-            raise
-        said = (str(e).splitlines() or [type(e).__name__])[0][:120]
-        raise OutOfMemory(f'out of memory at {where} ({said}); {advice}') from e
-
-
 def telling_what_helps(s: Settings):
     "Context of a distillation's work: running out of memory becomes an `OutOfMemory` that names the knobs."
     return short_of_memory(

@@ -243,7 +243,8 @@ def thumbnails(
     ids, images = list(pictures), [opened(p, 'picture') for p in pictures.values()]
     prompts, seeds = [collection.prompt(e) for e in ids], [seed] * len(ids)
     files, known = list(pictures.values()), conditions is not None
-    cached = lambda part, words: conditions.cond([(files[i], c) for i, c in zip(part, words)]).to(collection.base.device)
+    of = lambda part, words: conditions.cond([(files[i], c) for i, c in zip(part, words)])
+    cached = lambda part, words: of(part, words).to(collection.base.device)
     made = generate(
         collection.base,
         collection.role,

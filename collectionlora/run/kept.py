@@ -91,7 +91,7 @@ def sheet_rows(pictures, subjects: int) -> list[tuple[str, str]]:
     return [(e, i) for k, (e, i) in enumerate(found) if sum(other == e for other, _ in found[:k]) < subjects]
 
 
-def contact_sheet(index, path, subjects: int = 2, quality: int = 85) -> None:
+def contact_sheet(index, path, subjects: int = 2, quality: int = 72) -> None:
     "Draws the first `subjects` of each effect of an evaluation's `index.json` on a JPEG, a column a contestant."
     columns, pictures = read_pictures(index)
     rows = sheet_rows(pictures, subjects)
@@ -106,7 +106,7 @@ def contact_sheet(index, path, subjects: int = 2, quality: int = 85) -> None:
                 cell = pictures[effect, image, column].resize((CELL, CELL), Image.Resampling.BICUBIC)
                 sheet.paste(cell, (LEFT + c * (CELL + GAP), top))
     with replacing(path) as part:
-        sheet.save(part, 'JPEG', quality=quality, optimize=True)
+        sheet.save(part, 'JPEG', quality=quality, optimize=True, progressive=True)
 
 # %% ../../nbs/run/kept.ipynb #60d01029
 def kept_items(folder: Path) -> dict:

@@ -358,6 +358,17 @@ def test_who_is_left_behind_says_so(world, tmp_path):
     )
 
 
+def test_a_killed_kernel_of_one_process_is_said_as_of_a_single_one(tmp_path):
+    from papermill.exceptions import PapermillExecutionError
+
+    from collectionlora.run import execute as runner
+
+    dead = PapermillExecutionError(0, 0, '', 'DeadKernelError', 'Kernel died', '')
+    said = str(runner._failed(Path('distill.ipynb'), tmp_path, 'collection', {}, dead))
+    assert 'killed, or out of memory; the same command goes on from the last checkpoint' in said
+    assert core.read_json(tmp_path / 'collection.json')['status'] == 'failed'
+
+
 # --- a base that does not fit
 def probe(base, world, s, ranks):
     "Velocities and gradients of a step's terms on this base, with roles that are not zero."

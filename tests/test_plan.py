@@ -237,6 +237,20 @@ def test_a_base_that_does_not_fit_is_refused_before_anything_runs(small, tmp_pat
         run(chain.Job(tmp_path, small.folder, 'paper', processes=3))
 
 
+def test_a_command_is_planned_with_the_batches_of_its_stages(small, tmp_path, monkeypatch):
+    from collectionlora.files.drawn import write_world_effect
+    from collectionlora.run import chain
+
+    seen, effects = [], {'oil': write_world_effect(tmp_path / 'oil', 'confetti_party', 2, 0).folder}
+    monkeypatch.setattr(fits, 'check_room', lambda base, work, *_: seen.append(work))
+    s = Settings.preset('default', batch=6, steps=30, anchor_first=20, rank_student=4, rank_fake=4)
+    job, values = chain.Job(tmp_path, small.folder, 'full'), dict(device='cpu', micro_batch=6, preset='default')
+    for teaching in (True, False):
+        chain.check_machine(job, s, values, effects, None, 1, teaching)
+    assert (seen[0].teacher_rank, seen[0].teacher_batch, seen[0].start_steps) == (4, 6, 0)
+    assert (seen[1].start_steps, seen[1].start_batch) == (20, chain.differences('baseline_fm', 'full')['batch'])
+
+
 def test_processes_share_the_memory_of_a_cpu_and_need_more_of_the_host(small, work):
     one, two = (fits.host_bytes(small, work, fits.Way(processes=n)) for n in (1, 2))
     assert total(two) == pytest.approx(2 * total(one))

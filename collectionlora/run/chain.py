@@ -265,7 +265,10 @@ def check_machine(
     targets = max(1, sum(map(len, sets)) // max(1, len(sets)))
     work = fits.Work(s, effects=len(sets), targets=targets, general=shown, paint_steps=1)
     if teaching:
-        work = replace(work, teacher_rank=s.rank_student)
+        work = replace(work, teacher_rank=s.rank_student, teacher_batch=s.batch)
+    elif values.get('preset') == 'default' and 0 < s.anchor_first < s.steps:
+        first = differences('baseline_fm', job.budget).get('batch', work.start_batch)
+        work = replace(work, start_steps=s.anchor_first, start_batch=first)
     base = fits.planned_base(job.base, dtype='bfloat16' if values['device'].startswith('cuda') else 'float32')
     fits.check_room(base, work, way, *_room(job, values), teaching)
 

@@ -241,7 +241,15 @@ def test_captions_inside_an_effect_are_called_that(tmp_path):
 def test_captions_do_not_hinder_editing_a_folder_of_pictures(tmp_path):
     pictures(tmp_path, ['a.png', 'b.png'])
     captions(tmp_path, ['a', 'b'])
-    assert [p.name for p in images_among([tmp_path])] == ['a.png', 'b.png']
+    (tmp_path / 'notes.txt').write_text('buy milk')
+    (tmp_path / 'deeper').mkdir()
+    pictures(tmp_path, ['a.jpg'])
+    assert [p.name for p in images_among([tmp_path])] == ['a.jpg', 'a.png', 'b.png']
+    with pytest.raises(UserError, match='deeper: holds no picture; give files'):
+        images_among([tmp_path / 'deeper'])
+    captions(tmp_path / 'deeper', ['a'])
+    with pytest.raises(UserError, match='holds no picture .*a.txt is none'):
+        images_among([tmp_path / 'deeper'])
 
 
 @pytest.mark.parametrize('half', ['\\ud800', '\\udfff'])

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from collectionlora import core
@@ -51,9 +52,23 @@ def test_what_cannot_be_removed_or_renamed(file):
         ((remove_effect, file, 'candy_world'), 'only effect'),
         ((rename_effect, file, 'candy_world', 'candy_world'), 'already'),
         ((rename_effect, file, 'candy_world', '../x'), 'letters'),
+        ((rename_effect, file, 'candy_world', 'x', file.with_name('cat.png')), 'cat.png: a LoRA file ends in'),
     ):
         with pytest.raises(UserError, match=words):
             change[0](*change[1:])
+
+
+def test_a_renamed_effect_is_edited_by_its_new_name(file, tmp_path):
+    rename_effect(file, 'candy_world', 'candy')
+    remove_effect(file, 'star_dust')
+    Image.new('RGB', (64, 64), 'teal').save(tmp_path / 'x.png')
+    old, new = (tmp_path / 'x-candy_world-0.png', tmp_path / 'x-candy-0.png')
+    said = call('edit', tmp_path / 'x.png', 'candy', '-c', file, '--out', tmp_path)
+    assert said.exit_code == 0, said.output
+    assert call('edit', tmp_path / 'x.png', 'candy_world', '--out', tmp_path).exit_code == 0
+    assert old.read_bytes() == new.read_bytes()
+    for gone in ('candy_world', 'star_dust'):
+        assert f'no effect {gone!r}' in call('edit', tmp_path / 'x.png', gone, '-c', file, '--out', tmp_path).output
 
 
 def test_a_begun_effect_is_to_be_filled(tmp_path):

@@ -14,6 +14,7 @@ from collectionlora import core
 from collectionlora.run import cli
 
 ROOT = core.repo_root()
+PICTURE = ROOT / 'assets' / 'readme_1.jpg'
 
 
 def call(*args):
@@ -31,16 +32,19 @@ def call(*args):
         (['run', 'nano_base', '-p', 'steps'], ['name=value']),
         (['run', 'there/absent.yaml'], ['absent.yaml', 'no such file']),
         (['teach', 'absent-folder', '--out', 'x'], ['absent-folder', 'effect.yaml']),
+        (['edit', PICTURE, 'candy_wrld'], ["did you mean 'candy_world'"]),
+        (['edit', PICTURE, '--sheet', PICTURE], ['--sheet', 'one of the pictures']),
+        (['edit', PICTURE, '--sheet', 'sheet.gif'], ['sheet.gif', '.png, .jpg']),
+        (['edit', PICTURE.parent, '--out', PICTURE.parent], ['--out', 'name another folder']),
+        (['edit', PICTURE, '--out', PICTURE], ['--out', 'is a file']),
+        (['edit', PICTURE, '--size', 'huge'], ['--size', "'huge'"]),
         (['edit', __file__, 'clay', '--collection', 'x', '--base', 'absent-base'], ['test_cli.py']),
         (['demo', '--budget', 'lavish'], ["'lavish'"]),
         (['convert', 'absent.safetensors', 'to.safetensors'], ['absent.safetensors']),
         (['inspect', 'absent.safetensors', '--html', 'page.html'], ['absent.safetensors']),
         (['run', core.notebooks_dir() / 'distill' / 'demo.yaml'], ['says nothing about effects']),
         (['run', 'nano_base', '-p', 'steps={[1]: 2}'], ['is no word']),
-        (
-            ['edit', core.repo_root() / 'assets' / 'readme_1.jpg', 'clay', '--collection', 'x', '--device', 'gpu'],
-            ["'gpu' is unknown"],
-        ),
+        (['edit', PICTURE, 'candy_world', '--device', 'gpu'], ["'gpu' is unknown"]),
     ],
 )
 def test_a_mistake_is_one_sentence_and_code_2(tmp_path, monkeypatch, args, words):

@@ -389,7 +389,9 @@ def test_wrong_arguments_are_one_sentence(collection, given, words):
 def test_numpy_numbers_and_tuples_of_pictures_are_taken(collection):
     pair = (picture(0), picture(1))
     made = collection.edit(pair, 'oil', seed=(np.int64(3), 4), strength=np.float32(1))
-    assert [np.array_equal(a, collection.edit(p, 'oil', seed=s)) for a, p, s in zip(made, pair, (3, 4))] == [True, True]
+    for together, p, s in zip(made, pair, (3, 4)):  # the last bit may depend on how many share a forward
+        alone = collection.edit(p, 'oil', seed=s)
+        assert np.abs(np.asarray(together, int) - np.asarray(alone, int)).max() <= 1
 
 
 def test_two_collections_on_one_base_do_not_meet(base, file, collection):
@@ -425,6 +427,8 @@ def test_every_picture_with_every_effect_and_seed(collection, tmp_path):
     files = edit.save_edits(edits, tmp_path / 'out')
     assert len(set(files)) == 8 and files[0].name == 'cat-oil-0-strength0.5.png'
     assert all(Image.open(f).size == (80, 40) for f in files)
+    assert edit.names_of([*paths, tmp_path / 'cat-2.png']) == ['cat', 'cat-2', 'cat-2-2']
+    assert [e.name for e in edit.edit_all(collection, paths[:1], ['oil', 'oil'])] == ['cat-oil-0.png']
     everything = edit.edit_all(collection, paths[:1])
     assert [e.effect for e in everything] == ['oil', 'snow'] and everything[0].name == 'cat-oil-0.png'
     with pytest.raises(UserError, match='no picture'):
@@ -442,6 +446,14 @@ def test_a_sheet_shows_the_original_beside_every_result(collection):
         for column, wanted in enumerate((picture(0), found[0].image, found[1].image)):
             at = left + column * (side + sheet.GAP), top + row * (side + sheet.GAP)
             assert np.array_equal(shown.crop((*at, at[0] + side, at[1] + side)), wanted), (row, column)
+
+
+def test_on_a_sheet_original_and_result_have_one_size_and_rows_are_no_higher_than_they_need():
+    wide, made = Image.new('RGB', (120, 64), 'red'), Image.new('RGB', (75, 40), 'blue')
+    shown = np.asarray(sheet.contact_sheet([[wide, made], [wide, made]], ['original', 'oil'], side=192))
+    for colour in ((255, 0, 0), (0, 0, 255)):
+        rows, columns = np.nonzero((np.abs(shown.astype(int) - colour).sum(2) < 9))
+        assert np.ptp(columns) + 1 == 192 and np.ptp(rows) + 1 == 102 + sheet.GAP + 102
 
 
 def test_the_working_size_is_said_and_a_miniature_says_what_it_is(collection):

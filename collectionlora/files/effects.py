@@ -6,7 +6,7 @@
 __all__ = ['log', 'MANIFEST_KEYS', 'CAPTION_SUFFIXES', 'FOREIGN', 'GENERAL_KEYS', 'same_form', 'existing', 'EffectSet',
            'is_unicode', 'images_among', 'load_effect', 'check_unique', 'effect_folders', 'load_effects', 'copy_source',
            'copy_manifest', 'put_in_place', 'write_effect', 'load_general', 'general_pictures', 'write_general',
-           'borrow']
+           'lent_to', 'borrow']
 
 # %% ../../nbs/files/effects.ipynb #c7ebdf3f
 import itertools
@@ -178,15 +178,18 @@ def _looks_foreign(folder: Path) -> bool:
     return bool(endings & {*IMAGE_SUFFIXES}) and bool(endings & {*CAPTION_SUFFIXES, *FOREIGN})
 
 
-def _images_in(folder: Path, captions: bool = False) -> dict[str, Path]:
-    "Stem -> image path, sorted; hidden files do not count, and neither do `captions` beside pictures where allowed."
+def _visible(folder: Path) -> list[Path]:
+    "What a folder holds, sorted, without hidden files and Windows' own."
+    return sorted(p for p in folder.iterdir() if not p.name.startswith('.') and p.name != 'Thumbs.db')
+
+
+def _images_in(folder: Path) -> dict[str, Path]:
+    "Stem -> image path, sorted. Raises `UserError` for whatever is no picture, and for two of one name."
     if not folder.is_dir():
         raise UserError(f'{folder}: no such folder; an effect has source/ and target/ with images of the same names')
     found = {}
-    for p in sorted(p for p in folder.iterdir() if not p.name.startswith('.') and p.name != 'Thumbs.db'):
+    for p in _visible(folder):
         if p.suffix.lower() in CAPTION_SUFFIXES and any(p.with_suffix(s).is_file() for s in IMAGE_SUFFIXES):
-            if captions:
-                continue
             raise UserError(
                 f'{p}: is a caption beside pictures, as other trainers have them; {_adoption(folder.parent)}'
             )
@@ -200,13 +203,29 @@ def _images_in(folder: Path, captions: bool = False) -> dict[str, Path]:
 
 # %% ../../nbs/files/effects.ipynb #ac24778e
 def images_among(paths) -> list[Path]:
-    "The pictures among `paths`, files or folders of them, each opened once. Raises `UserError` for what is none."
-    found = [
-        p for path in map(Path, paths) for p in (_images_in(path, captions=True).values() if path.is_dir() else [path])
-    ]
+    """The pictures among `paths`, files or folders of them, each opened once; what else a folder holds is left out, and
+    a line says so.
+
+    Raises `UserError` for a file that is no picture or a damaged one, and where there is no picture at all."""
+    found, others = [], []
+    for path in map(Path, paths):
+        for p in _visible(path) if path.is_dir() else [path]:
+            kind = p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES
+            (found if kind or p == path else others).append(p)
+    kinds, named = ', '.join(IMAGE_SUFFIXES), _few(others)
+    if not found:
+        holds = f'holds no picture ({named} is none)' if others else 'holds no picture'
+        raise UserError(f'{", ".join(map(str, paths))}: {holds}; give files, or a folder with some of {kinds}')
     for p in found:
         load_image(p)
+    if others:
+        log.warning('left out, for pictures are %s: %s', kinds, named)
     return found
+
+
+def _few(paths: Sequence[Path], n: int = 3) -> str:
+    "The first paths of many in words."
+    return ', '.join(map(str, paths[:n])) + (f' and {len(paths) - n} more' if len(paths) > n else '')
 
 
 def _check_pair(source: Path, target: Path) -> None:
@@ -421,19 +440,27 @@ def write_general(folder, entries: Iterable[tuple]) -> list[tuple[Path, str]]:
     return load_general(folder)
 
 # %% ../../nbs/files/effects.ipynb #ca4212cf
-def borrow(effect: EffectSet, known: Mapping[Path, dict | None], n: int, seed: int, folder) -> EffectSet:
-    """The effect without targets, as effect folder `folder`: its own sources and up to `n` of the pictures `known`.
+def lent_to(effect: EffectSet, known: Mapping[Path, dict | None], n: int, seed: int) -> dict[str, Path]:
+    """The pictures that an effect borrows, at most `n` of those `known`: stem -> file, drawn by `seed`.
 
-    `known` as `general_pictures` gives it; which are lent is drawn by `seed`. Pictures whose ground truth is of another
-    category do not fit; where fewer than `n` fit, all of them are lent."""
+    `known` as `general_pictures` gives it. Pictures whose ground truth is of another category do not fit; where fewer
+    than `n` fit, all of them are lent."""
     fits = [p for p, s in known.items() if not s or s['category'] in effect.category.split(' or ')]
+    drawn = sorted(rng('borrow', seed, effect.id).permutation(len(fits))[:n])
+    return {f'general-{k:05d}': fits[k] for k in drawn}
+
+
+def borrow(effect: EffectSet, known: Mapping[Path, dict | None], n: int, seed: int, folder) -> EffectSet:
+    """The effect without targets, as effect folder `folder`: its own sources and the pictures that are `lent_to` it.
+
+    `known` as `general_pictures` gives it."""
     folder, with_spec = Path(folder), any(effect.specs)
     part = _empty_part(folder, 'source', *(['spec'] if with_spec else []))
     for stem, source, spec in zip(effect.stems, effect.sources, effect.specs):
         copy_source(part, stem, source, spec)
-    for k in sorted(rng('borrow', seed, effect.id).permutation(len(fits))[:n]):
-        shutil.copyfile(fits[k], part / 'source' / f'general-{k:05d}{fits[k].suffix}')
-        if with_spec and known[fits[k]]:
-            (part / 'spec' / f'general-{k:05d}.json').write_text(json.dumps(known[fits[k]]))
+    for stem, picture in lent_to(effect, known, n, seed).items():
+        shutil.copyfile(picture, part / 'source' / f'{stem}{picture.suffix}')
+        if with_spec and known[picture]:
+            (part / 'spec' / f'{stem}.json').write_text(json.dumps(known[picture]))
     copy_manifest(part, effect)
     return put_in_place(part, folder)

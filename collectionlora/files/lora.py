@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODULATION', 'finite', 'power_of_two', 'fold', 'halves', 'Opened', 'open_lora', 'read_lora', 'write_lora',
-           'own_fields', 'peft_config', 'convert', 'annotate', 'delta_norm', 'report']
+           'own_fields', 'peft_config', 'check_ending', 'convert', 'annotate', 'delta_norm', 'report']
 
 # %% ../../nbs/files/lora.ipynb #ff2c1cb0
 import fnmatch
@@ -222,10 +222,18 @@ def peft_config(factors: dict) -> dict:
     )
 
 # %% ../../nbs/files/lora.ipynb #e907ef35
+def check_ending(target: Path) -> None:
+    "Raises UserError for a file to be written that no program would take for a LoRA by its name."
+    if target.suffix.lower() not in ('.safetensors', '.sft') and not target.is_dir():
+        raise UserError(f'{target}: a LoRA file ends in .safetensors; change the name.')
+
+
 def _check_target(target: Path, dialect: Dialect, folder: bool) -> None:
     "Raises UserError for a target whose place would change what the written file means."
     if folder and (target.suffix == '.safetensors' or target.is_file()):
         raise UserError(f'{target}: PEFT keeps a LoRA in a folder; name a folder.')
+    if not folder:
+        check_ending(target)
     if not folder and target.is_dir():
         raise UserError(f'{target} is a folder; name a file.')
     if folder or dialect.alpha or dialect == DIALECTS['canonical']:

@@ -6,12 +6,14 @@
 __all__ = ['factor_svd', 'balanced', 'resize', 'rank_for', 'shrink']
 
 # %% ../../nbs/files/shrink.ipynb #0709e1cb
+from pathlib import Path
+
 import torch
 
 from ..core import UserError
 from .dialects import Lora
 from .header import file_sha256
-from .lora import delta_norm, own_fields, read_lora, write_lora
+from .lora import check_ending, delta_norm, own_fields, read_lora, write_lora
 
 # %% ../../nbs/files/shrink.ipynb #72251063
 def factor_svd(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -84,6 +86,7 @@ def shrink(source, target, rank: int | None = None, energy: float | None = None,
     that share with a rank of its own, which diffusers scales rightly from 0.40 on only. Catalogue and recipe stay, and
     the header names the original, by sha256, as parent. `dtype=None` writes bfloat16 where the original has it, else
     float32. Raises `UserError` for a `rank` above the original's."""
+    check_ending(Path(target))
     lora = read_lora(source, allow_missing=True)
     if rank is not None and rank > lora.rank:
         raise UserError(

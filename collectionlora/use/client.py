@@ -16,9 +16,8 @@ from PIL import Image
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from ..core import bar, check_keys, UserError
-from .results import checked_seed, checked_strength, Effect, opened, Picture, spread
-from .sheet import SIZES
+from ..core import bar, UserError
+from .results import Effect, in_full, Picture
 
 # %% ../../nbs/use/client.ipynb #4c208291
 SECONDS = (5, 660)  # to reach a server, and to wait for its answer: it gives up after 600
@@ -98,13 +97,9 @@ class Server(Connection):
         size: str = 'ratio',
     ) -> Image.Image | list[Image.Image]:
         "As `Collection.edit`; batch: how many pictures are asked for at a time, which is at least the server's own."
-        check_keys([size], SIZES, 'edit: sizes')
-        full = spread(pictures=image, effects=effect, seeds=seed, strengths=strength)
-        files = _files([opened(i) for i in full['pictures']])
-        seeds, strengths = map(checked_seed, full['seeds']), map(checked_strength, full['strengths'])
-        orders = [dict(zip(ORDER, row)) for row in zip(files, full['effects'], seeds, strengths)]
+        pictures, *asked, several = in_full(image, effect, seed, strength, size)
+        orders = [dict(zip(ORDER, row)) for row in zip(_files(pictures), *asked)]
         made = self._all([o | {'size': size} for o in orders], batch)
-        several = isinstance(effect, list) or any(isinstance(v, (list, tuple)) for v in (image, seed, strength))
         return made if several else made[0]
 
     def _all(self, orders: Sequence[Mapping], batch: int) -> list[Image.Image]:

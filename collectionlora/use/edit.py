@@ -16,27 +16,28 @@ from PIL import Image
 
 from ..aop import compose, student_prompt
 from ..bases.pipeline import Base, load_base
-from ..core import check_keys, nano_dir, nearest, UserError
+from ..core import nano_dir, UserError
 from ..files.card import write_card
 from ..files.header import catalogue, read_header
 from ..files.lora import annotate, read_lora
 from ..flow import few_step_times
 from collectionlora.use.results import (  # noqa: F401
+    chained,
     checked_seed,
     checked_strength,
     Edit,
     edit_all,
     Effect,
+    in_full,
     names_of,
     opened,
     Picture,
     save_edits,
     sheet_of,
-    spread,
     working_words,
 )
 from .sampling import Blend, buckets, generate, Output, Recipe, sample, velocity_fn  # noqa: F401
-from .sheet import fitted, SIZES
+from .sheet import fitted
 
 # %% ../../nbs/use/edit.ipynb #5f2d1406
 class CollectionFile:
@@ -54,18 +55,9 @@ class CollectionFile:
         defaults = dict(id='', category='', trigger='', description='', strength=1.0)
         return [{k: e.get(k, d) for k, d in defaults.items()} for e in self.catalogue.values()]
 
-    def _entry(self, effect: str) -> dict:
-        if effect not in self.catalogue:
-            raise UserError(f'{self.file}: no effect {effect!r} in this collection; {nearest(effect, self.catalogue)}')
-        return self.catalogue[effect]
-
-    def _parts(self, effect: str | tuple[str, ...]) -> list[dict]:
+    def _parts(self, effect: Effect) -> list[dict]:
         "Catalogue entries of an effect, a tuple of effects, or 'a+b'."
-        if isinstance(effect, tuple):
-            names = effect
-        else:
-            names = (effect,) if effect in self.catalogue else tuple(n.strip() for n in str(effect).split('+'))
-        return [self._entry(n) for n in names]
+        return [self.catalogue[id] for id in chained(effect, self.catalogue, self.file)]
 
     def prompt(self, effect: str | tuple[str, ...]) -> str:
         "The instruction that applies an effect, or several chained (tuple or 'a+b')."
@@ -185,16 +177,11 @@ class Collection(LoadedCollection):
         branch without instruction; steps: None for the file's. UserError for unknown effects, wrong arguments, and
         samples that diverged."""
         recipe = self.recipe.in_steps(steps)
-        check_keys([size], SIZES, 'edit: sizes')
-        full = spread(pictures=image, effects=effect, seeds=seed, strengths=strength)
-        images, asked = [opened(i) for i in full['pictures']], full['effects']
-        seeds, given = [checked_seed(s) for s in full['seeds']], [checked_strength(s) for s in full['strengths']]
-        own = [self.strength(e) for e in asked]
-        strengths = [o if s is None else s for s, o in zip(given, own)]
+        images, asked, seeds, given, several = in_full(image, effect, seed, strength, size)
+        strengths = [self.strength(e) if s is None else s for s, e in zip(given, asked)]
         prompts = [self.prompt(e) for e in asked]
         made = generate(self.base, self.role, images, prompts, seeds, recipe, strengths, neutral, batch)
         results = [fitted(m, i.size, size) for m, i in zip(self._finite(made, asked), images)]
-        several = isinstance(effect, list) or any(isinstance(v, (list, tuple)) for v in (image, seed, strength))
         return results if several else results[0]
 
     def _finite(self, made: Sequence[Output], asked: Sequence[Effect]) -> list[Image.Image]:

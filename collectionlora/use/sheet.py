@@ -37,12 +37,10 @@ def fitted(made: Image.Image, original: tuple[int, int], size: str = 'ratio') ->
 
 # %% ../../nbs/use/sheet.ipynb #5f2d1209
 def scaled(picture: Image.Image, side: int) -> Image.Image:
-    "A picture that fits into side × side pixels: enlarged by a whole number if small, else reduced."
-    times = side // max(picture.size)
-    if times >= 1:
-        return picture.resize((picture.width * times, picture.height * times), Image.NEAREST)
-    share = side / max(picture.size)
-    return picture.resize([max(1, round(v * share)) for v in picture.size], Image.LANCZOS)
+    "A picture whose longer side has `side` pixels; enlarged by a whole number its pixels stay sharp."
+    share, exact = side / max(picture.size), side % max(picture.size) == 0
+    way = Image.NEAREST if exact else Image.LANCZOS
+    return picture.resize([max(1, round(v * share)) for v in picture.size], way)
 
 
 def wrapped(text: str, width: float, font) -> str:
@@ -74,15 +72,17 @@ def contact_sheet(
 ) -> Image.Image:
     """One RGB picture of rows of pictures; columns: their titles; labels: one per row; side and letters in pixels.
 
-    A row is as high as its label, where that is higher than a picture."""
+    A row is as high as its highest picture or its label."""
+    rows = [[p if p is None else scaled(p.convert('RGB'), side) for p in line] for line in rows]
     font, step = lettering(letters), side + GAP
     pen = ImageDraw.Draw(Image.new('RGB', (1, 1)))
     heads, names = ([wrapped(t, side, font) for t in texts] for texts in (columns, labels))
     extent = lambda t: [round(v) for v in pen.multiline_textbbox((0, 0), t, font)[2:]]
     top = 2 * GAP + max((extent(t)[1] for t in heads), default=0)
     left = 2 * GAP + max((extent(t)[0] for t in names), default=-GAP)
-    heights = [max(side, extent(t)[1]) + GAP for t in (*names, *[''] * (len(rows) - len(names)))]
-    sheet = Image.new('RGB', (left + len(columns) * step, top + sum(heights[: len(rows)])), PAPER)
+    said = [extent(t)[1] for t in (*names, *[''] * (len(rows) - len(names)))]
+    heights = [max([h, *(p.height if p else side for p in line)]) + GAP for h, line in zip(said, rows)]
+    sheet = Image.new('RGB', (left + len(columns) * step, top + sum(heights)), PAPER)
     pen = ImageDraw.Draw(sheet)
     for x, head in enumerate(heads):
         pen.multiline_text((left + x * step, GAP), head, INK, font)
@@ -95,5 +95,5 @@ def contact_sheet(
             if picture is None:
                 pen.rectangle([*at, at[0] + side - 1, at[1] + side - 1], EMPTY)
             else:
-                sheet.paste(scaled(picture.convert('RGB'), side), at)
+                sheet.paste(picture, at)
     return sheet

@@ -226,7 +226,7 @@ def test_sweeps_check_everything_first_and_finish_what_they_can(tmp_path):
     assert not (tmp_path / 's').exists()
     with pytest.raises(RunFailed, match='1 of 3 runs failed.*two is bad'):
         sweep(path, {'n': [1, 2, 3]}, tmp_path / 's')
-    assert [core.read_json(tmp_path / 's' / f'n={n}.json')['status'] for n in (1, 2, 3)] == [
+    assert [core.read_json(tmp_path / 's' / f'n={n}' / f'n={n}.json')['status'] for n in (1, 2, 3)] == [
         'finished',
         'failed',
         'finished',
@@ -336,10 +336,22 @@ def test_a_sweep_loses_only_those_that_fail_and_its_table_knows_nested_numbers(t
         ('n=4', 'finished'),
     ]
     assert rows[2]['table.ours.bcr'] == '0.5' and rows[3]['twice'] == '8' and 'not wanted' in rows[0]['error']
-    again = [core.read_json(tmp_path / 's' / f'n={n}.json') for n in (1, 4)]
+    again = [core.read_json(tmp_path / 's' / f'n={n}' / f'n={n}.json') for n in (1, 4)]
     with pytest.raises(RunFailed, match='1 of 3 runs failed'):  # where finished runs have other parameters
         sweep(path, {'n': [1, 4, 2], 'name': ['x']}, tmp_path / 's')
-    assert [core.read_json(tmp_path / 's' / f'n={n}.json') for n in (1, 4)] == again
+    assert [core.read_json(tmp_path / 's' / f'n={n}' / f'n={n}.json') for n in (1, 4)] == again
+
+
+def test_runs_of_a_sweep_do_not_overwrite_each_others_files(tmp_path):
+    from collectionlora.run.records import record_file, records_in
+
+    body = BODY + "\nPath(out, 'drawn').mkdir(exist_ok=True)\nPath(out, 'drawn', 'n.txt').write_text(str(n))"
+    path = notebook(tmp_path / 'a.ipynb', body)
+    sweep(path, {'n': [1, 2]}, tmp_path / 's')
+    assert [(tmp_path / 's' / f'n={n}' / 'drawn' / 'n.txt').read_text() for n in (1, 2)] == ['1', '2']
+    reused = sweep(path, {'n': [1, 2]}, tmp_path / 's')
+    assert [r['metrics']['twice'] for r in reused.values()] == [2, 4] and list(records_in(tmp_path)) == ['s/n=1', 's/n=2']
+    assert record_file(tmp_path / 's' / 'n=1') == tmp_path / 's' / 'n=1' / 'n=1.json'
 
 
 def test_the_table_is_written_when_a_sweep_is_interrupted(tmp_path, monkeypatch):

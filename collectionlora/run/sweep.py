@@ -178,11 +178,12 @@ def collected(files: dict[str, Path], out: Path, failed: list[str]) -> dict[str,
 
 def _one_after_another(experiment, points: dict, out: Path, processes: int, more: dict) -> dict[str, dict]:
     "Runs all points here; whoever fails is named at the end, and the table is written whatever happens."
-    failed, files = [], {name: out / f'{name}.json' for name in points}
+    failed, files = [], {name: out / name / f'{name}.json' for name in points}
+    shared = {'cache': short_path(out / '.cache')} if 'cache' in declared(experiment) else {}
     try:
         for name, (values, inputs, seed) in points.items():
             try:
-                execute(experiment, out, name, values, inputs, seed, processes, **more)
+                execute(experiment, out / name, name, {**shared, **values}, inputs, seed, processes, **more)
             except (RunFailed, UserError) as e:
                 failed.append(f'{name}: {e}')
     except BaseException:
@@ -202,9 +203,9 @@ def sweep(
 ) -> dict[str, dict]:
     """Runs every combination of `grid` and returns the records by run name; `out_dir/table.csv` is their table.
 
-    `grid`: `{name: [values]}`, `seed` among them, or a YAML file of that. `processes`: of each run. `slurm`: submit
-    them as one Slurm job array with these options, each run in a folder of its own (`run.slurm`). `replace`: also
-    where a finished run with other parameters is. Raises `RunFailed`, after all have had their turn, if any failed."""
+    `grid`: `{name: [values]}`, `seed` among them, or a YAML file of that. Each run has the folder `out_dir/<run>`.
+    `processes`: of each run. `slurm`: submit them as one Slurm job array with these options (`run.slurm`). `replace`:
+    also where a finished run with other parameters is. Raises `RunFailed`, after all have had their turn, if any failed."""
     points, out, more = _points(experiment, grid, inputs or {}), Path(out_dir), {'replace': True} if replace else {}
     if slurm is not None:
         from collectionlora.run.slurm import job_array

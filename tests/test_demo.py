@@ -175,6 +175,66 @@ def test_pairs_take_the_place_of_anchoring_where_nothing_else_was_asked(folder, 
     assert not chain.starts_from_pairs(replace(s, anchor_first=0, lr_anchor=None), effects, 'default')
 
 
+def test_a_run_is_called_short_by_the_full_budget_as_it_began(tmp_path):
+    full = chain.differences('distill', 'full')
+    for anchored, steps in ((0, 160), (3, full['steps'])):
+        made = {'run': {'parameters': {'settings': {'anchor_first': anchored}}}}
+        core.write_json(tmp_path / 'collection.json', made)
+        assert chain.full_steps(tmp_path / 'collection.json') == steps
+    assert chain.full_steps(tmp_path / 'absent.json') == full['steps']
+
+
+def test_a_plan_counts_the_stages_that_the_chain_asks_for(world, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(chain, 'results_dir', lambda: tmp_path)
+    job, effects = chain.Job(tmp_path, folder / 'base', 'demo'), chain.checked_effects([folder / 'effects'])
+    small, general = {'rank': 2, 'batch': 4}, folder / 'general'
+    plan = chain.plan(job, effects, general, given=small)
+    found, asked = {'metrics': {'prompts': {e: {'by': 'effect.yaml'} for e in effects}}}, {}
+    monkeypatch.setattr(chain, 'execute', lambda e, out, run, values, *more: asked.update({e: values}) or found)
+    chain.distill(job, effects, {}, general, given=small)
+    matching, painting, loop = (asked[e] for e in ('baseline_fm', 'targets', 'distill'))
+    assert plan['passes of flow matching'] == {'gradient': matching['steps'] * matching['batch']}
+    lent = min(painting['borrow'], len(chain._stream(general, None)))
+    pictures = sum(len(load_effect(f)) + lent for f in effects.values())
+    assert painting['guidance'] == 1.0 and plan['passes of painting'] == {'forward': pictures * painting['steps']}
+    assert loop['settings']['anchor_first'] == 0 and plan['generator steps'] == loop['steps'] == 80
+    assert sum(plan[f'seconds of {k}'] for k in ('painting', 'flow matching')) < plan['seconds']
+    anchored = chain.plan(job, effects, general, given={**small, 'settings': {'anchor_first': 3}})
+    assert 'passes of flow matching' not in anchored and anchored['generator steps'] == 1280
+
+
+@pytest.mark.slow
+def test_a_plan_says_what_the_records_of_the_real_run_say(world, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(chain, 'results_dir', lambda: tmp_path)
+    loop = {'steps': 4, 'batch': 2, 'settings': {'fake_warmup': 2, 'fake_per_generator': 2, 'p_switch': 0.5}}
+    budget = {
+        'distill': {**loop, 'rank': 2, 'val_every': 0, 'settings': {**loop['settings'], 'anchor_first': 2}},
+        'baseline_fm': {'steps': 3, 'batch': 2},
+        'targets': {'steps': 2, 'guidance': 1.0, 'borrow': 1},
+        'extend': {**loop, 'looks': 1, 'rehearsed': 3},
+    }
+    monkeypatch.setattr(chain, 'differences', lambda experiment, name: budget.get(experiment, {}))
+    effects, general = chain.checked_effects([folder / 'effects']), folder / 'general'
+    counted = ('generator steps', 'fake-score updates', 'effects', 'general images', 'passes per step')
+    collection, file = None, {id: folder / 'named' / f'{id}.safetensors' for id in effects}
+    for id, kind in (('one', 'distill'), ('two', 'extend')):
+        job, new = chain.Job(tmp_path / kind, folder / 'base', 'demo'), {id: effects[id]}
+        plan = chain.plan(job, new, general, collection, None, kind, {id: file[id]}, [effects['one']] if collection else ())
+        if kind == 'distill':
+            collection = chain.distill(job, new, {id: file[id]}, general)
+            matched = core.read_json(job.record('all_in_one'))['cost']
+            assert plan['passes of flow matching'] == {'gradient': matched['samples']}
+        else:
+            chain.extend(job, collection, new, {id: file[id]}, general, [effects['one']])
+            assert plan['passes of rehearsing']['forward'] > 0 and plan['old effects rehearsed'] == 1
+        painted, made = (core.read_json(job.record(r)) for r in ('targets', 'collection'))
+        cost, said = painted['cost'], made['metrics']['plan']
+        assert plan['passes of painting'] == {'forward': cost['samples'] * cost['nfe_per_sample']}
+        same = [k for k in said if k in counted or k in ('old effects rehearsed', 'generator samples per effect')]
+        assert {k: plan[k] for k in same} == {k: said[k] for k in same} and set(counted) <= {*same}
+        assert plan['memory'].keys() == said['memory'].keys()
+
+
 def test_teachers_paint_as_many_general_pictures_as_the_budget_borrows(world, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(chain, 'results_dir', lambda: tmp_path)
     budget = chain.differences

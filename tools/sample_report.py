@@ -12,7 +12,7 @@ from PIL import Image
 from collectionlora.core import read_json, write_json
 from collectionlora.judge.gate import read_rows
 from collectionlora.judge.tables import ENCODED, REFERENCES
-from collectionlora.run.chain import differences
+from collectionlora.run.chain import full_steps
 from collectionlora.run.execute import execute
 from collectionlora.run.kept import CELL, GAP, LEFT, TOP
 
@@ -54,7 +54,7 @@ def write(page: Path = PAGE, demo: Path = DEMO) -> None:
         cut_out(demo, copy / 'evaluation-pictures' / 'index.json')
         others = [copy / f'{name}.json' for name in ('prompts', 'targets', 'collection', 'all_in_one')]
         inputs = dict(evaluations=[copy / 'evaluation.json'], records=[*sorted(copy.glob('teacher.*.json')), *others])
-        execute('report', copy, 'report', {'full_steps': differences('distill', 'full')['steps']}, inputs, 0)
+        execute('report', copy, 'report', {'full_steps': full_steps(copy / 'collection.json')}, inputs, 0)
         shutil.copyfile(copy / 'report.html', page)
 
 

@@ -101,11 +101,19 @@ def passes(s: Settings, rehearsed: float = 0.0) -> dict[str, float]:
     return dict(forward=s.batch * forward, gradient=s.batch * (sum(shares.values()) + n))
 
 # %% ../../nbs/engine/costs.ipynb #792c05af
-def plan(s: Settings, seconds: Mapping[str, float], effects: int, general: int, rehearsed: float = 0.0) -> dict:
+def plan(
+    s: Settings,
+    seconds: Mapping[str, float],
+    effects: int,
+    general: int,
+    rehearsed: float = 0.0,
+    before: Mapping[str, Mapping[str, int]] | None = None,
+) -> dict:
     """What a run will do and take: samples per effect, transformer passes, estimated seconds (without validation).
 
-    seconds: those of one 'forward' and one 'gradient' pass of a sample; effects, general: how many there are;
-    rehearsed: the share of the effects that are rehearsed."""
+    seconds: those of one 'forward' and one 'gradient' pass of a sample; effects, general: how many there are,
+    a group of rehearsed effects counting as one; rehearsed: the share of the effects that are rehearsed; before: stage -> passes, {'forward': n, 'gradient': m} in
+    samples, of what is made before the loop begins, which the seconds of the whole count."""
     cycle, matched = passes(s, rehearsed), s.steps - s.anchor_first
     per_step = sum(cycle[k] * seconds[k] for k in cycle)
     fakes = s.fake_warmup if s.fake_per_generator else 0
@@ -113,13 +121,16 @@ def plan(s: Settings, seconds: Mapping[str, float], effects: int, general: int, 
         fakes * s.batch * ((s.few_steps + 1) / 2 * seconds['forward'] + seconds['gradient'])
         + s.anchor_first * s.batch * seconds['gradient']
     )
+    took = {stage: sum(n * seconds[k] for k, n in made.items()) for stage, made in (before or {}).items()}
     return {
+        **{f'passes of {stage}': dict(made) for stage, made in (before or {}).items()},
         'generator steps': s.steps,
         'fake-score updates': fakes + matched * s.fake_per_generator,
-        'effects': effects,
+        'effects': effects - round(rehearsed * effects),
         'general images': general,
         'generator samples per effect': round((s.anchor_first + matched * s.p_switch) * s.batch / max(1, effects)),
         'passes per step': {k: round(v, 1) for k, v in cycle.items()},
         'seconds per step': per_step,
-        'seconds': per_step * matched + warm,
+        **{f'seconds of {stage}': taken for stage, taken in took.items()},
+        'seconds': per_step * matched + warm + sum(took.values()),
     }

@@ -7,6 +7,7 @@ __all__ = ['pass_seconds', 'kept_bytes', 'condition_bytes', 'memory', 'disk', 'm
 
 # %% ../../nbs/engine/plan.ipynb #0bb3a40c
 import time
+from collections.abc import Mapping
 
 import torch
 
@@ -104,10 +105,11 @@ def measured_plan(
     processes: int = 1,
     teacher_rank: int = 0,
     spread_moments: bool = False,
+    before: Mapping[str, Mapping[str, int]] | None = None,
 ) -> dict:
     """`plan` with pass times, memory and disk measured here, on a micro-batch of one process's share of one of the
-    run's own samples. teacher_rank: the largest of the teachers'. Raises UserError naming the knobs where memory does
-    not suffice."""
+    run's own samples. teacher_rank: the largest of the teachers'; before: as of `plan`. Raises UserError naming the
+    knobs where memory does not suffice."""
     samples = samples_of(effects, general, s.prompts)
     first, b = samples[0], base.backbone
     share = -(-s.batch // processes)
@@ -115,11 +117,14 @@ def measured_plan(
     cond = cache.cond([(first.source, first.student)]).repeat(together).to(b.device)
     entries, targets = condition_bytes(cond, sum(map(len, effects)), len(general))
     held = min(cache.memory, entries) + targets
-    rehearsed = sum(isinstance(e, Rehearsal) for e in effects) / max(1, len(effects))
+    old = [e for e in effects if isinstance(e, Rehearsal)]
+    rehearsed = len(old) / max(1, len(effects))
     b.add_role('measured', s.rank_student)
     try:
         with telling_what_helps(s):
-            found = plan(s, pass_seconds(b, cond, 'measured'), len(effects), len(general), rehearsed)
+            found = plan(s, pass_seconds(b, cond, 'measured'), len(effects), len(general), rehearsed, before)
+            if old:
+                found['old effects rehearsed'] = len({row.student for e in old for row in e.samples})
             parts = processes if spread_moments else 1
             found |= {'memory': memory(base, s, cond, held, 'measured', teacher_rank, parts)}
         return found | {'disk': disk(base, s, b.flat('measured').nbytes, entries)}

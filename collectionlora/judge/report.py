@@ -168,16 +168,19 @@ def budget_words(
     teacher_steps: int,
     seeds: int = 1,
     full_steps: int | None = None,
+    matched: int = 0,
 ) -> str:
     """One sentence on the training budget; 'short' below `full_steps`, the headline run of this repository.
 
-    full_steps None: the paper's steps; p_switch: share of steps that train an effect; teacher_steps 0: left out."""
+    full_steps None: the paper's steps; p_switch: share of steps that train an effect; teacher_steps 0: left out;
+    matched: steps of flow matching from which the student started."""
     full = full_steps or PAPER_STEPS
     samples = steps * batch * p_switch / effects
     name = 'A short budget run' if steps < full else 'A full budget run'
     taught = f'{teacher_steps:,} steps for each teacher and ' if teacher_steps else ''
+    begun = f'{matched:,} steps of flow matching on the pairs of all effects and ' if matched else ''
     said = (
-        f'{name}: {effects} effects, {taught}{steps:,} generator steps of batch {batch}, '
+        f'{name}: {effects} effects, {taught}{begun}{steps:,} generator steps of batch {batch}, '
         f'which is about {samples:,.0f} samples per effect and {steps / PAPER_STEPS:.0%} of the {PAPER_STEPS:,} '
         f'generator steps in the paper, with {seeds} training seed{"s" * (seeds > 1)}.'
     )
@@ -190,7 +193,8 @@ def budget_words(
 def budget_of(records: Mapping[str, Mapping], effects: int, seeds: int = 1, full_steps: int | None = None) -> str:
     """`budget_words` from run records named 'experiment/run'.
 
-    The distillation is the record that counted `steps_per_effect`; teachers are runs of `teacher`."""
+    The distillation is the record that counted `steps_per_effect`, its start the run that `init` names; records of one
+    `effect` are teachers'."""
     main = next((r for r in records.values() if r['metrics'].get('steps_per_effect')), None)
     if main is None:
         return (
@@ -199,8 +203,11 @@ def budget_of(records: Mapping[str, Mapping], effects: int, seeds: int = 1, full
         )
     p = main['run']['parameters']
     share = sum(main['metrics']['steps_per_effect'].values()) / p['steps']
-    taught = [r['run']['parameters']['steps'] for n, r in records.items() if n.startswith('teacher/')]
-    return budget_words(effects, p['steps'], p['batch'], share, max(taught, default=0), seeds, full_steps)
+    others = {n: r['run']['parameters'] for n, r in records.items() if r is not main}
+    taught = [q['steps'] for n, q in others.items() if q.get('effect') or n.startswith('teacher/')]
+    start = f'/{Path(p.get("init") or ".").stem}'
+    matched = next((q['steps'] for n, q in others.items() if n.endswith(start)), 0)
+    return budget_words(effects, p['steps'], p['batch'], share, max(taught, default=0), seeds, full_steps, matched)
 
 
 def name_of(record: Mapping, path: str | Path) -> str:

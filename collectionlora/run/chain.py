@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'LARGE', 'SAVING', 'base_folder', 'budgets', 'differences', 'Job', 'checked_effects', 'teach', 'describe',
-           'paint', 'rank_of', 'distill_settings', 'check_machine', 'saving', 'starts_from_pairs', 'flow_matched',
-           'distill', 'extend', 'plan', 'evaluate', 'ladder', 'rivals', 'write_report', 'shipped_acceleration',
-           'default_folder', 'compare', 'demo', 'ship', 'install_base', 'rebase']
+           'paint', 'rank_of', 'distill_settings', 'check_machine', 'saving', 'starts_from_pairs', 'Course',
+           'course_of', 'flow_matched', 'distill', 'extend', 'plan', 'evaluate', 'ladder', 'rivals', 'full_steps',
+           'write_report', 'shipped_acceleration', 'default_folder', 'compare', 'demo', 'ship', 'install_base',
+           'rebase']
 
 # %% ../../nbs/run/chain.ipynb #18847e5f
 import shutil
@@ -224,7 +225,12 @@ def distill_settings(job: Job, init: Path | None = None, given: dict | None = No
     asked |= {'seed': job.seed, 'rank_student': rank, 'rank_fake': rank, 'init': str(init or 'zero')}
     if experiment == 'extend':
         asked |= _noise_levels(init, values['settings'])
-    s = Settings.from_dict({**asked, **values['settings']})
+    asked |= values['settings']
+    if experiment == 'extend':
+        from collectionlora.use.extend import keeping
+
+        asked = keeping(asked)
+    s = Settings.from_dict(asked)
     if s.rank_student < held:
         more = f'more than the {s.rank_student} of the run that starts from it'
         raise UserError(f'{init}: has rank {held}, {more}; give -p rank={held} or more')
@@ -293,7 +299,32 @@ def starts_from_pairs(s, effects: dict[str, Path], preset: str, init: Path | Non
         return False
     return all(e.targets for e in load_effects(*effects.values()))
 
+# %% ../../nbs/run/chain.ipynb #efe86957
+@dataclass(frozen=True)
+class Course:
+    """What a distillation or an extension does at a job's budget, stage by stage; made by `course_of`.
 
+    values, s: parameters and resolved settings of the loop; given: what the loop is asked beside the budget; start:
+    what flow matching is asked before it, None where the loop starts from zero or from a file."""
+
+    values: dict
+    s: object
+    given: dict | None
+    start: dict | None = None
+
+
+def course_of(
+    job: Job, effects: dict[str, Path], init: Path | None = None, given: dict | None = None, experiment: str = 'distill'
+) -> Course:
+    "The course of `distill`, or of `extend` from the collection `init`: whoever runs it and whoever plans it asks here."
+    values, s = distill_settings(job, init, given, experiment)
+    if experiment == 'extend' or not starts_from_pairs(s, effects, values['preset'], init, given):
+        return Course(values, s, given)
+    rest = merged(given or {}, {'steps': s.steps - s.anchor_first, 'settings': {'anchor_first': 0}})
+    start = {'rank': s.rank_student, **saving('baseline_fm', given)}
+    return Course(*distill_settings(job, None, rest), rest, start)
+
+# %% ../../nbs/run/chain.ipynb #eee2a58f
 def flow_matched(job: Job, described: dict[str, Path], given: dict | None = None) -> Path:
     "One LoRA on the pairs of all effects by flow matching: the baseline, and the start of a student."
     job.do('baseline_fm', 'all_in_one', {'effects': list(described.values())}, given)
@@ -310,17 +341,16 @@ def distill(
     words: Path | None = None,
 ) -> Path:
     "The collection (Eq. 9), one LoRA file: words for every effect, targets by its teacher, then the loop."
-    values, s = distill_settings(job, init, given)
-    _stream(general, s)
-    _check_share(job, s.batch)
-    check_machine(job, s, values, effects, general)
+    course = course_of(job, effects, init, given)
+    _stream(general, course.s)
+    _check_share(job, course.s.batch)
+    check_machine(job, course.s, course.values, effects, general)
     described = describe(job, effects, words)
-    if starts_from_pairs(s, effects, values['preset'], init, given):
-        init = flow_matched(job, described, {'rank': s.rank_student, **saving('baseline_fm', given)})
-        given = merged(given or {}, {'steps': s.steps - s.anchor_first, 'settings': {'anchor_first': 0}})
+    if course.start:
+        init = flow_matched(job, described, course.start)
     painted = paint(job, described, teachers, general, saving('targets', given))
     inputs = {'effects': list(painted.values()), 'teachers': list(teachers.values()), 'general': general, 'init': init}
-    job.do('distill', 'collection', inputs, given)
+    job.do('distill', 'collection', inputs, course.given)
     return job.out / 'collection.safetensors'
 
 # %% ../../nbs/run/chain.ipynb #70621343
@@ -337,24 +367,56 @@ def extend(
     """A collection with `effects` added in a few steps, one LoRA file.
 
     `old`: folders of effects that the collection has, to measure on or to rehearse."""
-    values, s = distill_settings(job, collection, given, 'extend')
-    _stream(general, s)
-    _check_share(job, s.batch)
-    check_machine(job, s, values, effects, general)
+    course = course_of(job, effects, collection, given, 'extend')
+    _stream(general, course.s)
+    _check_share(job, course.s.batch)
+    check_machine(job, course.s, course.values, effects, general)
     mine, described = {id: teachers[id] for id in effects}, describe(job, effects, words, collection)
     painted = paint(job, described, mine, general, saving('targets', given))
     files = {'effects': list(painted.values()), 'teachers': list(teachers.values()), 'old': list(old)}
-    job.do('extend', 'collection', {'collection': collection, 'general': general, **files}, given)
+    job.do('extend', 'collection', {'collection': collection, 'general': general, **files}, course.given)
     return job.out / 'collection.safetensors'
 
 # %% ../../nbs/run/chain.ipynb #0e58aa29
-def _as_painted(effect, lent: list):
-    "An effect as it will be after `describe` and `paint`: a target is painted at its source's size."
-    pictures = (*effect.sources, *lent)
-    words = dict(trigger=effect.trigger or effect.id, description=effect.description or effect.prompt)
-    return replace(effect, sources=pictures, targets=pictures, **words)
+def _as_painted(job: Job, effects: dict[str, Path], general: Path | None) -> list:
+    "The effects as they will be after `describe` and `paint`: a target is painted at its source's size."
+    from collectionlora.files.effects import general_pictures, lent_to, load_effects
+
+    n, found = _borrowed(job, general), []
+    known = general_pictures(general) if n else {}
+    for e in load_effects(*effects.values()):
+        pictures = (*e.sources, *lent_to(e, known, n, job.seed).values())
+        words = dict(trigger=e.trigger or e.id, description=e.description or e.prompt)
+        found.append(replace(e, sources=pictures, targets=pictures, **words))
+    return found
 
 
+def _as_rehearsed(course: Course, collection: Path, base, sets: list, stream: list, old) -> list:
+    "The old effects of an extension by `sets`, as its notebook will rehearse them."
+    from collectionlora.files.effects import load_effects
+    from collectionlora.use import extend as ext
+
+    parent, asked = ext.read_parent(collection, base), course.values
+    known = ext.family(parent, sets, load_effects(*old))[len(sets) :]
+    if not asked['rehearse']:
+        return []
+    pictures = [p for p, _ in stream] or [p for e in sets for p in e.sources]
+    return ext.promised(parent, ext.rehearsed_on(parent, known, pictures, asked['rehearsed'], asked['looks']), len(sets))
+
+# %% ../../nbs/run/chain.ipynb #164ba6c7
+def _before(job: Job, course: Course, sets: list, kept: list) -> dict[str, dict[str, int]]:
+    "Stage -> passes, in samples, of what comes before the loop."
+    asked = complete('targets', differences('targets', job.budget))
+    each = asked['per_source'] * asked['steps'] * (1 if asked['guidance'] == 1 else 2)
+    stages = {'painting': {'forward': sum(map(len, sets)) * each}}
+    if course.start:
+        start = complete('baseline_fm', merged(differences('baseline_fm', job.budget), course.start))
+        stages['flow matching'] = {'gradient': start['steps'] * start['batch']}
+    if kept:
+        stages['rehearsing'] = {'forward': sum(map(len, kept)) * course.s.few_steps}
+    return stages
+
+# %% ../../nbs/run/chain.ipynb #27f032e3
 def plan(
     job: Job,
     effects: dict[str, Path],
@@ -363,28 +425,27 @@ def plan(
     given: dict | None = None,
     experiment: str = 'distill',
     teachers: dict[str, Path] | None = None,
+    old=(),
 ) -> dict:
-    """What `distill`, or `extend` of the collection `init`, would do and take on this machine.
+    """What `distill`, or `extend` of the collection `init`, would do and take on this machine; `old`: as of `extend`.
 
     Steps, passes, seconds, memory, disk. Trains nothing, and checks the settings before anything loads."""
     from collectionlora.bases.pipeline import load_base
     from collectionlora.engine.plan import measured_plan
     from collectionlora.files.conditions import ConditionCache
-    from collectionlora.files.effects import load_effects
 
-    values, s = distill_settings(job, init, given, experiment)
-    stream = _stream(general, s)
-    lent = [p for p, _ in stream[: _borrowed(job, general)]]
-    sets = [_as_painted(e, lent) for e in load_effects(*effects.values())]
+    course = course_of(job, effects, init, given, experiment)
+    values, s = course.values, course.s
+    stream, sets = _stream(general, s), _as_painted(job, effects, general)
     base = load_base(job.base, device=values['device'], frozen=values.get('frozen', ''))
     base.backbone.checkpointing(values.get('checkpointing', False))
     base.backbone.micro_batch = values.get('micro_batch') or base.backbone.micro_batch
     base.backbone.offload(values.get('offload', False))
-    cache = ConditionCache(base, results_dir() / '.cache')
-    banked = [*(teachers or {}).values(), *([init] if experiment == 'extend' and values['rehearse'] else [])]
-    rank = max(map(rank_of, banked), default=0)
-    stream = stream if s.p_switch < 1 else []
-    return measured_plan(base, sets, stream, cache, s, job.processes, rank, values.get('spread_moments', False))
+    cache, stream = ConditionCache(base, results_dir() / '.cache'), stream if s.p_switch < 1 else []
+    kept = _as_rehearsed(course, init, base, sets, stream, old) if experiment == 'extend' else []
+    rank = max(map(rank_of, [*(teachers or {}).values(), *([init] if kept else [])]), default=0)
+    before, spread = _before(job, course, sets, kept), values.get('spread_moments', False)
+    return measured_plan(base, [*sets, *kept], stream, cache, s, job.processes, rank, spread, before)
 
 # %% ../../nbs/run/chain.ipynb #3810c8b3
 def evaluate(
@@ -422,9 +483,16 @@ def rivals(
     return job.record('rivals')
 
 
+def full_steps(collection: Path) -> int:
+    "Generator steps of the full budget, begun as the run of this record was: without the anchored ones where it had none."
+    full = differences('distill', 'full')
+    settings = read_json(collection)['run']['parameters'].get('settings', {}) if collection.is_file() else {}
+    return full['steps'] - (full['settings']['anchor_first'] if settings.get('anchor_first') == 0 else 0)
+
+
 def write_report(job: Job, records: list[Path], given: dict | None = None) -> Path:
     "The page that shows it all."
-    full = {'full_steps': differences('distill', 'full')['steps']}
+    full = {'full_steps': full_steps(job.record('collection'))}
     inputs = {'evaluations': [job.record('evaluation')], 'records': records}
     job.do('report', 'report', inputs, {**full, **(given or {})})
     return job.out / 'report.html'

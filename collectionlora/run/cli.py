@@ -334,11 +334,11 @@ def distill(
     if old and not extend:
         raise UserError('--old: names effects of a collection that is extended; give it with --extend FILE')
     job = job_of(out, base, budget, seed, device, given, replace, processes)
+    before = list(chain.checked_effects(old).values()) if old else []
     if dry_run:
         of = 'extend' if extend else 'distill'
-        _plan(chain.plan(job, found, general, init or extend, given, of, _files(teachers, found)))
+        _plan(chain.plan(job, found, general, init or extend, given, of, _files(teachers, found), before))
     elif extend:
-        before = list(chain.checked_effects(old).values()) if old else []
         file = chain.extend(job, extend, found, _files(teachers, found), general, before, given, words)
         _extended(core.read_json(job.record('collection')))
         print(file)

@@ -177,10 +177,11 @@ def budget_words(
     full = full_steps or PAPER_STEPS
     samples = steps * batch * p_switch / effects
     name = 'A short budget run' if steps < full else 'A full budget run'
-    taught = f'{teacher_steps:,} steps for each teacher and ' if teacher_steps else ''
-    begun = f'{matched:,} steps of flow matching on the pairs of all effects and ' if matched else ''
+    taught = [f'{teacher_steps:,} steps for each teacher'] if teacher_steps else []
+    begun = [f'{matched:,} steps of flow matching on the pairs of all effects'] if matched else []
+    before = ', '.join([*taught, *begun]) + (' and ' if taught or begun else '')
     said = (
-        f'{name}: {effects} effects, {taught}{begun}{steps:,} generator steps of batch {batch}, '
+        f'{name}: {effects} effects, {before}{steps:,} generator steps of batch {batch}, '
         f'which is about {samples:,.0f} samples per effect and {steps / PAPER_STEPS:.0%} of the {PAPER_STEPS:,} '
         f'generator steps in the paper, with {seeds} training seed{"s" * (seeds > 1)}.'
     )

@@ -585,14 +585,26 @@ def without(names: Iterable[str]):
             sys.modules.pop(name, None)
 
 # %% ../../nbs/run/cli.ipynb #966cd460
-def _opened(collection: Path | None, base: str, device: str, frozen: str = ''):
-    "The collection of an edit, on its base."
+def _check_effects(effects: Iterable[str], file: Path) -> None:
+    "Raises UserError for an effect that a collection lacks, before anything is loaded."
+    from collectionlora.files.header import catalogue
+    from collectionlora.use.results import chained
+
+    known = [e['id'] for e in catalogue(file)]
+    for effect in effects:
+        chained(effect, known, file)
+
+
+def _opened(collection: Path | None, base: str, device: str, frozen: str = '', effects: Iterable[str] = ()):
+    "The collection of an edit, on its base; the effects are checked first."
     from collectionlora.run.chain import base_folder
+
+    folder, file = base_folder(base), collection_of(collection, base)
+    _check_effects(effects, file)
     from collectionlora.use.edit import Collection
 
     with without(UNUSED):
-        file = collection_of(collection, base)
-        return Collection.load(base_folder(base), file, device=device_of(device), frozen=frozen)
+        return Collection.load(folder, file, device=device_of(device), frozen=frozen)
 
 
 def _server(address: str, token: str | None, collection: Path | None, base: str, device: str, frozen: str = ''):
@@ -608,21 +620,20 @@ def _server(address: str, token: str | None, collection: Path | None, base: str,
 def _edit(opened_maker, paths, effects, out, sheet, seeds, strength, size) -> None:
     "Edits pictures, writes them and their sheet, and prints the files."
     from collectionlora.files.effects import images_among
-    from collectionlora.use.results import edit_all, opened, save_edits, sheet_of, working_words
+    from collectionlora.use import results
+    from collectionlora.use.sheet import SIZES
 
-    pictures = images_among(paths)
-    if not pictures:
-        raise UserError(
-            f'edit: no picture in {", ".join(map(str, paths))}; give files, or a folder that holds pictures'
-        )
-    sources, maker = [opened(p) for p in pictures], opened_maker()
-    _say(working_words(maker, sources, size), 'yellow')
-    edits = edit_all(maker, pictures, effects, seeds, strength, size)
-    for path in save_edits(edits, out):
+    pictures, strength = images_among(paths), results.checked_strength(strength)
+    core.check_keys([size], SIZES, '--size: sizes of a result')
+    results.check_places(paths, pictures, out, sheet)
+    sources, maker = [results.opened(p) for p in pictures], opened_maker()
+    _say(results.working_words(maker, sources, size), 'yellow')
+    edits = results.edit_all(maker, pictures, effects, seeds, strength, size)
+    for path in results.save_edits(edits, out):
         print(path)
     if sheet:
         with core.replacing(sheet) as part:
-            sheet_of(edits).save(part, 'PNG' if sheet.suffix.lower() == '.png' else 'JPEG')
+            results.sheet_of(edits).save(part, results.SHEETS[sheet.suffix.lower()])
         print(sheet)
 
 # %% ../../nbs/run/cli.ipynb #9e459d57
@@ -652,7 +663,7 @@ def edit(
     if server:
         maker = lambda: _server(server, token, collection, base, device, frozen)
     else:
-        file, maker = collection_of(collection, base), lambda: _opened(collection, base, device, frozen)
+        file, maker = collection_of(collection, base), lambda: _opened(collection, base, device, frozen, effects or [])
     if list_only and server:
         return _list_effects(server, maker().catalogue.values())
     if list_only:

@@ -219,12 +219,15 @@ def sheet_of_files(source: Image.Image | None, files: Sequence[Path], side: int 
 
 # %% ../../nbs/use/app.ipynb #a5ca3430
 STYLE = """
-.gradio-container { max-width: 1360px !important; margin: 0 auto !important; padding: 12px !important;
-  width: 100% }
+.gradio-container { max-width: 1360px !important; margin: 0 auto !important; width: 100%;
+  padding: clamp(4px, 1vw, 12px) !important }
+.gradio-container .app { padding: clamp(8px, 2.3vw, 32px) !important }
 footer { display: none !important }
 #title, #note { max-width: none } #title h1 { font-size: 1.7rem; margin: 0 } #title p { margin: .1rem 0; opacity: .75 } #title { margin-bottom: 10px }
 #note { border-left: 4px solid #e8a33d; padding: .5rem .8rem; background: #e8a33d1f; border-radius: 6px; margin: 0 }
 #picture img { width: 100%; height: 100%; object-fit: contain }
+#recipe .json-holder, #recipe .json-holder * { overflow-wrap: anywhere }
+#said .wrap:has(> .error) { display: none }
 #subjects { border: 0; padding: 0; background: none; box-shadow: none; min-height: 0; overflow: visible }
 #subjects .grid-wrap, #results .grid-wrap, #history .grid-wrap { height: auto; min-height: 0; max-height: none }
 #subjects .grid-wrap { padding: 0; overflow: visible }
@@ -247,8 +250,8 @@ footer { display: none !important }
 #effects label:has(input:focus-visible) { outline: 3px solid var(--primary-400); outline-offset: 2px }
 #effects label input { position: absolute; top: 14px; right: 14px; margin: 0; width: 20px; height: 20px }
 #effects label span { margin: 0; font-size: .85rem; line-height: 1.2; text-align: center }
-@media (max-width: 640px) { .gradio-container, .gradio-container main { padding: 6px !important }
-  #effects .wrap { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 6px; max-height: 55vh }
+@media (max-width: 640px) {
+  #effects .wrap { grid-template-columns: repeat(auto-fill, minmax(78px, 1fr)); gap: 6px; max-height: 55vh }
   #effects label { padding: 5px } #effects label input { top: 9px; right: 9px } }
 #picture img, #compare img, #subjects img, #results img, #history img { image-rendering: IMAGE }
 """
@@ -396,14 +399,26 @@ class Events(Page):
         pair = comparison(source, made)
         return {self.compare: pair, self.said: words_of(recipe), self.one: download, self.recipe: recipe}
 
+    def looked_at(self, picture: str) -> dict:
+        "A picture has come from a visitor: says at once what is wrong with it, and empties its field."
+        try:
+            self.opened(picture)
+        except UserError as e:
+            self.gr.Warning(self.studio.service.without_path(e), duration=12)
+            return {self.picture: None}
+        return {self.picture: self.gr.skip()}
+
+    def opened(self, picture: str) -> Image.Image:
+        "The picture in a file that came from a visitor. Raises UserError."
+        return read_upload(Path(picture).read_bytes(), self.limits, 'This picture')
+
     def asked(self, picture, effects, mode, strength, steps, seed, count) -> Asked:
         "What the form says. Raises UserError."
         if not picture:
             raise UserError('No picture is chosen. Drop one into the field, or click one of the drawings.')
         if not isinstance(seed, (int, float)) or seed < 0:
             raise UserError('The seed is empty or below 0. Give a whole number from 0.')
-        image = read_upload(Path(picture).read_bytes(), self.limits, 'This picture')
-        return Asked(image, tuple(effects), mode, float(strength), int(steps), int(seed), int(count))
+        return Asked(self.opened(picture), tuple(effects), mode, float(strength), int(steps), int(seed), int(count))
 
     def makes(self, visitor, tab, *form):
         "Makes what the form asks for, and shows what is there as it comes."
@@ -505,6 +520,7 @@ class App(Answers):
 
         self.results.select(clicked, [self.visitor, self.shown], one, **quiet)
         self.history.select(clicked, [self.visitor, self.old], one, **quiet)
+        self.picture.upload(self.looked_at, self.picture, [self.picture], **quiet)
         self.drawn.select(drew, None, self.picture, **quiet)
         self.again.click(self.remembered, self.recipe, form[1:], **quiet)
         self.search.change(self.found, [self.search, self.effects], self.effects, **quiet)

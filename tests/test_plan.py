@@ -246,9 +246,10 @@ def test_a_command_is_planned_with_the_batches_of_its_stages(small, tmp_path, mo
     s = Settings.preset('default', batch=6, steps=30, anchor_first=20, rank_student=4, rank_fake=4)
     job, values = chain.Job(tmp_path, small.folder, 'full'), dict(device='cpu', micro_batch=6, preset='default')
     for teaching in (True, False):
-        chain.check_machine(job, s, values, effects, None, 1, teaching)
+        chain.check_machine(job, s, values, effects, None, 1, teaching, None if teaching else {'rank': 4})
     assert (seen[0].teacher_rank, seen[0].teacher_batch, seen[0].start_steps) == (4, 6, 0)
-    assert (seen[1].start_steps, seen[1].start_batch) == (20, chain.differences('baseline_fm', 'full')['batch'])
+    first = chain.differences('baseline_fm', 'full')
+    assert (seen[1].start_steps, seen[1].start_batch) == (first['steps'], first['batch'])
 
 
 def test_processes_share_the_memory_of_a_cpu_and_need_more_of_the_host(small, work):

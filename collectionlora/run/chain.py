@@ -252,12 +252,13 @@ def _room(job: Job, values: dict) -> tuple[float, float, float]:
 
 
 def check_machine(
-    job: Job, s, values: dict, effects: dict[str, Path], general: Path | None, least=LARGE, teaching: bool = False
+    job: Job, s, values: dict, effects: dict[str, Path], general: Path | None, least=LARGE, teaching=False, start=None
 ) -> None:
     """Raises UserError, before anything is loaded, if a base of at least `least` bytes does not fit this machine: its
     card, its memory or its disk. The sentence has the bytes that are missing and the cheapest change that fits.
 
-    s: settings of the distillation; teaching: no student is trained, but teachers of rank s.rank_student."""
+    s: settings of the distillation; teaching: no student is trained, but teachers of rank s.rank_student; start: what
+    flow matching before it is asked (`Course.start`)."""
     from collectionlora.engine import fits
     from collectionlora.files.effects import load_effects, load_general
 
@@ -272,9 +273,9 @@ def check_machine(
     work = fits.Work(s, effects=len(sets), targets=targets, general=shown, paint_steps=1)
     if teaching:
         work = replace(work, teacher_rank=s.rank_student, teacher_batch=s.batch)
-    elif values.get('preset') == 'default' and 0 < s.anchor_first < s.steps:
-        first = differences('baseline_fm', job.budget).get('batch', work.start_batch)
-        work = replace(work, start_steps=s.anchor_first, start_batch=first)
+    elif start:
+        first = complete('baseline_fm', merged(differences('baseline_fm', job.budget), start))
+        work = replace(work, start_steps=first['steps'], start_batch=first['batch'])
     base = fits.planned_base(job.base, dtype='bfloat16' if values['device'].startswith('cuda') else 'float32')
     fits.check_room(base, work, way, *_room(job, values), teaching)
 
@@ -344,7 +345,7 @@ def distill(
     course = course_of(job, effects, init, given)
     _stream(general, course.s)
     _check_share(job, course.s.batch)
-    check_machine(job, course.s, course.values, effects, general)
+    check_machine(job, course.s, course.values, effects, general, start=course.start)
     described = describe(job, effects, words)
     if course.start:
         init = flow_matched(job, described, course.start)

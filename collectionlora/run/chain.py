@@ -317,7 +317,7 @@ class Course:
 def course_of(
     job: Job, effects: dict[str, Path], init: Path | None = None, given: dict | None = None, experiment: str = 'distill'
 ) -> Course:
-    "The course of `distill`, or of `extend` from the collection `init`: whoever runs it and whoever plans it asks here."
+    "The course of `distill`, or of `extend` from the collection `init`; whoever runs or plans it asks here."
     values, s = distill_settings(job, init, given, experiment)
     if experiment == 'extend' or not starts_from_pairs(s, effects, values['preset'], init, given):
         return Course(values, s, given)
@@ -402,7 +402,8 @@ def _as_rehearsed(course: Course, collection: Path, base, sets: list, stream: li
     if not asked['rehearse']:
         return []
     pictures = [p for p, _ in stream] or [p for e in sets for p in e.sources]
-    return ext.promised(parent, ext.rehearsed_on(parent, known, pictures, asked['rehearsed'], asked['looks']), len(sets))
+    shown = ext.rehearsed_on(parent, known, pictures, asked['rehearsed'], asked['looks'])
+    return ext.promised(parent, shown, len(sets))
 
 # %% ../../nbs/run/chain.ipynb #164ba6c7
 def _before(job: Job, course: Course, sets: list, kept: list) -> dict[str, dict[str, int]]:
@@ -485,7 +486,7 @@ def rivals(
 
 
 def full_steps(collection: Path) -> int:
-    "Generator steps of the full budget, begun as the run of this record was: without the anchored ones where it had none."
+    "Generator steps of the full budget, begun as this record's run was: without anchored ones where it had none."
     full = differences('distill', 'full')
     settings = read_json(collection)['run']['parameters'].get('settings', {}) if collection.is_file() else {}
     return full['steps'] - (full['settings']['anchor_first'] if settings.get('anchor_first') == 0 else 0)

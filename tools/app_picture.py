@@ -99,9 +99,9 @@ def steps(url: str, size: tuple[int, int]) -> dict[str, Image.Image]:
 
 def jpeg(picture: Image.Image, path: Path) -> None:
     "Writes a picture in at most MOST bytes."
-    for quality in range(90, 40, -5):
+    for quality in range(80, 40, -5):
         buffer = io.BytesIO()
-        picture.save(buffer, 'JPEG', quality=quality, optimize=True)
+        picture.save(buffer, 'JPEG', quality=quality, optimize=True, progressive=True)
         if buffer.tell() <= MOST:
             path.write_bytes(buffer.getvalue())
             print(f'{path.name}: {picture.width} x {picture.height}, {buffer.tell() / 1e3:.0f} kB')

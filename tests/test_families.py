@@ -393,7 +393,7 @@ def test_two_processes_walk_the_chain_to_the_collection_of_one(family, folder, t
     on, small = ('--base', base, '--device', 'cpu', '--budget', 'demo'), ('-p', 'rank=2')
     few = ('-p', 'steps=2', '-p', 'batch=3', '-p', 'validate=0')
     asked('teach', *effects, *on, *small, *few, '--out', tmp_path, '--processes', 2)
-    settings = ('-p', 'settings={p_switch: 1, few_steps: 2, fake_warmup: 1}')
+    settings = ('-p', 'settings={p_switch: 1, few_steps: 3, fake_warmup: 1}')
     for n in (1, 2):
         given = (*on, *small, *settings, '--out', tmp_path / str(n), '--processes', n)
         asked('distill', *effects, '--teachers', tmp_path / 'teachers', *given)

@@ -219,9 +219,9 @@ def test_a_base_that_does_not_fit_is_refused_before_anything_runs(small, tmp_pat
     effects = {'confetti_party': write_world_effect(tmp_path / 'confetti_party', 'confetti_party', 2, 0).folder}
     s = Settings.preset('paper', batch=2, rank_student=4, rank_fake=4)
     monkeypatch.setattr(chain, 'execute', lambda *_, **__: pytest.fail('something ran'))
-    monkeypatch.setattr(chain, 'distill_settings', lambda *_, **__: (dict(device='cpu'), s))
+    monkeypatch.setattr(chain, 'distill_settings', lambda *_, **__: (dict(device='cpu', preset='paper'), s))
     monkeypatch.setattr(chain, '_stream', lambda *_: [])
-    monkeypatch.setattr(chain.check_machine, '__defaults__', (1, False))  # as if every base were a large one
+    monkeypatch.setattr(chain.check_machine, '__defaults__', (1, False, None))  # as if every base were a large one
     run = {
         'teach': lambda job: chain.teach(job, effects, {'rank': 4, 'batch': 2}),
         'distill': lambda job: chain.distill(job, effects, {}),

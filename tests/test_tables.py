@@ -10,6 +10,7 @@ from collectionlora import core, world
 from collectionlora.core import UserError
 from collectionlora.engine.pools import student_words
 from collectionlora.files.drawn import write_world_effect
+from collectionlora.engine.settings import Settings
 from collectionlora.judge import effectbench, ledger
 from collectionlora.judge.findings import contrast_table, diversity, findings, level_table
 from collectionlora.judge.gate import made_up_rows
@@ -120,13 +121,13 @@ def run_values(table):
 def test_all_tables_ask_for_one_recipe_and_the_same_amount_for_each_effect():
     found = {t: run_values(t) for t in tables.TABLES}
     effects = {t: v['sizes'][0]['effects'] if 'sizes' in v else v['effects'] for t, v in found.items()}
-    on = {'weight_ts', 'weight_fm'}  # Table 3's full method has all parts
-    recipe = lambda t: {k: v for k, v in found[t]['student'].items() if k != 'steps' and not (t == 'table_3' and k in on)}
+    recipe = lambda t: {k: v for k, v in found[t]['student'].items() if k != 'steps'}
     for t, values in found.items():
         assert values['materials'] == found['table_1']['materials'] and values['hours'] <= 3
         assert {**recipe('table_1'), **recipe(t)} == recipe('table_1')
-        assert values['student']['steps'] == 10 * effects[t] and values['fm']['steps'] == 150 * effects[t]
-    assert all(found['table_3']['student'][k] > 0 for k in on)
+        assert values['student']['steps'] == 20 * effects[t] and values['fm']['steps'] == 300 * effects[t]
+    whole = Settings.from_dict(found['table_3']['student'])
+    assert whole.weight_ts > 0 and whole.weight_fm > 0  # Table 3's full method has all parts
 
 
 def test_tables_of_fifty_effects_share_the_collections(tmp_path, monkeypatch):

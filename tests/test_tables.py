@@ -9,8 +9,8 @@ import pytest
 from collectionlora import core, world
 from collectionlora.core import UserError
 from collectionlora.engine.pools import student_words
-from collectionlora.files.drawn import write_world_effect
 from collectionlora.engine.settings import Settings
+from collectionlora.files.drawn import write_world_effect
 from collectionlora.judge import effectbench, ledger
 from collectionlora.judge.findings import contrast_table, diversity, findings, level_table
 from collectionlora.judge.gate import made_up_rows

@@ -219,7 +219,8 @@ def test_a_plan_says_what_the_records_of_the_real_run_say(world, folder, tmp_pat
     collection, file = None, {id: folder / 'named' / f'{id}.safetensors' for id in effects}
     for id, kind in (('one', 'distill'), ('two', 'extend')):
         job, new = chain.Job(tmp_path / kind, folder / 'base', 'demo'), {id: effects[id]}
-        plan = chain.plan(job, new, general, collection, None, kind, {id: file[id]}, [effects['one']] if collection else ())
+        old = [effects['one']] if collection else ()
+        plan = chain.plan(job, new, general, collection, None, kind, {id: file[id]}, old)
         if kind == 'distill':
             collection = chain.distill(job, new, {id: file[id]}, general)
             matched = core.read_json(job.record('all_in_one'))['cost']

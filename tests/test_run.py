@@ -350,7 +350,8 @@ def test_runs_of_a_sweep_do_not_overwrite_each_others_files(tmp_path):
     sweep(path, {'n': [1, 2]}, tmp_path / 's')
     assert [(tmp_path / 's' / f'n={n}' / 'drawn' / 'n.txt').read_text() for n in (1, 2)] == ['1', '2']
     reused = sweep(path, {'n': [1, 2]}, tmp_path / 's')
-    assert [r['metrics']['twice'] for r in reused.values()] == [2, 4] and list(records_in(tmp_path)) == ['s/n=1', 's/n=2']
+    assert [r['metrics']['twice'] for r in reused.values()] == [2, 4]
+    assert list(records_in(tmp_path)) == ['s/n=1', 's/n=2']
     assert record_file(tmp_path / 's' / 'n=1') == tmp_path / 's' / 'n=1' / 'n=1.json'
 
 

@@ -239,7 +239,8 @@ def test_out_of_memory_while_encoding_or_painting_keeps_what_is_made(base, bank,
     pairs = [(p, effect.prompt) for p in effect.sources]
     with monkeypatch.context() as m:
         m.setattr(type(base), 'encode_images', out_of_memory_at(3, type(base).encode_images, MemoryError()))
-        with pytest.raises(UserError, match='out of memory at . pictures or prompts .*; micro_batch=1 encodes them one by one'):
+        words = 'out of memory at . pictures or prompts .*; micro_batch=1 encodes them one by one'
+        with pytest.raises(UserError, match=words):
             ConditionCache(base, tmp_path / 'c').warm(pairs)
     assert ConditionCache(base, tmp_path / 'c').warm(pairs) == 2 * len(pairs) - 2
     with monkeypatch.context() as m:

@@ -66,8 +66,8 @@ class Way:
         self.page.wait_for_function(f"document.querySelector('#said').innerText.includes('{wanted}')")
         self.shoot(MADE)
 
-    def composed(self, folder: Path) -> None:
-        "Two effects in one picture, its recipe and prompt, and the sheet of it."
+    def composed(self) -> None:
+        "Two effects in one picture, its recipe and prompt."
         for box in self.page.locator('#effects input').all()[1::2]:
             box.uncheck()
         self.page.get_by_role('radio', name='all in one picture').check()
@@ -92,7 +92,7 @@ def steps(url: str, size: tuple[int, int]) -> dict[str, Image.Image]:
         way.shoot('opened')
         way.refused(Path(folder))
         way.edited()
-        way.composed(Path(folder))
+        way.composed()
         browser.close()
     return way.shots
 

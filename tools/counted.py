@@ -1,5 +1,6 @@
-"""Counts every base whose configuration files ship, or are written by its family, and writes `data/counted.json`, which a
-plan reads: `python tools/counted.py`. To be run again when a base's configuration or the engine's forward changes; a test says so."""
+"""Counts every base whose configuration files ship, or are written by its family, and writes `data/counted.json`, which
+a plan reads: `python tools/counted.py`. To be run again when a base's configuration or the engine's forward changes; a
+test says so."""
 
 import tempfile
 from pathlib import Path

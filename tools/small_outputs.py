@@ -1,7 +1,7 @@
 """Makes the pictures in notebooks small: `python tools/small_outputs.py [nbs/a.ipynb ...]`, all notebooks without names.
 
-A PNG output becomes a PNG of few colours if it is a drawing and a JPEG if it has pictures. To the eye it stays the same.
-Lines that a progress bar has left are taken out."""
+A PNG output becomes a PNG of few colours if it is a drawing and a JPEG if it has pictures. To the eye it stays the
+same. Lines that a progress bar has left are taken out."""
 
 import base64
 import io
@@ -17,8 +17,8 @@ QUALITY = 75  # of JPEG
 
 
 def of_few_colours(white: Image.Image) -> Image.Image | None:
-    """The picture in the fewest colours of 16 to 128 in which no pixel is off by 40 of 255 levels, or else in 256; None if
-    it is off by more than a level on average, as pictures are and drawings are not."""
+    """The picture in the fewest colours of 16 to 128 in which no pixel is off by 40 of 255 levels, or else in 256; None
+    if it is off by more than a level on average, as pictures are and drawings are not."""
     for colours in (16, 32, 64, 128, 256):
         few = white.quantize(colours)
         off = ImageStat.Stat(ImageChops.difference(white, few.convert('RGB')))

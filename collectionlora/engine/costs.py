@@ -20,9 +20,9 @@ class Term:
     """A loss term of the student.
 
     loss: the function of (engine, batch, generator, earlier), or the name of one in `engine.terms`; weight: its weight
-    under settings, by default that in `Settings.further`; effects, general: whether it runs on effects and on the general stream; plain: it runs on
-    rehearsed effects, and only there; coarse: it also runs during `anchor_first`; forward: the forward passes per
-    sample beside the one with gradient, expected under settings, for the plan."""
+    under settings, by default that in `Settings.further`; effects, general: whether it runs on effects and on the
+    general stream; plain: it runs on rehearsed effects, and only there; coarse: it also runs during `anchor_first`;
+    forward: the forward passes per sample beside the one with gradient, expected under settings, for the plan."""
 
     loss: Callable | str
     weight: Callable[[Settings], float] | None = None
@@ -111,10 +111,10 @@ def plan(
 ) -> dict:
     """What a run will do and take: samples per effect, transformer passes, estimated seconds (without validation).
 
-    seconds: those of one 'forward' and one 'gradient' pass of a sample; effects, general: how many there are, a group of
-    rehearsed effects counting as one; rehearsed: the share of the effects that are rehearsed; before: stage -> passes,
-    {'forward': n, 'gradient': m} in samples, of what is made before the loop begins, which the seconds of the whole
-    count."""
+    seconds: those of one 'forward' and one 'gradient' pass of a sample; effects, general: how many there are, a group
+    of rehearsed effects counting as one; rehearsed: the share of the effects that are rehearsed; before: stage ->
+    passes, {'forward': n, 'gradient': m} in samples, of what is made before the loop begins, which the seconds of the
+    whole count."""
     cycle, matched = passes(s, rehearsed), s.steps - s.anchor_first
     per_step = sum(cycle[k] * seconds[k] for k in cycle)
     fakes = s.fake_warmup if s.fake_per_generator else 0

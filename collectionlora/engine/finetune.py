@@ -22,10 +22,11 @@ from torch import Tensor
 from ..bases.backbone import Backbone, Cond
 from ..bases.counted import gradient_into
 from ..bases.slots import stored_dtype
-from ..core import bar, load_state, rng, save_state, seed_of, sha256_file, sha256_json, UserError
+from ..core import bar, load_state, OutOfMemory, rng, save_state, seed_of, sha256_file, sha256_json
+from ..core import short_of_memory, UserError
 from .parallel import Ranks
 from .pools import deal, decks
-from .state import Interruption, OutOfMemory, restore, short_of_memory
+from .state import Interruption, restore
 from .words import with_words
 from ..files.conditions import ConditionCache, Conditions
 from ..files.dialects import Lora
@@ -84,7 +85,8 @@ def encode_examples(cache: ConditionCache, found: Sequence[Example], flip: bool 
 def flow_data(cache: ConditionCache, found: Sequence[Example], flip: bool = False, ranks=None) -> FlowData:
     """Encodes the examples (through `cache`) and sorts them by latent grid.
 
-    flip: add the mirrored pairs; ranks: the processes that share the encoding. Raises `UserError` if there are none or a target's grid is not its source's."""
+    flip: add the mirrored pairs; ranks: the processes that share the encoding. Raises `UserError` if there are none or a
+    target's grid is not its source's."""
     encode_examples(cache, found, flip, ranks)
     by_grid = {}
     for e in found:

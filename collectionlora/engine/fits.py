@@ -19,7 +19,7 @@ from ..bases.sizes import Pass, pass_of, picture_costs, Sample, sample_of, Weigh
 from ..core import nearest, UserError
 from .costs import active, check_terms, plan
 from .held import learning, left_bytes, MOMENT
-from .settings import Settings
+from .settings import anchored_start, Settings
 
 # %% ../../nbs/engine/fits.ipynb #c871f727
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def asked_for(preset: str, given: Mapping) -> tuple[Work, Way]:
     check_terms(s)
     for name, value in (work | way).items():
         _checked(name, value, getattr(Work(s) if name in work else Way(), name))
-    if preset == 'default' and 0 < s.anchor_first < s.steps and 'start_steps' not in work:
+    if anchored_start(s, preset) and 'start_steps' not in work:
         work['start_steps'] = s.anchor_first
         s = replace(s, steps=s.steps - s.anchor_first, anchor_first=0, lr_anchor=None)
     return Work(s, **work), Way(**way)

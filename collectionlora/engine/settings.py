@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER', 'AUTHORS', 'DEFAULT', 'PRESETS', 'POSITIVE', 'WHOLE', 'SHARES', 'NOT_NEGATIVE', 'LARGER_THAN_0', 'knob',
            'Updates', 'Streams', 'Sampler', 'Losses', 'NoiseLevels', 'Adapters', 'Optimisers', 'Safety', 'Settings',
-           'check_settings', 'schedule_of', 'resolved', 'describe']
+           'check_settings', 'schedule_of', 'resolved', 'anchored_start', 'describe']
 
 # %% ../../nbs/engine/settings.ipynb #fe317efb
 import math
@@ -427,6 +427,11 @@ def schedule_of(s: Settings, shift: float | None = None) -> list[float]:
 def resolved(s: Settings, shift: float) -> Settings:
     "The settings with every None shift replaced by the base's own."
     return replace(s, **{f.name: shift for f in fields(s) if f.name.endswith('_shift') and getattr(s, f.name) is None})
+
+
+def anchored_start(s: Settings, preset: str) -> bool:
+    "Whether a run by this preset begins with anchored steps whose place flow matching on pairs takes."
+    return preset == 'default' and 0 < s.anchor_first < s.steps
 
 
 def describe(s: Settings) -> dict[str, str]:

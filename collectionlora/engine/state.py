@@ -20,7 +20,7 @@ import torch
 from torch import nn, Tensor
 
 from ..bases.backbone import Backbone
-from ..core import load_state, out_of_memory, OutOfMemory, save_state, short_of_memory, UserError  # noqa: F401
+from ..core import load_state, save_state, short_of_memory, UserError
 from .parallel import optimiser, Ranks
 from .settings import Settings
 from ..files.dialects import Lora

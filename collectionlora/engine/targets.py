@@ -17,9 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..bases.backbone import Backbone, Cond
-from ..core import bar, read_json, replacing, seed_of, sha256_json, UserError, write_json
+from ..core import bar, read_json, replacing, seed_of, sha256_json, short_of_memory, UserError, write_json
 from .parallel import Ranks
-from .state import short_of_memory
 from ..files.conditions import ConditionCache
 from ..files.effects import copy_manifest, copy_source, EffectSet, load_effect, put_in_place
 from ..files.pictures import shown_size

@@ -264,8 +264,8 @@ def _programs(info: dict) -> list[str]:
     comfy += ', its times are those of this file.' if synth else ' and its `ManualSigmas` needs version 0.7.'
     if info['width'] not in (None, family.width):
         comfy += (
-            f' It names the files of {family.name}; this LoRA is of a base {info["width"]} wide, which has to take their '
-            "place. In diffusers, give that base's `height` and `width`."
+            f' It names the files of {family.name}; this LoRA is of a base {info["width"]} wide, which has to take '
+            "their place. In diffusers, give that base's `height` and `width`."
         )
     if not family.programs:
         return [f'- {comfy}', f'- {STRENGTH}']

@@ -251,6 +251,11 @@ def _room(job: Job, values: dict) -> tuple[float, float, float]:
     return torch.cuda.mem_get_info()[0] if on_gpu else host / job.processes, host, disk
 
 
+def _of_flow_matching(job: Job, start: dict) -> dict:
+    "All parameters of the flow matching that begins a student, from what it is asked (`Course.start`)."
+    return complete('baseline_fm', merged(differences('baseline_fm', job.budget), start))
+
+
 def check_machine(
     job: Job, s, values: dict, effects: dict[str, Path], general: Path | None, least=LARGE, teaching=False, start=None
 ) -> None:
@@ -274,7 +279,7 @@ def check_machine(
     if teaching:
         work = replace(work, teacher_rank=s.rank_student, teacher_batch=s.batch)
     elif start:
-        first = complete('baseline_fm', merged(differences('baseline_fm', job.budget), start))
+        first = _of_flow_matching(job, start)
         work = replace(work, start_steps=first['steps'], start_batch=first['batch'])
     base = fits.planned_base(job.base, dtype='bfloat16' if values['device'].startswith('cuda') else 'float32')
     fits.check_room(base, work, way, *_room(job, values), teaching)
@@ -293,10 +298,11 @@ def starts_from_pairs(s, effects: dict[str, Path], preset: str, init: Path | Non
     """Whether flow matching on the effects' own pairs takes the place of a student's first, anchored steps.
 
     s: resolved settings; given: what was asked for beside the budget."""
+    from collectionlora.engine.settings import anchored_start
     from collectionlora.files.effects import load_effects
 
     asked = 'anchor_first' in (given or {}).get('settings', {})
-    if preset != 'default' or init or asked or not 0 < s.anchor_first < s.steps:
+    if init or asked or not anchored_start(s, preset):
         return False
     return all(e.targets for e in load_effects(*effects.values()))
 
@@ -412,7 +418,7 @@ def _before(job: Job, course: Course, sets: list, kept: list) -> dict[str, dict[
     each = asked['per_source'] * asked['steps'] * (1 if asked['guidance'] == 1 else 2)
     stages = {'painting': {'forward': sum(map(len, sets)) * each}}
     if course.start:
-        start = complete('baseline_fm', merged(differences('baseline_fm', job.budget), course.start))
+        start = _of_flow_matching(job, course.start)
         stages['flow matching'] = {'gradient': start['steps'] * start['batch']}
     if kept:
         stages['rehearsing'] = {'forward': sum(map(len, kept)) * course.s.few_steps}

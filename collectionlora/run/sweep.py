@@ -205,7 +205,8 @@ def sweep(
 
     `grid`: `{name: [values]}`, `seed` among them, or a YAML file of that. Each run has the folder `out_dir/<run>`.
     `processes`: of each run. `slurm`: submit them as one Slurm job array with these options (`run.slurm`). `replace`:
-    also where a finished run with other parameters is. Raises `RunFailed`, after all have had their turn, if any failed."""
+    also where a finished run with other parameters is. Raises `RunFailed`, after all have had their turn, if any
+    failed."""
     points, out, more = _points(experiment, grid, inputs or {}), Path(out_dir), {'replace': True} if replace else {}
     if slurm is not None:
         from collectionlora.run.slurm import job_array

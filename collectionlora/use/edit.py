@@ -229,19 +229,10 @@ def thumbnails(
     encoders make them. Samples that are not finite are left out."""
     ids, images = list(pictures), [opened(p, 'picture') for p in pictures.values()]
     prompts, seeds = [collection.prompt(e) for e in ids], [seed] * len(ids)
-    files, known = list(pictures.values()), conditions is not None
-    of = lambda part, words: conditions.cond([(files[i], c) for i, c in zip(part, words)])
-    cached = lambda part, words: of(part, words).to(collection.base.device)
-    made = generate(
-        collection.base,
-        collection.role,
-        images,
-        prompts,
-        seeds,
-        collection.recipe,
-        desc='thumbnails',
-        encode=cached if known else None,
-    )
+    files, base = list(pictures.values()), collection.base
+    cached = lambda part, words: conditions.cond([(files[i], c) for i, c in zip(part, words)]).to(base.device)
+    how = dict(desc='thumbnails', encode=None if conditions is None else cached)
+    made = generate(base, collection.role, images, prompts, seeds, collection.recipe, **how)
     done = {e: fitted(o.image, i.size) for e, i, o in zip(ids, images, made) if o.image is not None}
     return {e: {'thumbnail': _jpeg_uri(image, side), 'example_seed': seed} for e, image in done.items()}
 

@@ -89,8 +89,8 @@ def chained(effect: Effect, known: Container[str], where) -> tuple[str, ...]:
 def in_full(image, effect, seed, strength, size: str) -> tuple[list, list, list, list, bool]:
     """The arguments of `edit`, single or lists, as (pictures, effects, seeds, strengths, whether a list was asked for).
 
-    The four lists have one entry for each result; a picture is opened once, however often it is edited, and a strength of
-    None is the catalogue's. Raises UserError for lists of different lengths, a size that is not in `sheet.SIZES`, and
+    The four lists have one entry for each result; a picture is opened once, however often it is edited, and a strength
+    of None is the catalogue's. Raises UserError for lists of different lengths, a size that is not in `sheet.SIZES`, and
     what is no picture, seed or strength."""
     check_keys([size], SIZES, 'edit: sizes')
     full = spread(pictures=image, effects=effect, seeds=seed, strengths=strength)
@@ -160,8 +160,8 @@ SHEETS = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG'}  # endings of a sheet,
 
 
 def check_places(given: Sequence[Picture], pictures: Sequence[Path], folder: Path, sheet: Path | None = None) -> None:
-    """Raises UserError where the results in `folder` or their `sheet` would do harm: to one of the `pictures`, or to the
-    folders among the paths `given`.
+    """Raises UserError where the results in `folder` or their `sheet` would do harm: to one of the `pictures`, or to
+    the folders among the paths `given`.
 
     Also for a folder that is a file, and for a sheet of another ending than in SHEETS."""
     if folder.exists() and not folder.is_dir():

@@ -80,9 +80,8 @@ def _listed(index: Path) -> list[dict]:
     if index.is_dir():
         return _in_folders(index)
     if not index.is_file():
-        raise UserError(
-            f'{index}: no such file; give the index.json of an evaluation, JSON lines of pictures, or a folder of folders'
-        )
+        forms = 'the index.json of an evaluation, JSON lines of pictures, or a folder of folders'
+        raise UserError(f'{index}: no such file; give {forms}')
     if index.suffix == '.jsonl':
         lines = [(f'{index}, line {n}', line) for n, line in text_lines(index)]
         try:

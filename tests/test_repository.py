@@ -77,6 +77,13 @@ def test_every_budget_file_fits_its_notebook():
     assert files and all(from_file(f) for f in files)
 
 
+def test_a_run_file_asks_for_nothing_that_only_one_checkout_has():
+    "What git does not have is given beside the file (`needs`); a cache may be empty and is made where it is absent."
+    for file in sorted((ROOT / 'nbs' / 'experiments').glob('*/*.yaml')):
+        given = {k: v for k, v in core.read_yaml(file).items() if k != 'cache'}
+        assert 'results/' not in json.dumps(given), file
+
+
 def test_published_json_is_valid():
     for file in tracked():
         if file.endswith('.json') and (ROOT / file).is_file():

@@ -154,7 +154,7 @@ def analysed(name, results):
 @pytest.mark.parametrize('name', NAMES)
 def test_an_analysis_needs_a_record_and_no_torch(name, tmp_path):
     (tmp_path / name).mkdir()
-    shutil.copy(ROOT / 'results' / name / 'smoke.json', tmp_path / name)
+    shutil.copy(ROOT / 'results' / name / 'demo.json', tmp_path / name / 'smoke.json')
     assert (
         'A smoke run of seconds' in analysed(name, tmp_path)
         and not (tmp_path / 'figures').exists()

@@ -338,6 +338,18 @@ def helps():
                 yield [*before, name], [command.help, *(p.help for p in command.params if p.help)]
 
 
+@pytest.mark.parametrize('budget', cli.MINUTES)
+def test_help_says_how_long_the_demonstration_takes(budget):
+    low, high = cli.MINUTES[budget]
+    said = ' '.join(call('demo', '--help').output.replace('│', ' ').split())
+    assert f'{budget}: {low} to {high} minutes' in said
+    folder = ROOT / 'results' / 'main_job' / ('demo' if budget == 'demo' else f'demo-{budget}')
+    taken = sum(core.read_json(p).get('cost', {}).get('wall_seconds', 0) for p in folder.glob('*.json')) / 60
+    assert low <= taken <= high
+    low, high = cli.MINUTES['demo']
+    assert f'collectionlora demo, which takes {low} to {high} minutes' in ' '.join(call('--help').output.split())
+
+
 def test_help_shows_brackets_as_they_are(monkeypatch):
     from rich.markup import render
 

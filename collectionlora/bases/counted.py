@@ -19,6 +19,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linprog
 from torch import nn, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -179,10 +180,12 @@ def gradient_into(backbone: Backbone, role: str, buffer: Tensor) -> None:
         p.grad = buffer[at : at + p.numel()].view(p.shape)
 
 
-def _gradient(backbone: Backbone, sample: Sample, n: int) -> tuple[int, list[int], int]:
-    "(bytes kept, course of bytes, operations) of a forward and its backward."
+def _gradient(backbone: Backbone, sample: Sample, n: int, adds: bool) -> tuple[int, list[int], int]:
+    """(bytes kept, course of bytes, operations) of a forward and its backward; adds: to gradients that are there, or it
+    makes its own."""
     state, buffer = _state(sample, n), torch.zeros_like(backbone.flat('counted'))
-    gradient_into(backbone, 'counted', buffer)
+    if adds:
+        gradient_into(backbone, 'counted', buffer)
     ours = (*own_tensors(backbone), buffer, *state[:2], state[2].source, state[2].emb)
     with fused_attention(), Live(*ours) as live:
         loss = backbone.velocity('counted', *state).square().mean()
@@ -206,8 +209,10 @@ def courses(
     backbone.add_role('counted', rank)
     backbone.micro_batch = 0
     forward, of_forward, tables = _forward(backbone, sample, n)
-    kept, gradient, of_gradient = _gradient(backbone, sample, n)
+    _, alone, _ = _gradient(backbone, sample, n, False)
+    kept, gradient, of_gradient = _gradient(backbone, sample, n, True)
     held = {'forward': forward, 'kept': [kept + tables], 'gradient': [v + tables for v in gradient]}
+    held |= {'alone': [v + tables for v in alone]}
     return held | {'forward_flops': [of_forward], 'gradient_flops': [of_gradient]}
 
 
@@ -247,6 +252,14 @@ def _picture(work, vae: nn.Module, shape: tuple, dtype: torch.dtype) -> tuple[in
 POINTS = {'one': ((1, 4), (1, 16)), 'several': ((2, 4), (2, 8), (4, 8), (4, 128))}  # (samples, rank) of each pass
 
 
+def _spare(rows: np.ndarray, i: int) -> bool:
+    "Whether a weighted mean of the other rows is at least row i in every column."
+    others, row = np.delete(rows, i, axis=0), rows[i]
+    scale = np.maximum(1.0, np.abs(rows).max(0))
+    sums = np.ones((1, len(others)))
+    return linprog(sums[0], -(others / scale).T, -row / scale, sums, [1.0]).status == 0
+
+
 def rows_of(points: Sequence[tuple[int, int]], values: Sequence[list[int]]) -> list[list[int]]:
     """Rows (a, b, c, d) of which `sizes.largest` gives the largest value of each course; values: one course a point.
 
@@ -260,8 +273,11 @@ def rows_of(points: Sequence[tuple[int, int]], values: Sequence[list[int]]) -> l
     rows = np.zeros((y.shape[1], 4), np.int64)
     rows[:, columns] = found.T
     rows = np.unique(rows, axis=0)
-    below = [(rows >= row).all(1).sum() > 1 for row in rows]
-    return rows[~np.array(below)].tolist()
+    rows = rows[[(rows >= row).all(1).sum() == 1 for row in rows]]
+    for i in reversed(range(len(rows))):
+        if len(rows) > 1 and _spare(rows, i):
+            rows = np.delete(rows, i, axis=0)
+    return rows.tolist()
 
 # %% ../../nbs/bases/counted.ipynb #3a78d00f
 def _rows(folder: Path, sample: Sample, checkpointing: bool, points, blocks: int) -> dict[str, list]:

@@ -86,11 +86,13 @@ class Weights:
 @dataclass(frozen=True)
 class Pass:
     """What a pass of n samples holds beside the weights and what it computes: peak bytes of a forward without gradient,
-    bytes kept for backward, peak bytes of forward and backward together; floating-point operations of both."""
+    bytes kept for backward, peak bytes of forward and backward together, where the gradients that it adds to are not its
+    own and where it is alone and makes them; floating-point operations of both."""
 
     forward: int
     kept: int
     gradient: int
+    alone: int
     forward_flops: int
     gradient_flops: int
 

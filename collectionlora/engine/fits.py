@@ -162,9 +162,10 @@ def micro_bytes(base: Base, n: int) -> int:
 def matching_bytes(base: Base, batch: int, rank: int, way: Way) -> dict[str, int]:
     "Bytes on one card of flow matching with a LoRA of this rank, a teacher's or a student's first, the base left out."
     n, x = per_forward(batch, way), base.sample
+    lora, costs, several = base.lora(rank), base.pass_of(n, rank, way), way.processes > 1 or n < batch
     return {
-        'LoRA, its gradient, two moments': 4 * base.lora(rank),
-        'a pass with gradient': base.pass_of(n, rank, way).gradient,
+        'LoRA and two moments': 3 * lora,
+        'gradient and pass': lora + costs.gradient if several else costs.alone,
         'samples of the micro-batch': 4 * n * (4 * x.tokens * x.channels + x.source * x.channels + x.text * x.width),
     }
 

@@ -396,3 +396,24 @@ def test_what_looks_alike_does_not_compete():
     assert (pictures[0][0] == pictures[1][0]).all() and world.followed(
         pictures[0][0], pictures[0], [pictures[1], [world.render(s)]]
     )
+
+
+def test_a_look_that_a_notebook_and_its_module_add_is_the_same_look(tmp_path, monkeypatch):
+    "The way of `world/effects`, *How to add an effect*: the cell runs in the notebook and again when the module loads."
+    from collectionlora.world import styles
+
+    monkeypatch.setitem(styles.LOOKS, 'wear', dict(styles.LOOKS['wear']))
+    monkeypatch.syspath_prepend(tmp_path)
+    cell = (
+        'from collectionlora.world.styles import add_look\n\n\n'
+        'def paper_boat(p, c):\n    p.poly([(0, -0.5), (0.15, -0.26), (-0.15, -0.26)], c)\n\n\n'
+        "add_look('wear', 'paper boat', paper_boat)\n"
+    )
+    (tmp_path / 'boat_in_a_module.py').write_text(cell)
+    (tmp_path / 'boat_in_a_cell.py').write_text(f'# a line more\n{cell}')
+    (tmp_path / 'another_boat.py').write_text(cell.replace('-0.5', '-0.6'))
+    first = importlib.import_module('boat_in_a_module').paper_boat
+    importlib.import_module('boat_in_a_cell')
+    assert styles.LOOKS['wear']['paper boat'] is first
+    with pytest.raises(UserError, match="a wear called 'paper boat' already"):
+        importlib.import_module('another_boat')

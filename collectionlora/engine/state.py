@@ -7,6 +7,7 @@ __all__ = ['BEFORE', 'restore', 'State', 'writing', 'save_checkpoint', 'compare_
            'Interruption', 'Diverged', 'Guard', 'telling_what_helps', 'start_from', 'weights_of']
 
 # %% ../../nbs/engine/state.ipynb #24b54956
+import json
 import math
 import signal
 import statistics
@@ -125,6 +126,11 @@ def _short(value) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else 'none' if value is None else repr(value)
 
 
+def _typed(value) -> str:
+    "A setting's value as the command line takes it."
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
 BEFORE = {'sampler': 'stochastic'}  # what a run had before there was a setting for it, where it is not the default
 
 
@@ -144,10 +150,11 @@ def compare_fingerprints(saved: dict, wanted: dict, path) -> None:
         now, was = wanted[part], {**_unsaid(part, wanted[part]), **saved.get(part, {})}
         for name in sorted({*was, *now} - flexible):
             if was.get(name) != now.get(name):
+                back = f" (-p 'settings={{{name}: {_typed(was.get(name))}}}')" if part == 'settings' else ''
                 raise UserError(
                     f'{path}: made with {part} / {name} = {_short(was.get(name))}, '
                     f'this run has {_short(now.get(name))}; '
-                    'give the old one back, or choose another output folder'
+                    f'give the old one back{back}, or choose another output folder'
                 )
 
 

@@ -7,6 +7,8 @@ __all__ = ['MATERIALS', 'STYLES', 'PARTICLES', 'FRAMES', 'MORE', 'LOOKS', 'DRAWN
            'spotlights']
 
 # %% ../../nbs/world/styles.ipynb #ff2d7929
+import inspect
+
 import numpy as np
 from PIL import Image, ImageFilter
 
@@ -486,13 +488,26 @@ LOOKS = {k: {**v, **MORE[k]} for k, v in _TAUGHT.items()}
 DRAWN_STYLES = tuple(sorted(LOOKS['style']))  # those that a scene can have by chance; what `add_look` adds, it cannot
 
 
+def _written(draw):
+    "What a look's drawing is by its source code, so that a cell and the module exported from it are the same."
+    if isinstance(draw, tuple):
+        return tuple(map(_written, draw))
+    try:
+        return inspect.getsource(draw) if callable(draw) else draw
+    except (OSError, TypeError):  # typed into an interpreter that keeps no source
+        return draw
+
+
 def add_look(kind: str, name: str, draw) -> None:
     """Adds a look for effects to use: kind 'style', 'material', 'particles', 'frame' or 'wear', `draw` as in `LOOKS`.
 
-    Scenes and edits that are drawn by chance stay as they were. Raises UserError for an unknown kind or a name that
-    exists."""
+    Scenes and edits that are drawn by chance stay as they were. The same look again, as a notebook and its module both
+    add it, changes nothing. Raises UserError for an unknown kind or a name that another drawing has."""
     check_keys([kind], LOOKS, 'add_look')
-    if name in LOOKS[kind]:
+    there = LOOKS[kind].get(name)
+    if there is not None and _written(there) == _written(draw):
+        return
+    if there is not None:
         raise UserError(f'add_look: there is a {kind} called {name!r} already; choose another name')
     LOOKS[kind][name] = draw
 

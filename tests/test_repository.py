@@ -184,3 +184,10 @@ def test_lessons_keep_their_outputs(path):
     kinds = {k for o in shown for k in o.get('data', {})}
     assert 'text/plain' in kinds and kinds & {'image/png', 'image/jpeg'}, f'execute {path.name} and keep its outputs'
     assert not any(re.search(r'\d%\|', ''.join(o.get('text', ''))) for o in shown), 'python tools/small_outputs.py'
+
+
+def test_the_lesson_of_the_loop_begins_with_the_loop_on_one_screen():
+    cells = nbformat.read(ROOT / 'nbs' / 'method' / '08_distill.ipynb', 4).cells
+    exported = [c.source for c in cells if c.source.startswith('#| export') and 'def ' in c.source]
+    loop = exported[0][exported[0].index('def collect(') :]
+    assert len([line for line in loop.splitlines() if line.strip()]) <= 42

@@ -77,10 +77,18 @@ def test_hidden_cells_directives_and_warnings_are_not_shown(rooms, nbs):
 def test_dead_links_and_scripts_of_elsewhere_are_found(rooms, tmp_path):
     (tmp_path / 'a.html').write_text(
         '<a href="b.html#x">b</a><a href="c.html">c</a><a href="https://w.org">w</a><a href="mailto:x@y">m</a>'
-        '<script src="https://cdn.org/x.js"></script><img src="/b.html">'
+        '<script src="https://cdn.org/x.js"></script><img src="/b.html"><a href="b.html#y">y</a><a href="#z">z</a>'
     )
-    (tmp_path / 'b.html').write_text('')
-    assert rooms['dead_links'](tmp_path) == [('a.html', 'c.html'), ('a.html', 'https://cdn.org/x.js')]
+    (tmp_path / 'b.html').write_text('<h2 id="x">x</h2>')
+    lost = ['c.html', 'https://cdn.org/x.js', 'b.html#y', '#z']
+    assert rooms['dead_links'](tmp_path) == [('a.html', link) for link in lost]
+
+
+def test_headings_have_an_id_each_and_no_code_marks(rooms, nbs):
+    page = '<h1 id="roles">Roles<a href="#roles">¶</a></h1><h2 id="roles">Roles<a href="#roles">¶</a></h2>'
+    assert rooms['unique'](page).endswith('<h2 id="roles_1">Roles<a href="#roles_1">¶</a></h2>')
+    told = rooms['shown'](dict(cells=[cell('markdown', '# The trap at `backward`\na `b`')]), nbs / 'use/b.ipynb', nbs)
+    assert told['cells'][0]['source'] == '# The trap at backward\na `b`'
 
 
 def test_every_room_has_a_page_of_reference(rooms, tmp_path):

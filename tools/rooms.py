@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / 'assets' / 'report.html'
@@ -21,6 +22,8 @@ MATHJAX = """<script type="text/x-mathjax-config">
 MathJax.Hub.Config({"HTML-CSS": {availableFonts: [], webFont: "STIX-Web", imageFont: null}, showMathMenu: false});
 </script><script src="UPmathjax/MathJax.js?config=TeX-AMS-MML_HTMLorMML-full,Safe"></script>"""
 OUTSIDE = re.compile(r'\[([^\]]*)\]\(((?:\.\./)+[\w./-]*)\)')
+LEADS = re.compile(r'<(a|img|script|link)\b[^>]*?\b(?:href|src)="([^"#?]*)(?:\?[^"#]*)?(?:#([^"]*))?"')
+HEADING = re.compile(r'^#{1,6} .*$', re.M)
 
 
 def title(notebook: Path) -> str:
@@ -67,6 +70,24 @@ def written(output: dict, page: Path, nbs: Path) -> dict:
     return {**output, 'data': {**data, 'text/markdown': linked(''.join(data['text/markdown']), page, nbs)}}
 
 
+def plain(heading: re.Match) -> str:
+    "A heading without code marks: mkdocs-jupyter leaves marked words out of the list beside a page."
+    return heading[0].replace('`', '')
+
+
+def unique(output: str) -> str:
+    "A page whose headings have an id each: the second of one name gets `_1`, as the list beside the page counts them."
+    met = {}
+
+    def renamed(heading):
+        tag, name, text = heading.groups()
+        met[name] = met.get(name, -1) + 1
+        new = f'{name}_{met[name]}' if met[name] else name
+        return f'<{tag} id="{new}">' + text.replace(f'href="#{name}"', f'href="#{new}"')
+
+    return re.sub(r'<(h[1-6]) id="([^"]+)">(.*?</h[1-6]>)', renamed, output, flags=re.S)
+
+
 def shown(notebook: dict, page: Path, nbs: Path) -> dict:
     "A notebook as its page shows it: without hidden cells and directives of nbdev, with links that lead to pages."
     cells = []
@@ -75,7 +96,7 @@ def shown(notebook: dict, page: Path, nbs: Path) -> dict:
         if HIDDEN.match(text):
             continue
         if cell['cell_type'] == 'markdown':
-            cells.append({**cell, 'source': linked(text, page, nbs)})
+            cells.append({**cell, 'source': HEADING.sub(plain, linked(text, page, nbs))})
         else:
             outputs = [written(o, page, nbs) for o in cell['outputs'] if o.get('name') != 'stderr']
             tags = {'tags': ['hide_input']} if NO_INPUT.match(text) else {}
@@ -128,9 +149,9 @@ def on_config(config):
 
 
 def on_post_page(output: str, page, config) -> str:
-    "Formulas are set by the copy of MathJax in the site, and no script of elsewhere is asked."
+    "Formulas are set by the copy of MathJax in the site, no script of elsewhere is asked, headings have an id each."
     up = '../' * page.url.count('/')
-    output = output.replace('<script src=""> </script>', MATHJAX.replace('UP', up))
+    output = unique(output).replace('<script src=""> </script>', MATHJAX.replace('UP', up))
     return re.sub(r'<script type="module">(?:(?!</script>).)*mermaid.*?</script>', '', output, flags=re.S)
 
 
@@ -146,17 +167,17 @@ def on_post_build(config) -> None:
 
 def dead_links(site: Path) -> list[tuple[str, str]]:
     "(page, link) of every link, picture and script in a built site that is not there, or lies elsewhere on the web."
-    found = []
-    for page in site.rglob('*.html'):
-        if 'mathjax' in page.relative_to(site).parts:
-            continue
-        for tag, link in re.findall(r'<(a|img|script|link)\b[^>]*?\b(?:href|src)="([^"#?]+)', page.read_text()):
+    found, texts = [], {p: p.read_text() for p in site.rglob('*.html') if 'mathjax' not in p.relative_to(site).parts}
+    names = {p.resolve(): set(re.findall(r'\b(?:id|name)="([^"]+)"', text)) for p, text in texts.items()}
+    for page, text in texts.items():
+        for tag, link, part in re.findall(LEADS, text):
             if re.match(r'(https?:)?//', link):
                 here = tag == 'a' or 'canonical' in link
             elif re.match(r'[a-z]+:', link):
                 here = True
             else:
-                here = (page.parent / link).exists() or (site / link.lstrip('/')).exists()
+                target = page if not link else site / link.lstrip('/') if link[0] == '/' else page.parent / link
+                here = target.exists() and (not part or unquote(part) in names.get(target.resolve(), {unquote(part)}))
             if not here:
-                found.append((str(page.relative_to(site)), link))
+                found.append((str(page.relative_to(site)), link + (f'#{part}' if part else '')))
     return found

@@ -8,21 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .core import check_keys, Later, UserError
-from .flow import add_noise, shift_time, to_x0, velocity
+from .core import check_keys, UserError
+from .flow import add_noise, flow_loss, shift_time, to_x0
 
 # %% auto #0
 __all__ = ['TERMS', 'anchor_loss', 'generator_times', 'simulate_target', 'doubly_shifted', 'total']
 
 # %% ../nbs/method/07_c2fdo.ipynb #e305c267
-F = Later('torch.nn.functional')
 if TYPE_CHECKING:
     from torch import Tensor
 
 # %% ../nbs/method/07_c2fdo.ipynb #576b4db2
 def anchor_loss(v: Tensor, y: Tensor, eps: Tensor) -> Tensor:
     "TA-FM (Eq. 6): mean |v - (eps - y)|² for the student's prediction v at y_t; all [B, N, C], y the teacher's image."
-    return F.mse_loss(v, velocity(y, eps))
+    return flow_loss(v, y, eps)
 
 # %% ../nbs/method/07_c2fdo.ipynb #4a68ed39
 def generator_times(times: Sequence[float], tau_max: float) -> list[float]:

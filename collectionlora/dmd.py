@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import UserError
-from .flow import next_state, shift_time, velocity
+from .flow import flow_loss, next_state, shift_time
 
 # %% ../nbs/method/04_dmd.ipynb #27b9572a
 def score(x_t: Tensor, x0: Tensor, t) -> Tensor:
@@ -62,7 +62,7 @@ def velocity_gradient(v: Tensor, v_fake: Tensor, v_real: Tensor, eps: float = 1e
 
 def fake_loss(v_fake: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
     "Flow matching of the fake score on the student's sample: `mean |v_fake(x_t) - (eps - x0)|^2`, no gradient to x0."
-    return F.mse_loss(v_fake, velocity(x0, eps).detach())
+    return flow_loss(v_fake, x0.detach(), eps.detach())
 
 # %% ../nbs/method/04_dmd.ipynb #470f871a
 def _strata(n: int, generator: torch.Generator) -> Tensor:

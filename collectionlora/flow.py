@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from .core import Later, seed_of, UserError
 
 # %% auto #0
-__all__ = ['VelocityFn', 'add_noise', 'velocity', 'to_x0', 'to_eps', 'shift_time', 'few_step_times', 'ode_times', 'guide',
-           'next_state', 'sample_ode', 'sample_few', 'rollout', 'noise_like']
+__all__ = ['VelocityFn', 'add_noise', 'velocity', 'flow_loss', 'to_x0', 'to_eps', 'shift_time', 'few_step_times', 'ode_times',
+           'guide', 'next_state', 'sample_ode', 'sample_few', 'rollout', 'noise_like']
 
 # %% ../nbs/method/01_flow.ipynb #d29249c7
 torch = Later('torch')  # where a tensor is made; the schedule alone needs none
@@ -35,6 +35,11 @@ def add_noise(x0: Tensor, eps: Tensor, t) -> Tensor:
 def velocity(x0: Tensor, eps: Tensor) -> Tensor:
     "The network's target `v = dx_t/dt = eps - x0`, the same at every t."
     return eps - x0
+
+
+def flow_loss(v: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+    "Flow matching: mean square, in fp32, of a predicted velocity [B, N, C] against `eps - x0`, a scalar."
+    return torch.nn.functional.mse_loss(v.float(), velocity(x0.float(), eps.float()))
 
 
 def to_x0(x_t: Tensor, v: Tensor, t) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .flow import add_noise, flow_loss
+
 # %% ../nbs/method/00_problem.ipynb #4e4bc1b8
 SPREAD = 0.35  # σ, of the targets around each place
 KEPT = 0.3  # κ, the share of the source that an effect keeps
@@ -131,7 +133,7 @@ def mean_of(rows: Mapping[str, dict], tasks) -> dict[str, float]:
 def flow_matching(network, y: Tensor, s: Tensor, words: Tensor, g: torch.Generator) -> Tensor:
     "Eq. 2: mean |v(x_t, t) - (eps - y)|² for targets y [n, 2] of the sources s, noise and t drawn with `g`."
     t, eps = torch.rand(len(y), generator=g), torch.randn(y.shape, generator=g)
-    return F.mse_loss(network((1 - t)[:, None] * y + t[:, None] * eps, t, s, words), eps - y)
+    return flow_loss(network(add_noise(y, eps, t), t, s, words), y, eps)
 
 
 def fit(network, tasks, words, steps: int, batch: int = 256, rate: float = 4e-3, seed: int = 0) -> Network:

@@ -35,7 +35,7 @@ from collectionlora.files.header import read_header
 from collectionlora.files.lora import write_lora
 from collectionlora.flow import ode_times, sample_ode
 from collectionlora.roles import TARGETS
-from collectionlora.teachers import draw_times, teacher_files, TeacherBank
+from collectionlora.teachers import teacher_files, TeacherBank, training_times
 
 SMALL = FlowSettings(steps=12, batch=2, lr=5e-3, rank=2, save_every=4)
 
@@ -93,12 +93,12 @@ def test_batches_are_balanced(groups, n, seed):
 def test_times():
     g = torch.Generator().manual_seed(0)
     uniform, middle, shifted = (
-        draw_times(20000, k, s, g) for k, s in (('uniform', 1), ('logit_normal', 1), ('uniform', 3))
+        training_times(20000, k, s, g) for k, s in (('uniform', 1), ('logit_normal', 1), ('uniform', 3))
     )
     assert all(0 <= t.min() and t.max() <= 1 for t in (uniform, middle, shifted))
     assert abs(uniform.mean() - 0.5) < 0.01 and middle.std() < uniform.std() and abs(shifted.median() - 0.75) < 0.01
     with pytest.raises(UserError, match="'uniform'"):
-        draw_times(1, 'unifrm', 1, g)
+        training_times(1, 'unifrm', 1, g)
 
 
 @pytest.mark.parametrize(

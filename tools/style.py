@@ -17,6 +17,7 @@ CELL = 60  # lines of an exported cell
 SMALL_CELL, SMALL_CELLS = 25, 0.5  # at least this share of exported cells has at most so many lines
 LESSON = 1 / 3  # lesson lines per exported line, in every room
 ROOMS = ('method', 'engine', 'bases', 'world', 'files', 'judge', 'use', 'run')
+PAGES = ('experiments', 'analysis')  # hardly anything is exported here: checked for faults, not for the share of lessons
 DRAWING = {'world/pen', 'world/draw', 'world/things', 'world/styles'}  # semicolons are allowed where pictures are drawn
 
 
@@ -37,19 +38,33 @@ def lines_of(source: str) -> list[str]:
     return [line for line in source.splitlines() if line.strip() and not line.startswith('#|')]
 
 
-def faults_of(source: str, drawing: bool) -> list[str]:
-    "Side-effect comprehensions, walruses inside calls, and statements joined by semicolons."
+def faults_of(source: str, drawing: bool, page: bool = False) -> list[str]:
+    """Side-effect comprehensions, walruses inside calls, and statements joined by semicolons.
+
+    page: a cell whose last expression is shown, so that a comprehension there is no side effect."""
     found, tree = [], ast.parse(source)
+    shown = tree.body[-1] if page and tree.body else None
     comprehensions = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, comprehensions):
+        if node is not shown and isinstance(node, ast.Expr) and isinstance(node.value, comprehensions):
             found.append(f'line {node.lineno}: a comprehension for its side effects')
-        if isinstance(node, ast.Call) and any(isinstance(a, ast.NamedExpr) for a in node.args):
+        given = [*node.args, *(k.value for k in node.keywords)] if isinstance(node, ast.Call) else []
+        if any(isinstance(a, ast.NamedExpr) for a in given):
             found.append(f'line {node.lineno}: a walrus inside a call')
         for block in (getattr(node, name, None) for name in ('body', 'orelse', 'finalbody')):
             rows = [s.lineno for s in block] if isinstance(block, list) else []
             joined = [row for row, n in Counter(rows).items() if n > 1]
             found += [] if drawing else [f'line {row}: statements joined by a semicolon' for row in joined]
+    return found
+
+
+def faults_of_page(path: Path) -> list[str]:
+    "Faults of every cell of code in a notebook of experiments/ or analysis/, exported or not."
+    found = []
+    for i, cell in enumerate(json.loads(path.read_text(encoding='utf-8'))['cells']):
+        if cell['cell_type'] == 'code':
+            source = ''.join(cell['source'])
+            found += [f'cell {i}, {fault}' for fault in faults_of(source, drawing=False, page=True)]
     return found
 
 
@@ -62,6 +77,9 @@ def count(path: Path, name: str) -> Notebook:
         if cell['cell_type'] != 'code' or not re.match(r'#\|\s*export', source):
             found.lesson += len(lines)
             follows = False
+            if cell['cell_type'] == 'code':
+                lesson = faults_of(source, name in DRAWING, page=True)
+                found.faults += [f'cell {i}, {fault}' for fault in lesson]
             continue
         imports = all(isinstance(s, (ast.Import, ast.ImportFrom, ast.Expr)) for s in ast.parse(source).body)
         found.exported += len(lines)
@@ -116,6 +134,9 @@ def main(arguments: list[str]) -> int:
             for notebook in notebooks:
                 show(f'  {notebook.name}', [notebook])
         said += over(room, notebooks)
+    for room in PAGES:
+        for file in sorted((nbs / room).glob('*.ipynb')):
+            said += [f'{room}/{file.stem}: {fault}' for fault in faults_of_page(file)]
     for sentence in said:
         print(sentence, file=sys.stderr)
     return bool(said)

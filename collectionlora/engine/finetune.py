@@ -33,8 +33,8 @@ from ..files.dialects import Lora
 from ..files.drawn import write_world_effect
 from ..files.effects import EffectSet
 from ..files.lora import write_lora
-from ..flow import add_noise
-from ..teachers import draw_times, flow_loss
+from ..flow import add_noise, flow_loss
+from ..teachers import training_times
 
 # %% ../../nbs/engine/finetune.ipynb #90a23bd7
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class FlowSettings:
     """How flow matching is trained. Defaults are the paper's where it says (lr 1e-4, 2,000 steps); rank 16,
     AdamW(0.9, 0.999).
 
-    dropout: share of samples trained without instruction; times, shift: see `draw_times`; warmup: steps of linear lr
+    dropout: share of samples trained without instruction; times, shift: see `training_times`; warmup: steps of linear lr
     growth; cosine: decay to zero after it; clip: largest gradient norm; alpha None = rank; save_every: steps between
     checkpoints."""
 
@@ -141,7 +141,7 @@ class FlowSettings:
             raise UserError(f'flow settings: dropout is {self.dropout}; give a share from 0 up to, not including, 1')
         if not self.lr > 0:
             raise UserError(f'flow settings: lr is {self.lr}; give a positive number')
-        draw_times(1, self.times, self.shift, torch.Generator())
+        training_times(1, self.times, self.shift, torch.Generator())
 
     def lr_at(self, step: int) -> float:
         "Learning rate of a step, 0-based."
@@ -170,7 +170,7 @@ def draw_batch(data: FlowData, s: FlowSettings, step: int) -> list[tuple[Tensor,
     where = [(k, i) for k, b in enumerate(data.buckets) for i in range(len(b.groups))]
     dealt = [where[i] for i in balanced_rows([data.buckets[k].groups[i] for k, i in where], s.batch, r)]
     noises = [torch.randn(s.batch, *b.x0.shape[1:], generator=g) for b in data.buckets]
-    t = draw_times(s.batch, s.times, s.shift, g)
+    t = training_times(s.batch, s.times, s.shift, g)
     dropped = torch.rand(s.batch, generator=g) < s.dropout
     found = []
     for k, (bucket, eps) in enumerate(zip(data.buckets, noises)):

@@ -24,7 +24,7 @@ from ..bases.pipeline import Base, load_base
 from ..core import nano_dir, seed_of, sha256_file, sha256_json, UserError
 from ..dmd import gradient
 from ..engine.finetune import finish, FlowSettings, train_teacher
-from ..engine.looks import few_step_sample, laplacian_energy
+from ..engine.looks import few_step_sample, latent_energy
 from ..engine.loop import distill
 from ..engine.pools import load_pools, Pool, samples_of
 from ..engine.rollouts import Engine, full_rollout, noise
@@ -243,7 +243,7 @@ def _at_level(engine: Engine, b, x: Tensor, x_t: Tensor, t: float) -> dict[str, 
 # %% ../../nbs/judge/studies.ipynb #5f2d1723
 def fineness(delta: Tensor, grid: tuple[int, int]) -> float:
     "How fine a change of latents [B, N, C] is: Laplacian energy in units of its own, 0 (flat) to 64; white noise: 20."
-    return (laplacian_energy(delta, grid).mean() / delta.square().mean().clamp_min(1e-20)).item()
+    return (latent_energy(delta, grid).mean() / delta.square().mean().clamp_min(1e-20)).item()
 
 
 def probe_settings(settings: Settings, ids: Sequence[str], rows: int) -> Settings:
@@ -287,7 +287,7 @@ def change(before, after) -> dict[str, float]:
 
     def one(x, z, y, grid):
         d = z - x
-        ratio = laplacian_energy(z, grid).mean().log() - laplacian_energy(x, grid).mean().log()
+        ratio = latent_energy(z, grid).mean().log() - latent_energy(x, grid).mean().log()
         rel = d.square().mean().sqrt() / y.std()
         towards = F.cosine_similarity(d.flatten(1), (y - x).flatten(1)).mean()
         per_change = ratio / rel.clamp_min(1e-12)

@@ -21,7 +21,7 @@ from ..bases.backbone import Cond
 from ..bases.likeness import descriptor, set_distance
 from ..bases.pipeline import Base
 from ..core import bar, nearest, seed_of, sha256_file, sha256_json, UserError
-from ..engine.looks import few_step_sample, laplacian_energy
+from ..engine.looks import few_step_sample, latent_energy
 from ..engine.parallel import Ranks
 from ..engine.pools import Rehearsal, Sample
 from ..engine.settings import schedule_of, Settings
@@ -285,7 +285,7 @@ def regression(probe: Probe, before: Tensor, after: Tensor, own: bool = True) ->
 
     own: whether the targets of the probe are the effect's own, else they are the parent's samples."""
     y = probe.targets
-    detail = lambda x: laplacian_energy(x, probe.cond.grids[0]).mean()
+    detail = lambda x: latent_energy(x, probe.cond.grids[0]).mean()
     unit = detail(y if own else before).clamp_min(1e-12)
     sharp = {f'detail_{k}': (detail(x) / unit).item() for k, x in (('before', before), ('after', after))}
     far = {f'distance_{k}': style_distance(x, y) for k, x in (('before', before), ('after', after))}

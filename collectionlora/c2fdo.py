@@ -29,7 +29,8 @@ def generator_times(times: Sequence[float], tau_max: float) -> list[float]:
     below = [t for t in times if t < tau_max]
     if not below:
         raise UserError(
-            f'tau_max is {tau_max} but the schedule has no point below {min(times):.4f}; raise tau_max or take more steps'
+            f'tau_max is {tau_max} but the schedule has no point below {min(times):.4f}; raise tau_max or take more '
+            'steps'
         )
     return below
 

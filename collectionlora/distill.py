@@ -33,7 +33,8 @@ TAU_MAX, TAU_MIN = 0.8, 0.1  # target simulation starts below the first and is s
 
 
 def collect(base, words=STUDENT_WORDS, pdsr=True, bs=1.0, ts=1.0, fm=0.3, seed=0):
-    "Eq. 9 in the toy world: one few-step student of all teachers; returns the running mean of its weights as a network."
+    """Eq. 9 in the toy world: one few-step student of all teachers; returns the running mean of its weights as a
+    network."""
     student, fake, mean = (copy.deepcopy(base) for _ in range(3))
     optimiser, fake_optimiser = (AdamW(n.parameters(), betas=(0.0, 0.99), fused=True) for n in (student, fake))
     tasks = [*EFFECTS, *MOVES] if pdsr else [*EFFECTS]
@@ -69,7 +70,8 @@ def collect(base, words=STUDENT_WORDS, pdsr=True, bs=1.0, ts=1.0, fm=0.3, seed=0
 
 # %% ../nbs/method/08_distill.ipynb #2272001b
 def stand(student, s: Tensor, words: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    "Backward simulation: the student's own state x_t [n, 2] at a random point of its schedule, and t [n]; without gradient."
+    """Backward simulation: the student's own state x_t [n, 2] at a random point of its schedule, and t [n]; without
+    gradient."""
     stop = int(torch.randint(len(TIMES), (1,), generator=g))
     x1 = torch.randn(s.shape, generator=g)
     with torch.no_grad():
@@ -78,7 +80,8 @@ def stand(student, s: Tensor, words: Tensor, g: torch.Generator) -> tuple[Tensor
 
 
 def matching(x: Tensor, task: str, fake, s: Tensor, words: Tensor, g: torch.Generator, lowest: float) -> Tensor:
-    "Eq. 1 on samples x [n, 2] of the student for a task, seen at noise levels from `lowest` up; its gradient goes to x."
+    """Eq. 1 on samples x [n, 2] of the student for a task, seen at noise levels from `lowest` up; its gradient goes to
+    x."""
     t, eps = draw_times(len(x), g, lo=lowest), torch.randn(x.shape, generator=g)
     x_t = add_noise(x.detach(), eps, t)
     with torch.no_grad():

@@ -56,7 +56,8 @@ def loss(x0: Tensor, x0_fake: Tensor, x0_real: Tensor, eps: float = 1e-6) -> Ten
 def velocity_gradient(v: Tensor, v_fake: Tensor, v_real: Tensor, eps: float = 1e-6) -> Tensor:
     """Eq. 1 from velocities, `(v_real - v_fake) / (mean|v_real - v| + eps)`; equal to `gradient` at every t > 0.
 
-    v = noise - x0 is the velocity of the re-noised student sample; v_fake and v_real are predictions there; all [B, ...]."""
+    v = noise - x0 is the velocity of the re-noised student sample; v_fake and v_real are predictions
+    there; all [B, ...]."""
     return _normalised(v_real - v_fake, v_real - v, eps)
 
 

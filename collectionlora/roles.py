@@ -100,8 +100,8 @@ class Switch:
 class Roles(Switch):
     """A frozen transformer and the LoRA adapters on it; role 'base' is none of them.
 
-    A role is a name, a tuple of names (adapters summed, Eq. 3), or a dict name -> weight. `targets`: the kinds of layers
-    that a LoRA may sit on, which another model family's backbone names otherwise."""
+    A role is a name, a tuple of names (adapters summed, Eq. 3), or a dict name -> weight. `targets`: the kinds of
+    layers that a LoRA may sit on, which another model family's backbone names otherwise."""
 
     targets = TARGETS
 

@@ -68,7 +68,8 @@ def mixture_x0(x_t: Tensor, t, means: Tensor, std: float, weights: Tensor | None
 
 
 def teacher_velocity(task: str, x_t: Tensor, t, s: Tensor) -> Tensor:
-    "The exact velocity [B, 2] of a task's teacher at x_t [B, 2] and t (float or [B], above 0) for the sources s [B, 2]."
+    """The exact velocity [B, 2] of a task's teacher at x_t [B, 2] and t (float or [B], above 0) for the sources s [B,
+    2]."""
     t = torch.as_tensor(t, dtype=x_t.dtype).expand(len(x_t))[:, None]
     here = kept(task, s)
     x0 = here + mixture_x0(x_t - (1 - t) * here, t[:, 0], PLACES[task], SPREAD)
@@ -87,7 +88,8 @@ STUDENT_WORDS = {**TEACHER_WORDS, 'lava': _AXES[4], 'ember': _AXES[5], 'frost': 
 
 
 class Network(nn.Module):
-    "v(x_t [B, 2], t [B], s [B, 2], words [B, 12]) -> [B, 2]: three hidden layers on the point, its sines, the time and the condition."
+    """v(x_t [B, 2], t [B], s [B, 2], words [B, 12]) -> [B, 2]: three hidden layers on the point, its sines, the time
+    and the condition."""
 
     def __init__(self, width: int = 64, seed: int = 0):
         super().__init__()

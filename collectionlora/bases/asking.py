@@ -111,7 +111,8 @@ def read_answer(text: str, schema: Mapping) -> tuple[dict | None, str]:
 # %% ../../nbs/bases/asking.ipynb #1c610fd9
 @dataclass(frozen=True)
 class Answer:
-    "What came of one question; `value` is None unless state is ok. `raw` is the judge's text, `model` what it calls itself."
+    """What came of one question; `value` is None unless state is ok. `raw` is the judge's text, `model` what it calls
+    itself."""
 
     state: str
     value: dict | None

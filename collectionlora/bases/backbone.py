@@ -161,8 +161,8 @@ class Backbone(Mergeable):
     def velocity(self, role: Role, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """v [B, N, C] of `role` at x_t [B, N, C], t [B] in [0, 1]; only the target's tokens, in x_t's dtype.
 
-        Gradient reaches the role's own adapter(s) and x_t; call under `torch.no_grad()` for a score, which takes at most
-        `micro_batch` samples at a time, whatever B is."""
+        Gradient reaches the role's own adapter(s) and x_t; call under `torch.no_grad()` for a score, which takes at
+        most `micro_batch` samples at a time, whatever B is."""
         _check_inputs(x_t, t, cond)
         parts = [slice(None)] if torch.is_grad_enabled() else self.parts(len(x_t))
         if len(parts) == 1:

@@ -32,8 +32,8 @@ from ..core import read_json
 
 # %% ../../nbs/bases/counted.ipynb #382cb9b2
 class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside and alive: `now`, its `course` after each new tensor, and the
-    largest value, `peak`; and the floating-point operations of products and attention, `flops`.
+    """Counts the bytes of the tensors that are made inside and alive: `now`, its `course` after each new tensor, and
+    the largest value, `peak`; and the floating-point operations of products and attention, `flops`.
 
     Tensors in `ours` were there before and count nothing."""
 

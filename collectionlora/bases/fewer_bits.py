@@ -89,7 +89,8 @@ class FetchedLinear(nn.Linear):
 
 @torch.no_grad()
 def to_host(model: nn.Module, device: str) -> None:
-    "Leaves the weights under possible adapters on the host, pinned where there is a GPU, and moves the rest to `device`."
+    """Leaves the weights under possible adapters on the host, pinned where there is a GPU, and moves the rest to
+    `device`."""
     for name in adapted_sizes(model):
         layer = model.get_submodule(name)
         layer.__class__, weight = FetchedLinear, layer.weight.data.cpu()

@@ -254,7 +254,8 @@ class Staged(Parts):
         return freed
 
     def load_transformer(self) -> None:
-        """Unloads the encoders of a base that was loaded `staged`, and loads its transformer; elsewhere nothing happens.
+        """Unloads the encoders of a base that was loaded `staged`, and loads its transformer; elsewhere nothing
+        happens.
 
         `backbone` is another object afterwards."""
         if self.backbone.device.type != 'meta':
@@ -282,8 +283,9 @@ class Staged(Parts):
         self.ready()
 
     def ready(self) -> None:
-        """Called when the pipeline, and again when another backbone or encoder is here: what this family's stock pipeline
-        and backbone must be told, once all files were read. Raises `UserError` for a tokenizer that does not fit."""
+        """Called when the pipeline, and again when another backbone or encoder is here: what this family's stock
+        pipeline and backbone must be told, once all files were read. Raises `UserError` for a tokenizer that does not
+        fit."""
         _check_offset(self.pipe, self.folder)
         use_areas(self.info)
         if self.pipe.text_encoder is not None:
@@ -497,8 +499,8 @@ def _check_files(folder: Path, family: Family) -> None:
 
 
 def check_folder(folder) -> None:
-    """Raises UserError, before anything is loaded, if a folder is no pipeline of a known family, or a part, a shard or a
-    configuration of it is absent or damaged."""
+    """Raises UserError, before anything is loaded, if a folder is no pipeline of a known family, or a part, a shard or
+    a configuration of it is absent or damaged."""
     _check_files(Path(folder), family_of_folder(folder))
 
 # %% ../../nbs/bases/pipeline.ipynb #0d3ae65e
@@ -565,8 +567,9 @@ def load_base(
 ) -> Base:
     """A pipeline folder (nano, tiny or full) of a known family as its `Base`.
 
-    dtype None: float32 on CPU, else bfloat16; frozen: '', or a kind of `fewer_bits.KINDS` to hold the transformer's frozen
-    weights in fewer bits; staged: the encoders alone, until `load_transformer` lets them go and loads the transformer.
+    dtype None: float32 on CPU, else bfloat16; frozen: '', or a kind of `fewer_bits.KINDS` to hold the transformer's
+    frozen weights in fewer bits; staged: the encoders alone, until `load_transformer` lets them go and loads the
+    transformer.
 
     Raises UserError if the folder is no such pipeline, lacks a file or holds a damaged one, or its tokenizer does not
     fit the prompt template."""

@@ -212,8 +212,8 @@ class Base21(Pictures21):
         return self.pipe.prompt_template_ti2i.split('{}')[1]
 
     def times(self, n: int, grid: tuple[int, int]) -> list[float]:
-        """The n + 1 times (last 0) at which the folder's own scheduler would solve the ODE for an (h, w) grid of tokens;
-        where the folder names sampling times of its own and they are n, those go through the scheduler."""
+        """The n + 1 times (last 0) at which the folder's own scheduler would solve the ODE for an (h, w) grid of
+        tokens; where the folder names sampling times of its own and they are n, those go through the scheduler."""
         own = self.pipe.config.sample_sigmas
         return scheduler_times(self.pipe.scheduler, n, grid[0] * grid[1], own if own and len(own) == n else None)
 

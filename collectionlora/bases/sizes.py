@@ -70,8 +70,8 @@ def extended(two: float, three: float, blocks: int) -> float:
 
 @dataclass(frozen=True)
 class Weights:
-    """Numbers in the parts of a base: the transformer's (of them `adapted` in the Linears under possible LoRAs, `block` in
-    one block, `largest` in the largest Linear), the encoder's, the autoencoder's, and those of a LoRA of rank 1."""
+    """Numbers in the parts of a base: the transformer's (of them `adapted` in the Linears under possible LoRAs, `block`
+    in one block, `largest` in the largest Linear), the encoder's, the autoencoder's, and those of a LoRA of rank 1."""
 
     transformer: int
     adapted: int
@@ -86,8 +86,8 @@ class Weights:
 @dataclass(frozen=True)
 class Pass:
     """What a pass of n samples holds beside the weights and what it computes: peak bytes of a forward without gradient,
-    bytes kept for backward, peak bytes of forward and backward together, where the gradients that it adds to are not its
-    own and where it is alone and makes them; floating-point operations of both."""
+    bytes kept for backward, peak bytes of forward and backward together, where the gradients that it adds to are not
+    its own and where it is alone and makes them; floating-point operations of both."""
 
     forward: int
     kept: int

@@ -85,8 +85,8 @@ def encode_examples(cache: ConditionCache, found: Sequence[Example], flip: bool 
 def flow_data(cache: ConditionCache, found: Sequence[Example], flip: bool = False, ranks=None) -> FlowData:
     """Encodes the examples (through `cache`) and sorts them by latent grid.
 
-    flip: add the mirrored pairs; ranks: the processes that share the encoding. Raises `UserError` if there are none or a
-    target's grid is not its source's."""
+    flip: add the mirrored pairs; ranks: the processes that share the encoding. Raises `UserError` if there are none or
+    a target's grid is not its source's."""
     encode_examples(cache, found, flip, ranks)
     by_grid = {}
     for e in found:
@@ -114,8 +114,8 @@ class FlowSettings:
     """How flow matching is trained. Defaults are the paper's where it says (lr 1e-4, 2,000 steps); rank 16,
     AdamW(0.9, 0.999).
 
-    dropout: share of samples trained without instruction; times, shift: see `training_times`; warmup: steps of linear lr
-    growth; cosine: decay to zero after it; clip: largest gradient norm; alpha None = rank; save_every: steps between
+    dropout: share of samples trained without instruction; times, shift: see `training_times`; warmup: steps of linear
+    lr growth; cosine: decay to zero after it; clip: largest gradient norm; alpha None = rank; save_every: steps between
     checkpoints."""
 
     steps: int = 2000
@@ -299,9 +299,9 @@ def train_fm(
     `Lora`.
 
     checkpoint: file for exact resume, written every `save_every` steps, at the end, and on interruption; recorded
-    steps are yielded again first. ranks: the processes that share every batch, each of which calls this. The role exists
-    on the backbone only while the generator lives. Raises `UserError` if the loss is not finite or the checkpoint is
-    another run's."""
+    steps are yielded again first. ranks: the processes that share every batch, each of which calls this. The role
+    exists on the backbone only while the generator lives. Raises `UserError` if the loss is not finite or the
+    checkpoint is another run's."""
     s = settings
     saved = _restore(checkpoint, asdict(s), data.hash)
     ranks.same(saved and saved['step'], checkpoint)
@@ -394,8 +394,8 @@ def train_teacher(
 ) -> Generator[dict, None, Lora]:
     """Eq. 2 for one effect: yields per-step infos, returns the `Lora`, whose meta['header'] is ready for `write_lora`.
 
-    flip: train on the mirrored pairs too; drop_encoders: unload them as soon as all is cached; ranks: the processes that
-    share the work, each of which calls this."""
+    flip: train on the mirrored pairs too; drop_encoders: unload them as soon as all is cached; ranks: the processes
+    that share the work, each of which calls this."""
     data = flow_data(cache, examples(effect), flip=flip, ranks=ranks)
     if drop_encoders:
         base.drop_encoders()

@@ -24,8 +24,9 @@ from .settings import anchored_start, Settings
 # %% ../../nbs/engine/fits.ipynb #c871f727
 @dataclass(frozen=True)
 class Work:
-    """What a chain makes: a collection by settings `s` from `effects` teachers of rank `teacher_rank`, each with `targets`
-    painted pictures in `paint_steps` steps, and `general` pictures of the general stream; `keep` checkpoints stay.
+    """What a chain makes: a collection by settings `s` from `effects` teachers of rank `teacher_rank`, each with
+    `targets` painted pictures in `paint_steps` steps, and `general` pictures of the general stream; `keep` checkpoints
+    stay.
 
     A teacher takes `teacher_steps` updates of `teacher_batch` samples. A student that starts from flow matching on the
     effects' own pairs takes `start_steps` of `start_batch` before the first of `s.steps`; 0: it does not."""
@@ -66,7 +67,9 @@ def _checked(name: str, value, like) -> None:
     "Raises UserError if a value is not of the kind of `like`, below 0, or no known precision."
     kind, known = type(like), {'frozen': FROZEN, 'moments': MOMENT}.get(name)
     if type(value) is not kind or (kind is int and value < 0):
-        raise UserError(f'{name}: {value!r} does not fit; give {"a number, 0 or more" if kind is int else kind.__name__}')
+        raise UserError(
+            f'{name}: {value!r} does not fit; give {"a number, 0 or more" if kind is int else kind.__name__}'
+        )
     if known and value not in known:
         raise UserError(f'{name}: {value!r} is unknown; {nearest(value, known)}')
 

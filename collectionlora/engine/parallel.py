@@ -121,7 +121,8 @@ class Dealing(Exchange):
         return Draws(torch.Generator().manual_seed(seed), len(lanes), self.rows(lanes))
 
     def deal(self, sizes: Sequence[int]) -> list[int]:
-        "Which of some jobs are this process's: the largest come first, each to whoever has least to do; in their order."
+        """Which of some jobs are this process's: the largest come first, each to whoever has least to do; in their
+        order."""
         busy, mine = [0] * self.world, []
         for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
             k = busy.index(min(busy))
@@ -131,7 +132,8 @@ class Dealing(Exchange):
         return sorted(mine)
 
     def map(self, f: Callable, jobs: Sequence, size: Callable = len) -> list:
-        """[f(job) for job in jobs], each job done by one process; all of them get all answers, and any one's `UserError`.
+        """[f(job) for job in jobs], each job done by one process; all of them get all answers, and any one's
+        `UserError`.
 
         Every process calls it with the same jobs; size(job): how much work it is, in any unit."""
         if self.world == 1:
@@ -325,7 +327,8 @@ def optimiser(weights: nn.Parameter, ranks: Ranks, moments: str = 'fp32', **sett
     if moments == '8bit':
         if ranks.slices or weights.numel() % 256:
             raise UserError(
-                f"settings: moments '8bit' go in blocks of 256 and not in slices of processes; {weights.numel()} weights"
+                f"settings: moments '8bit' go in blocks of 256 and not in slices of processes; {weights.numel()} "
+                "weights"
             )
         return eight_bit_adamw()([weights], block_size=256, **settings)
     if ranks.slices and ranks.world > 1:

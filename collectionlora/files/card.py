@@ -120,7 +120,8 @@ STYLE = (
     '.grid li{list-style:none;border:1px solid #8886;border-radius:.6rem;padding:.8rem}'
     '\nimg{width:100%;border-radius:.4rem}code{word-break:break-word}dt{font-weight:600}dd{margin:0}'
     '\ndl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.2rem 1rem}'
-    'small{opacity:.75}h3{margin:.4rem 0}.prompt code{user-select:all}button{font:inherit;font-size:.8rem;margin-left:.5rem}'
+    'small{opacity:.75}h3{margin:.4rem 0}.prompt '
+    'code{user-select:all}button{font:inherit;font-size:.8rem;margin-left:.5rem}'
 )
 THUMBNAILS = ('data:image/png;base64,', 'data:image/jpeg;base64,', 'data:image/webp;base64,')
 
@@ -150,7 +151,8 @@ def _tile(effect: dict) -> str:
 COPY = (
     "addEventListener('click', e => { const b = e.target; if (b.tagName !== 'BUTTON') return; "
     'const code = b.previousElementSibling; getSelection().selectAllChildren(code); '
-    "if (navigator.clipboard) navigator.clipboard.writeText(code.textContent).then(() => { b.textContent = 'copied' }) })"
+    "if (navigator.clipboard) navigator.clipboard.writeText(code.textContent).then(() => { b.textContent = 'copied' }) "
+    "})"
 )
 DIGEST = base64.b64encode(hashlib.sha256(COPY.encode()).digest()).decode()
 POLICY = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{DIGEST}'"
@@ -332,7 +334,8 @@ def wildcards(effects: list[dict]) -> str:
 
 # %% ../../nbs/files/card.ipynb #eef22264
 def write_card(path) -> list[Path]:
-    """Write `<stem>.README.md`, `.html`, `.comfyui.json` and `.prompts.txt` beside a collection file; returns the paths.
+    """Write `<stem>.README.md`, `.html`, `.comfyui.json` and `.prompts.txt` beside a collection file; returns the
+    paths.
 
     The workflow needs the times of the sampler and a family whose nodes are known, the prompts at least one effect."""
     path = Path(path)

@@ -173,7 +173,8 @@ def _adoption(folder: Path) -> str:
 
 
 def _looks_foreign(folder: Path) -> bool:
-    "Whether a folder that is no effect holds what other trainers' data sets hold: captions, lists, pictures in folders."
+    """Whether a folder that is no effect holds what other trainers' data sets hold: captions, lists, pictures in
+    folders."""
     endings = {p.suffix.lower() for p in itertools.islice(folder.rglob('*'), 2000) if not p.name.startswith('.')}
     return bool(endings & {*IMAGE_SUFFIXES}) and bool(endings & {*CAPTION_SUFFIXES, *FOREIGN})
 

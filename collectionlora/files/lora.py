@@ -112,9 +112,9 @@ def read_lora(
     """Read a LoRA file or folder of any known dialect, exactly or not at all.
 
     `modules`: dotted name -> (in, out) of the base's LoRA-able layers (`Backbone.modules()`); None checks names against
-    the families' grammar only. All block modules must be present except those that match a glob in `allow_missing` (True
-    allows any). `alpha` decides where the file and its folder do not say the strength, or disagree. `base` is the hash
-    of the base in use, compared with the header's. `dtype=None` keeps the file's numbers and maps them lazily.
+    the families' grammar only. All block modules must be present except those that match a glob in `allow_missing`
+    (True allows any). `alpha` decides where the file and its folder do not say the strength, or disagree. `base` is the
+    hash of the base in use, compared with the header's. `dtype=None` keeps the file's numbers and maps them lazily.
     `check=False` skips the payload's checksum and the test for NaN. `meta['notes']` holds what should be known, which
     is also written to the log. Every refusal is a `UserError` that names the file."""
     opened = _open(path, modules, allow_missing, alpha, base, check)
@@ -280,7 +280,8 @@ def _check_flat(dialect: Dialect, factors: dict, family: Family) -> None:
     lost = [n for n in factors if n.split('.', 2)[-1] in family.unflat]
     if lost and dialect.prefix in FLAT_PREFIXES:
         raise UserError(
-            f'{len(lost)} layers such as {lost[0]} have names that diffusers reads wrongly in the dialect kohya, and it '
+            f'{len(lost)} layers such as {lost[0]} have names that diffusers reads wrongly in the dialect kohya, and '
+            'it '
             'leaves them out; convert to another dialect.'
         )
 

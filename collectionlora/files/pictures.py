@@ -141,7 +141,9 @@ def _bmp_points(raw: bytes, name) -> tuple[tuple, float | None]:
     "Primaries and gamma (None: sRGB's curve) of a BMP whose head gives them. `UserError` for a profile inside of it."
     space = raw[70:74][::-1] if len(raw) > 122 and int.from_bytes(raw[14:18], 'little') >= 108 else b'sRGB'
     if space in (b'MBED', b'LINK'):
-        raise UserError(f'{name}: has a colour profile, which is not read of a BMP; save it as PNG or export it as sRGB')
+        raise UserError(
+            f'{name}: has a colour profile, which is not read of a BMP; save it as PNG or export it as sRGB'
+        )
     ends, gammas = struct.unpack('<9i', raw[74:110]), struct.unpack('<3I', raw[110:122])
     if space != bytes(4) or not all(sum(ends[k : k + 3]) > 0 for k in (0, 3, 6)):
         return SRGB, None
@@ -262,7 +264,10 @@ def _no_picture(path) -> str | None:
     if not head.strip(b'\x00'):
         return f'empty or all zeros ({os.path.getsize(path)} bytes); copy or download it again'
     if head[4:8] == b'ftyp':
-        return f'{head[8:12].decode("latin-1").upper()} (HEIC, AVIF or a film), which is not read; export it as PNG or JPEG'
+        return (
+            f'{head[8:12].decode("latin-1").upper()} (HEIC, AVIF or a film), which is not read; export it as PNG or '
+            'JPEG'
+        )
     start = head.lstrip()[:64]
     return next((said for magic, said in NO_PICTURE if start.startswith(magic)), None)
 

@@ -221,7 +221,8 @@ def claim(container: Container, skip=lambda field: False, strict=True) -> Claim 
     rslora = _rslora(container)
     if rslora and not fields and strict and not skip(rslora):
         raise Unclear(
-            f'header field {rslora} says rsLoRA, where alpha is divided by the root of the rank, and no field gives alpha; '
+            f'header field {rslora} says rsLoRA, where alpha is divided by the root of the rank, and no field gives '
+            'alpha; '
             f'{UNKNOWN}.'
         )
     config = {'r': rank, 'lora_alpha': alphas[0] if alphas else None, 'alpha_pattern': some, 'use_rslora': bool(rslora)}

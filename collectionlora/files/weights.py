@@ -144,7 +144,10 @@ def what_it_is(path) -> str:
     if head[:1] == b'\x80' and head[1:2] in (b'\x02', b'\x03', b'\x04', b'\x05'):
         return _pickle_advice(path)
     if not any(head):
-        return f'{path} ({size} bytes) begins with zeros alone: its place was kept and the download did not come; get it again.'
+        return (
+            f'{path} ({size} bytes) begins with zeros alone: its place was kept and the download did not come; get it '
+            'again.'
+        )
     if head[257:262] == b'ustar':
         return f'{path} is a tar archive; unpack it and name the LoRA file inside.'
     if head[4:8] == b'ftyp':

@@ -158,8 +158,8 @@ OF_NODE = {  # files, conditions, and the output of `size` that is a latent
 def comfyui_workflow(info: dict, effect_id: str | None = None, seed: int = 0, files: dict | None = None) -> dict:
     """ComfyUI workflow (API format) for one effect of a collection file: its prompt, times, sampler and strength.
 
-    files: names of the base's files; None: those that ComfyUI's own templates use. Raises `UserError` for an effect that
-    the file lacks, for a header without times or with CFG, and for a family whose nodes are not known."""
+    files: names of the base's files; None: those that ComfyUI's own templates use. Raises `UserError` for an effect
+    that the file lacks, for a header without times or with CFG, and for a family whose nodes are not known."""
     effect, sampling = find_effect(info, effect_id), info['sampling']
     node = family_named(info.get('family', '')).node
     if node not in OF_NODE:

@@ -153,8 +153,8 @@ def _regions(e: EffectSet, photos: Path, pictures: Mapping, out: Path) -> dict[s
 def make(photos: str | Path, effects: Sequence, out: str | Path, heldout: int = 5, seed: int = 0) -> dict:
     """Writes a bench: pictures, held-out targets and `bench.json`; returns the manifest.
 
-    effects: folders of effects. The same bench there is restored, and what else lies in it stays. Raises UserError for a
-    folder with other content, an effect of a category without pictures, too few targets, and unreadable pictures."""
+    effects: folders of effects. The same bench there is restored, and what else lies in it stays. Raises UserError for
+    a folder with other content, an effect of a category without pictures, too few targets, and unreadable pictures."""
     photos, out, sets = Path(photos), Path(out).absolute(), load_effects(*effects)
     if out.exists() and not (out.is_dir() and ((out / BENCH).is_file() or not any(out.iterdir()))):
         raise UserError(f'{out}: is there and is no bench; give a new folder with --out')
@@ -401,7 +401,8 @@ def outputs_of(out: str | Path, bench: Sequence[Item], manifest: dict) -> dict[s
         absent = [f for f in files if not f.is_file() and not f.with_suffix('.failed').is_file()]
         if absent:
             raise UserError(
-                f'{absent[0]}: is not painted yet, as {len(absent)} of {len(files)} of {about["name"]!r}; run `bench run` again'
+                f'{absent[0]}: is not painted yet, as {len(absent)} of {len(files)} of {about["name"]!r}; run `bench '
+                'run` again'
             )
         found[about['name']] = [f if f.is_file() else None for f in files]
     if not found:
@@ -485,7 +486,8 @@ def regions_of(folder: str | Path, manifest: dict, bench: Sequence[Item]) -> lis
 
 # %% ../../nbs/judge/bench.ipynb #1b494b89
 def oracle_columns(bench: Sequence[Item], files: Sequence, oracle, cache: Cache | None = None) -> list[dict]:
-    "Per item {bcr, score} by the world's oracle, which needs the items' ground truth; kept by pictures and the world's code."
+    """Per item {bcr, score} by the world's oracle, which needs the items' ground truth; kept by pictures and the
+    world's code."""
     out = []
     name = sha256_json(['oracle', sorted(oracle.ids), sha256_folder(Path(world.__file__).parent, ('.pyc',))])
     keys = [f and sha256_json([key_of(f), i.effect, i.spec]) for f, i in zip(files, bench)]
@@ -529,7 +531,8 @@ def vlm_cases(folder: str | Path, manifest: dict, bench: Sequence[Item], files: 
 
 # %% ../../nbs/judge/bench.ipynb #ce0252d4
 def reward_rows(folder: str | Path, out: str | Path) -> dict[str, list[dict | None]]:
-    "method -> a line of `reward.reward_row` per item, None where a sample failed; the unedited source is a method, too."
+    """method -> a line of `reward.reward_row` per item, None where a sample failed; the unedited source is a method,
+    too."""
     from collectionlora.judge.reward import reward_row
 
     folder, manifest = Path(folder), load(folder)
@@ -679,8 +682,8 @@ def item_rows(
 ) -> list[Scored]:
     """Rows of {method: pictures or None, in the order of the items} with columns by encoders (None: those that ship).
 
-    Style columns compare with the truths of the item's effect on other subjects; DINO's and `nano-place` with the source.
-    Raises UserError for items without truth."""
+    Style columns compare with the truths of the item's effect on other subjects; DINO's and `nano-place` with the
+    source. Raises UserError for items without truth."""
     from collectionlora.judge.metrics import nano_encoders
 
     if any(i.truth is None for i in bench):

@@ -53,7 +53,8 @@ HELP |= dict(
     score='how much of the subject is kept, 0 for a bad case; higher is better',
 )
 NOTE = (
-    'The columns of Table 1 in the paper. CLIP-I, DreamSim and DINO are computed by small encoders that were trained on '
+    'The columns of Table 1 in the paper. CLIP-I, DreamSim and DINO are computed by small encoders that were trained '
+    'on '
     "this world's pictures, not by the networks of these names, so their numbers compare methods of this page only. "
     'EditReward needs its own model and is not measured.'
 )

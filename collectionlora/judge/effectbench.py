@@ -32,7 +32,8 @@ def tier_of(share: float) -> int:
 
 
 def table_order(good: Mapping[str, float], seed: int = 0) -> list[str]:
-    "All effects of the world in the tables' order. good: effect -> share in [0, 1]; an effect that it lacks counts as 0."
+    """All effects of the world in the tables' order. good: effect -> share in [0, 1]; an effect that it lacks counts
+    as 0."""
     families: dict[str, list[str]] = {}
     for e in world.EFFECTS.values():
         families.setdefault(e.family, []).append(e.id)

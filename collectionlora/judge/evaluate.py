@@ -220,10 +220,11 @@ def evaluate(
     run: str = '',
     ranks: Ranks = Ranks(),
 ) -> tuple[list[Row], dict[str, list[Output]]]:
-    """(rows of all methods and reference policies, outputs by method name); the oracle: from `oracle_for` the same base.
+    """(rows of all methods and reference policies, outputs by method name); the oracle: from `oracle_for` the same
+    base.
 
-    The rows hold the paper's columns by the encoders that ship (see `columns`). ranks: the processes that share the work,
-    each of which calls this and gets everything."""
+    The rows hold the paper's columns by the encoders that ship (see `columns`). ranks: the processes that share the
+    work, each of which calls this and gets everything."""
     from collectionlora.judge.columns import with_columns
 
     made, shown = {}, {}

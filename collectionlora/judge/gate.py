@@ -30,9 +30,9 @@ GONE = (
 class Row:
     """One judged output. `subject` is in [0, 1]; `distance` >= 0; `laplacian` is output energy / true energy.
 
-    NaN stands where a number is unknown; more: quantities of `METRICS` and `COLUMNS`. flaw: the worst fault of the picture as
-    such, '' if none, None in rows from before it was noted. Raises UserError when a value is outside its range or an
-    invalid row claims to have been applied."""
+    NaN stands where a number is unknown; more: quantities of `METRICS` and `COLUMNS`. flaw: the worst fault of the
+    picture as such, '' if none, None in rows from before it was noted. Raises UserError when a value is outside its
+    range or an invalid row claims to have been applied."""
 
     method: str
     effect: str
@@ -137,8 +137,8 @@ class Metric:
     """A further quantity of a judged picture.
 
     title: of its column in the report; help: what it means; of: the function of (item, picture uint8 [H, W, 3], the
-    oracle's verdict) that gives it, NaN where it is unknown, None for what no single picture gives; digits: shown in the
-    report."""
+    oracle's verdict) that gives it, NaN where it is unknown, None for what no single picture gives; digits: shown in
+    the report."""
 
     title: str
     help: str
@@ -156,8 +156,8 @@ COLUMNS: dict[str, Metric] = {
 
 
 def value_of(row, value: str) -> float | None:
-    """One quantity of a row: of those that it holds itself in `values` (a row of a bench), else of `METRICS` or `VALUES`;
-    None if it is unknown."""
+    """One quantity of a row: of those that it holds itself in `values` (a row of a bench), else of `METRICS` or
+    `VALUES`; None if it is unknown."""
     own = getattr(row, 'values', None)
     if own is not None:
         return own.get(value)

@@ -60,8 +60,8 @@ def evaluations(method: str) -> Find:
 
 
 def deployed(*path: str) -> Find:
-    """A number of a record of `deployment` at a path of keys, the last of which may be a ratio 'a / b'; counts of several
-    streams of requests are taken as their mean with its interval."""
+    """A number of a record of `deployment` at a path of keys, the last of which may be a ratio 'a / b'; counts of
+    several streams of requests are taken as their mean with its interval."""
 
     def find(metrics: Mapping) -> Reading | None:
         found = metrics
@@ -118,8 +118,8 @@ def curves(a: str, b: str, measure: Callable[[Mapping], float]) -> Find:
 
 # %% ../../nbs/judge/ledger.ipynb #b7a4e090
 def branch(quantity: str, nearest: Callable) -> Find:
-    """The anchor's value of a quantity of `branches` minus the `nearest` (min or max) of the matching terms', a mean over
-    looks and students for each training seed."""
+    """The anchor's value of a quantity of `branches` minus the `nearest` (min or max) of the matching terms', a mean
+    over looks and students for each training seed."""
 
     def one(found: Mapping) -> float:
         looks = [look['steps'] for run in found['runs'].values() for look in run['looks'].values()]
@@ -215,7 +215,8 @@ EXPECTS = ('lower', 'higher', 'no worse', 'at most')
 
 
 def read_claims(path: str | Path | None = None) -> list[Claim]:
-    "The claims of a file (default: data/claims.yaml); UserError for an unknown key, reader or expectation, or an id twice."
+    """The claims of a file (default: data/claims.yaml); UserError for an unknown key, reader or expectation, or an id
+    twice."""
     path, found = Path(path or data_dir() / 'claims.yaml'), []
     for entry in read_yaml(path)['claims']:
         where = f'{path}, claim {entry.get("id")}'

@@ -50,7 +50,8 @@ def _compared(name: str, file: Path, where: Path, published: str | None, recorde
 
 
 def _files(folder: Path, wanted: dict) -> list[tuple[Path, str | None]]:
-    "The files in a network's folder that the list asks for; an entry is a name or a pattern, the first that fits counts."
+    """The files in a network's folder that the list asks for; an entry is a name or a pattern, the first that fits
+    counts."""
     return [
         (f, published) for pattern, published in wanted.items() for f in sorted(folder.glob(pattern)) if f.is_file()
     ]

@@ -158,7 +158,8 @@ class Cache:
         try:
             with self._open() as db:
                 db.execute(
-                    'create table if not exists vectors (encoder text, picture text, v blob, primary key (encoder, picture))'
+                    'create table if not exists vectors (encoder text, picture text, v blob, primary key (encoder, '
+                    'picture))'
                 )
                 db.execute('select encoder, picture, v from vectors limit 1')
         except sqlite3.DatabaseError as e:

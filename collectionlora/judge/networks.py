@@ -137,7 +137,8 @@ def from_open_clip(state: Mapping[str, torch.Tensor]) -> dict:
 
 # %% ../../nbs/judge/networks.ipynb #17ef2bbd
 def clip_of(state: Mapping[str, torch.Tensor], quick_gelu: bool, heads: int | None = None):
-    "transformers' CLIPVisionModelWithProjection of an image tower in transformers' names; sizes follow from the tensors."
+    """transformers' CLIPVisionModelWithProjection of an image tower in transformers' names; sizes follow from the
+    tensors."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     patch = state['vision_model.embeddings.patch_embedding.weight']
@@ -258,7 +259,8 @@ def clip_encoder(path: str | Path, quick_gelu: bool | None = None, way: str = ''
 def dino_encoder(folder: str | Path, way: str = 'crop', device: str = 'cpu') -> Encoder:
     """DINO (model_type vit) or DINOv2 (dinov2) from a Hugging Face folder: the class token after the final norm.
 
-    way: 'crop' as DreamBooth, or 'letterbox', which keeps the heads of portraits. Raises UserError for other weights."""
+    way: 'crop' as DreamBooth, or 'letterbox', which keeps the heads of portraits. Raises UserError for other
+    weights."""
     from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
     folder = Path(folder)
@@ -290,7 +292,8 @@ def tower_of(vit, proj: torch.Tensor | None = None) -> dict:
 
 
 def export_dreamsim(model, to: str | Path) -> Path:
-    """The package's DreamSim ensemble (what `dreamsim.dreamsim()` returns first) as one file that `dreamsim_encoder` reads.
+    """The package's DreamSim ensemble (what `dreamsim.dreamsim()` returns first) as one file that `dreamsim_encoder`
+    reads.
 
     Its LoRA is merged; the model is changed by that. Raises UserError for another type than the ensemble."""
     from safetensors.torch import save_file
@@ -435,7 +438,8 @@ def exported_encoder(file: str | Path, metric: str, prepare: Prepare, distance: 
 
 # %% ../../nbs/judge/networks.ipynb #e2107935
 def described_encoder(file: str | Path) -> Encoder:
-    "`exported_encoder` of a .pt2 file by the .json beside it. Raises UserError where that is absent or says other things."
+    """`exported_encoder` of a .pt2 file by the .json beside it. Raises UserError where that is absent or says other
+    things."""
     said = Path(file).with_suffix('.json')
     if not said.is_file():
         raise UserError(

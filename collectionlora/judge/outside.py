@@ -90,7 +90,8 @@ class Lpips:
 
 # %% ../../nbs/judge/outside.ipynb #75bca18b
 def open_lpips(folder: str | Path) -> Lpips:
-    "LPIPS from a folder with `alexnet*.pth` and `alex.pth`. Raises UserError where a file is absent or another network."
+    """LPIPS from a folder with `alexnet*.pth` and `alex.pth`. Raises UserError where a file is absent or another
+    network."""
     folder = Path(folder)
     big = next(iter(sorted(folder.glob('alexnet*.pth'))), folder / 'alexnet.pth')
     small = folder / 'alex.pth'

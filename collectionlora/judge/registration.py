@@ -72,13 +72,15 @@ LEAST_SIDE = 8  # pixels; below that nothing is found
 
 
 def register(source, output, low: float = 0.8, high: float = 1.25, steps: int = 19) -> Registration:
-    "Shift and zoom of an output against its source, PIL or uint8 [H, W, 3] of one size. Raises UserError for two sizes."
+    """Shift and zoom of an output against its source, PIL or uint8 [H, W, 3] of one size. Raises UserError for two
+    sizes."""
     a, b = (
         p.convert('RGB') if isinstance(p, Image.Image) else Image.fromarray(np.asarray(p)) for p in (source, output)
     )
     if a.size != b.size:
         raise UserError(
-            f'registration: the output is {b.size[0]}x{b.size[1]}, its source {a.size[0]}x{a.size[1]}; compare with the cropped source'
+            f'registration: the output is {b.size[0]}x{b.size[1]}, its source {a.size[0]}x{a.size[1]}; compare with '
+            'the cropped source'
         )
     if min(b.size) < LEAST_SIDE:
         return Registration(0.0, 0.0, 1.0, 0.0, False)

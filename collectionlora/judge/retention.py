@@ -18,8 +18,8 @@ from .gate import laplacian_energy, NONE, Row
 # %% ../../nbs/judge/retention.ipynb #c4f19ba0
 @dataclass(frozen=True)
 class EditCase:
-    """One general edit: pictures are uint8 [H, W, 3]; `target` is what the instruction drew, `truth` another true target,
-    `asked` are further ones, `others` sets of targets that compete."""
+    """One general edit: pictures are uint8 [H, W, 3]; `target` is what the instruction drew, `truth` another true
+    target, `asked` are further ones, `others` sets of targets that compete."""
 
     family: str
     category: str
@@ -47,8 +47,8 @@ def edit_case(
 ) -> EditCase:
     """Case number k of a family of edits (`world.FAMILIES`) on a held-out scene; `draws` true targets stand for it.
 
-    through: what true targets are sent through, e.g. a base's autoencoder; purposes: of the random numbers for scene and
-    edits, and for targets."""
+    through: what true targets are sent through, e.g. a base's autoencoder; purposes: of the random numbers for scene
+    and edits, and for targets."""
     r, category = rng(purposes[0], seed, family, k), world.CATEGORIES[k % 2] if family != 'flip' else 'animal'
     edit = None
     while edit is None:

@@ -174,8 +174,8 @@ def write_worker(
 ) -> Path:
     """Writes worker.py, requirements.txt and worker.json (how to start it) to a folder; returns the folder.
 
-    kind: one of `KINDS`; repository: a clone of EditReward, for that kind. python: an interpreter whose environment fits,
-    '': the folder's own. Raises UserError where the repository is not one, or the installation fails."""
+    kind: one of `KINDS`; repository: a clone of EditReward, for that kind. python: an interpreter whose environment
+    fits, '': the folder's own. Raises UserError where the repository is not one, or the installation fails."""
     check_keys([kind], KINDS, 'worker: kinds')
     folder, about = Path(folder), KINDS[kind]
     if kind == 'editreward':
@@ -245,7 +245,8 @@ def reward_row(instruction: str, source: str | Path, output: str | Path) -> dict
 
 
 def read_rewards(path: str | Path) -> dict[str, Reward]:
-    "id -> what the worker wrote. A last line without its end is left out; UserError for a line that breaks the protocol."
+    """id -> what the worker wrote. A last line without its end is left out; UserError for a line that breaks the
+    protocol."""
     text = read_text(path) if Path(path).is_file() else ''
     found = {}
     for n, line in enumerate(text.split('\n')[:-1], 1):
@@ -303,7 +304,8 @@ def _asked(words, rows, folder: Path, poll: float, file: str) -> dict[str, Rewar
         if code or lost:
             last = (log.read_text(errors='replace').strip().splitlines() or ['it said nothing'])[-1][:200]
             raise UserError(
-                f'{log}: the worker ended with code {code}, {len(lost)} of {len(rows)} rows are not answered ({last}); run again to go on'
+                f'{log}: the worker ended with code {code}, {len(lost)} of {len(rows)} rows are not answered ({last}); '
+                'run again to go on'
             )
     return {r['id']: known[r['id']] for r in rows}
 
@@ -478,8 +480,8 @@ TRIES = {  # kind -> its script, and name of the base -> (checkpoint, config) th
 def try_worker(folder: str | Path) -> str:
     """One sentence on a worker that was asked for one edit with small models in its package's own classes.
 
-    Files are left in `trial` below the folder. Raises UserError where the environment, the package or the worker fails, and
-    where the worker says something else than the package itself."""
+    Files are left in `trial` below the folder. Raises UserError where the environment, the package or the worker fails,
+    and where the worker says something else than the package itself."""
     folder, told = Path(folder).resolve(), worker_told(folder)
     place, kind = folder / 'trial', told['kind']
     script, bases = TRIES[kind]

@@ -116,7 +116,8 @@ class Estimate:
 
 
 def numbers_in(said: str) -> list[float]:
-    "[mean, low, high] of an estimate or a contrast in words, as records hold them: 'a - b: -0.100 [-0.200, 0.000], ...'."
+    """[mean, low, high] of an estimate or a contrast in words, as records hold them: 'a - b: -0.100 [-0.200, 0.000],
+    ...'."""
     return [float(v) for v in re.findall(r'[+-]?\d+\.\d+', said.rpartition(': ')[2])[:3]]
 
 

@@ -204,7 +204,9 @@ def _check_cards(device: str, processes: int) -> None:
 
     if device.startswith('cuda') and processes > torch.cuda.device_count():
         n = torch.cuda.device_count()
-        raise UserError(f'--processes {processes}: this machine has {n} GPU{"s" * (n != 1)}, one for each; give at most {n}')
+        raise UserError(
+            f'--processes {processes}: this machine has {n} GPU{"s" * (n != 1)}, one for each; give at most {n}'
+        )
 
 
 def job_of(

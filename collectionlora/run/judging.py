@@ -49,7 +49,8 @@ def check_folder(
     bad = [f for f in found if f.bad]
     if bad:
         raise UserError(
-            f'{folder}: {len(bad)} of {len(found)} are not as they should be, {bad[0].file or bad[0].name} first: {bad[0].state}'
+            f'{folder}: {len(bad)} of {len(found)} are not as they should be, {bad[0].file or bad[0].name} first: '
+            f'{bad[0].state}'
         )
 
 # %% ../../nbs/run/judging.ipynb #a73b4725
@@ -102,7 +103,8 @@ def make_bench(
             shutil.rmtree(place.parent, ignore_errors=True)
     counts = ', '.join(f'{len(v)} {k}' for k, v in made['images'].items())
     print(
-        f'{out}: {len(made["effects"])} effects on {counts}: {made["instructions"]} instructions, sha256 {made["sha256"][:16]}'
+        f'{out}: {len(made["effects"])} effects on {counts}: {made["instructions"]} instructions, sha256 '
+        f'{made["sha256"][:16]}'
     )
 
 # %% ../../nbs/run/judging.ipynb #bfc9b6a5
@@ -252,7 +254,8 @@ def _report_judge(run, folder: Path, manifest: dict, verdicts: dict, out: Path) 
         if file != here and [v.id for v in theirs] == [v.id for v in mine]:
             alpha = [agreement(mine, theirs, what) for what in ('present', 'score')]
             print(
-                f'agreement with {other["model"]}: alpha {alpha[0]:.3f} (gate), {alpha[1]:.3f} (score), {flips(mine, theirs):.1%} of gates differ'
+                f'agreement with {other["model"]}: alpha {alpha[0]:.3f} (gate), {alpha[1]:.3f} (score), '
+                f'{flips(mine, theirs):.1%} of gates differ'
             )
 
 
@@ -263,7 +266,8 @@ def _estimate(run, folder: Path, manifest: dict, out: Path) -> None:
     methods = len(rooms.outputs_of(out, bench, manifest)) + 1
     n = methods * len(bench) + len(rooms.control_cases(folder, manifest))
     print(
-        f'{run.judge.model}: {n} to {2 * n} questions for {methods} methods, {len(run.answers.known)} answers are kept; nothing was asked'
+        f'{run.judge.model}: {n} to {2 * n} questions for {methods} methods, {len(run.answers.known)} answers are '
+        'kept; nothing was asked'
     )
 
 # %% ../../nbs/run/judging.ipynb #9f351123

@@ -117,7 +117,8 @@ def timed(shop, values: Mapping, extension: Mapping, short: Mapping = SHORT) -> 
 
 
 def _seconds(piece, shop) -> float:
-    "Processor seconds of a piece; of a distillation those of its updates, since with four updates set-up is most of it."
+    """Processor seconds of a piece; of a distillation those of its updates, since with four updates set-up is most of
+    it."""
     if piece.kind in ('student', 'child'):
         return read_json(piece.file.with_suffix('.json'))['processor']
     return read_json(shop.rates.folder / piece.kind / f'{piece.key}.json')[1]

@@ -253,7 +253,8 @@ class Bench:
         return Piece(kind, name, key, self.root / kind / f'{name}.{key}{ending}', amount, make, tuple(needs))
 
     def check_clock(self, todo: Sequence[Piece]) -> None:
-        "Raises SystemExit where the time is over, which `execute` records as an interruption: the same command goes on."
+        """Raises SystemExit where the time is over, which `execute` records as an interruption: the same command goes
+        on."""
         if time.time() > self.until:
             raise SystemExit(f'{self.rates.told(todo)} The time of this run is over; start it again to go on.')
 
@@ -713,8 +714,8 @@ def edits(shop: Workshop, asked: Asked, n: int, seed: int = 0) -> Piece:
 
 # %% ../../nbs/run/workshop.ipynb #9c64f4fa
 def apart(pictures: Sequence, items: Sequence[Item]) -> dict[str, float]:
-    """Effect -> root mean square difference, in [0, 255], of pictures of one subject under different noises, a mean over
-    subjects. Raises UserError where a picture is missing."""
+    """Effect -> root mean square difference, in [0, 255], of pictures of one subject under different noises, a mean
+    over subjects. Raises UserError where a picture is missing."""
     groups: dict[tuple, list] = {}
     for item, picture in zip(items, pictures):
         if picture is None:
@@ -759,8 +760,8 @@ def open_workshop(
 ) -> Workshop:
     """The workshop of an experiment that writes to `folder`, by its parameters.
 
-    cache empty: a folder of its own below `out`, or results/scratch/.cache for a smoke run: smoke runs share it, and their
-    times, which are all set-up, stay out of those of real runs;
+    cache empty: a folder of its own below `out`, or results/scratch/.cache for a smoke run: smoke runs share it, and
+    their times, which are all set-up, stay out of those of real runs;
     acceleration empty: the one that ships."""
     place = cache or (folder if out else results_dir() / 'scratch') / '.cache'
     fast = acceleration or data_dir() / 'acceleration' / 'acceleration.safetensors'

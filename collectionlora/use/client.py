@@ -52,7 +52,9 @@ class Connection:
             self.catalogue = {e['id']: e for e in told['data']}
             self.miniature = bool(told['miniature'])
         except (KeyError, TypeError) as e:
-            raise UserError(f'{self.address}: answers, but not as `collectionlora serve` does; check the address') from e
+            raise UserError(
+                f'{self.address}: answers, but not as `collectionlora serve` does; check the address'
+            ) from e
 
     def _answer(self, method: str, path: str, **form) -> dict:
         try:
@@ -80,8 +82,8 @@ def _files(images: Sequence[Image.Image]) -> list[bytes]:
 
 # %% ../../nbs/use/client.ipynb #7a8c2ddd
 class Server(Connection):
-    """A running `collectionlora serve`: edits as an opened `Collection` does, without loading anything here. Arguments and
-    errors are those of `Connection`."""
+    """A running `collectionlora serve`: edits as an opened `Collection` does, without loading anything here. Arguments
+    and errors are those of `Connection`."""
 
     def working_size(self, image: Image.Image) -> tuple[int, int]:
         "(width, height) in pixels at which the server's network edits a picture."

@@ -251,7 +251,8 @@ def right(answers: Sequence[str], requests: Sequence[Request], ids: Sequence[str
 # %% ../../nbs/use/deployment.ipynb #af950d04
 @dataclass(frozen=True)
 class Costs:
-    """Measured seconds, from which is drawn: a load, a switch, an edit in a batch of one, and routing (before the queue).
+    """Measured seconds, from which is drawn: a load, a switch, an edit in a batch of one, and routing (before the
+    queue).
 
     more: what each further edit of a batch adds, as a share of the first."""
 

@@ -131,7 +131,8 @@ def family(parent: Parent, effects: Sequence[EffectSet], rehearsed: Sequence[Eff
             )
         if not (e.trigger or '').strip():
             raise UserError(
-                f'{e.folder / "effect.yaml"}: has no trigger; add a line `trigger:` with a word that means nothing, or let '
+                f'{e.folder / "effect.yaml"}: has no trigger; add a line `trigger:` with a word that means nothing, or '
+                'let '
                 '`collectionlora run prompts` draw one'
             )
     for e in rehearsed:
@@ -205,7 +206,8 @@ def rehearsals(
 ) -> list[Rehearsal]:
     """The old effects in `pictures` (id -> paths), dealt into at most `groups` rehearsals by the parent's own samples.
 
-    ranks: the processes that share the effects, each of which calls this. The bank needs the parent's file under every rehearsal's id. Raises UserError for an effect without pictures."""
+    ranks: the processes that share the effects, each of which calls this. The bank needs the parent's file under every
+    rehearsal's id. Raises UserError for an effect without pictures."""
     groups, found = dealt(pictures, groups), []
     load_role(base, parent.file, 'rehearsed')
     try:
@@ -345,8 +347,8 @@ BOUND = f'{BOUNDS["bad"]:.0%} more bad cases, or a distance {BOUNDS["distance"]:
 def beyond(line: Mapping) -> str:
     """How an old effect changed beyond the bound, in words; empty if it did not.
 
-    Where the judge saw so few pictures that one of them is more than its bound, or called nearly all of them bad before,
-    the distance counts as well."""
+    Where the judge saw so few pictures that one of them is more than its bound, or called nearly all of them bad
+    before, the distance counts as well."""
     if 'bad_before' in line:
         was, now, n = line['bad_before'], line['bad_after'], line['judged']
         if now - was > BOUNDS['bad'] and (now - was) * n > 1.5:

@@ -90,8 +90,8 @@ def in_full(image, effect, seed, strength, size: str) -> tuple[list, list, list,
     """The arguments of `edit`, single or lists, as (pictures, effects, seeds, strengths, whether a list was asked for).
 
     The four lists have one entry for each result; a picture is opened once, however often it is edited, and a strength
-    of None is the catalogue's. Raises UserError for lists of different lengths, a size that is not in `sheet.SIZES`, and
-    what is no picture, seed or strength."""
+    of None is the catalogue's. Raises UserError for lists of different lengths, a size that is not in `sheet.SIZES`,
+    and what is no picture, seed or strength."""
     check_keys([size], SIZES, 'edit: sizes')
     full = spread(pictures=image, effects=effect, seeds=seed, strengths=strength)
     once = {id(p): opened(p) for p in {id(p): p for p in full['pictures']}.values()}
@@ -144,8 +144,8 @@ def edit_all(
 ) -> list[Edit]:
     """Every picture with every effect (none given: all) and every seed, in this order.
 
-    maker: an opened collection or a `client.Server`. strength, size, batch: as in `Collection.edit`. Raises UserError for no
-    picture, and as `Collection.edit` does."""
+    maker: an opened collection or a `client.Server`. strength, size, batch: as in `Collection.edit`. Raises UserError
+    for no picture, and as `Collection.edit` does."""
     if not pictures:
         raise UserError('edit: no picture was given; give files, or a folder that holds pictures')
     effects = list(dict.fromkeys(effects or maker.catalogue))

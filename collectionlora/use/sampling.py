@@ -68,7 +68,9 @@ class Recipe:
         if steps is None or steps == self.steps:
             return self
         if not isinstance(steps, Integral) or isinstance(steps, bool) or not 1 <= steps <= 1000:
-            raise UserError(f'steps: is {steps!r}; give a whole number from 1, {self.steps} is what the file was made for')
+            raise UserError(
+                f'steps: is {steps!r}; give a whole number from 1, {self.steps} is what the file was made for'
+            )
         return replace(self, steps=int(steps), times=())
 
     @property

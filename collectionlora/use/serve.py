@@ -115,9 +115,12 @@ class Line:
         return 1 + int(self.pace * len(self._line) / self.limits.batch)
 
     def submit(self, orders: Sequence[Order], limited: bool = True) -> list[Future]:
-        "Queues orders, all or none; each future gives what `edit` makes. Limited: raises Full and UserError. Or Closed."
+        """Queues orders, all or none; each future gives what `edit` makes. Limited: raises Full and UserError. Or
+        Closed."""
         if limited and len(orders) > self.limits.waiting:
-            raise UserError(f'{len(orders)} pictures at once are over the limit of {self.limits.waiting}; ask for fewer')
+            raise UserError(
+                f'{len(orders)} pictures at once are over the limit of {self.limits.waiting}; ask for fewer'
+            )
         entries = [(o, self.key(o), Future()) for o in orders]
         with self._news:
             if self._closed:
@@ -446,7 +449,8 @@ FORMATS = ('PNG', 'JPEG', 'WEBP')
 
 
 def read_upload(data: bytes, limits: Limits = Limits(), name: str = 'image') -> Image.Image:
-    "The picture in a PNG, JPEG or WebP file, upright and sRGB. Raises UserError for anything else, and over the limits."
+    """The picture in a PNG, JPEG or WebP file, upright and sRGB. Raises UserError for anything else, and over the
+    limits."""
     if len(data) > limits.bytes:
         raise UserError(f'{name}: {len(data):,} bytes are over the limit of {limits.bytes:,}; send a smaller file')
     try:

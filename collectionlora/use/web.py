@@ -87,7 +87,10 @@ class Guard:
         if not self.token and origin and origin.partition('://')[2] != headers.get('host'):
             return problem(403, 'a page of another site asked for this; start the server with a token to allow it')
         if scope['query_string'] and scope['path'].startswith('/v1/'):
-            return problem(400, 'the address takes no parameters behind a question mark; send them as fields of the form')
+            return problem(
+                400,
+                'the address takes no parameters behind a question mark; send them as fields of the form',
+            )
         length = headers.get('content-length', '0')
         if not length.isdecimal() or int(length) > self.most:
             return problem(413, f'the request is over the limit of {self.limits.bytes:,} bytes; send a smaller picture')
@@ -120,7 +123,10 @@ class Guard:
             try:
                 message = await asyncio.wait_for(receive(), min(self.limits.upload, end - time.monotonic()))
             except TimeoutError as e:
-                raise HTTPException(408, f'the request is too slow; send a byte at least every {self.limits.upload:g} s') from e
+                raise HTTPException(
+                    408,
+                    f'the request is too slow; send a byte at least every {self.limits.upload:g} s',
+                ) from e
             seen += len(message.get('body', b''))
             whole = not message.get('more_body', False)
             if seen > self.most:

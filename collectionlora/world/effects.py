@@ -704,7 +704,8 @@ def chain_of(id):
 
 
 def effect_scene(spec, id, r):
-    "The scene after an effect, or after a chain 'a+b' in turn, its chance variables drawn with the numpy generator `r`."
+    """The scene after an effect, or after a chain 'a+b' in turn, its chance variables drawn with the numpy generator
+    `r`."""
     s = copy.deepcopy(spec)
     for effect in chain_of(id):
         for name, *args in effect.ops:

@@ -74,7 +74,7 @@ def nearest(name: str, options) -> str:
     close = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
     if close:
         return f'did you mean {close[0]!r}?'
-    shown = ', '.join(options[:12]) + (', ...' if len(options) > 12 else '')
+    shown = ', '.join(options[:12]) + (f' and {len(options) - 12} more' if len(options) > 12 else '')
     return f'known: {shown or "none"}.'
 
 

@@ -407,6 +407,7 @@ def test_runs_are_listed_shown_and_compared(tmp_path, monkeypatch):
     assert 'finished' in listed[2] and '75 s' in listed[2] and 'table.ours.bcr 0.25 [0.125, 0.5]' in listed[2]
     shown = call('runs', 'show', 'rates/low').stdout
     assert 'rates/low.json' in shown and '0.25 [0.125, 0.5]' in shown and 'abab' not in shown
+    assert '┡' not in shown  # columns without names have no header
     both = call('runs', 'compare', 'rates/low', 'rates/high').stdout
     words = both.split()
     assert 'steps' in words and '10' in words and '11' in words and 'effects' not in words and 'base' not in words

@@ -42,6 +42,18 @@ def test_a_notebook_starts_with_title_and_one_line_and_stays_small(path):
     assert not any(o.output_type == 'error' for c in nb.cells for o in c.get('outputs', []))
 
 
+OWN_SIZES = ('nbs/index.ipynb', 'nbs/run/chain.ipynb')  # large letters for the front page, and boxes with arrows
+
+
+def test_every_notebook_that_draws_uses_the_one_style():
+    unstyled = []
+    for path in NOTEBOOKS:
+        code = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code')
+        if 'matplotlib.pyplot' in code and not re.search(r'figure_style\(|run_folder\(', code):
+            unstyled += [name(path)] * (name(path) not in OWN_SIZES)
+    assert not unstyled
+
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
 def test_no_output_names_a_machine(path):
     cells = nbformat.read(path, 4).cells

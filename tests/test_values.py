@@ -7,7 +7,7 @@ import pytest
 import yaml
 from hypothesis import example, given, settings, strategies as st
 
-from collectionlora.core import parse_yaml, read_json, read_yaml, text_lines, UserError, write_json, write_yaml
+from collectionlora.core import nearest, parse_yaml, read_json, read_yaml, text_lines, UserError, write_json, write_yaml
 from collectionlora.files.effects import load_effect, write_effect
 from collectionlora.judge.gate import made_up_rows, read_rows, write_rows
 
@@ -255,3 +255,8 @@ def test_rows_and_effects_keep_every_text(folder):
         write_effect(folder / id, pairs=[(pixels, pixels)], **fields)
         found = load_effect(folder / id)
         assert {k: getattr(found, k) for k in fields} == fields
+
+
+def test_a_long_list_of_what_is_known_ends_in_its_count():
+    said = nearest('nothing like it', [f'effect-{i:02}' for i in range(20)])
+    assert said.endswith('effect-11 and 8 more.') and '...' not in said

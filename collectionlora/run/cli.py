@@ -235,10 +235,10 @@ def job_of(
 
 
 def grid(title: str, columns, rows) -> Table:
-    "A rich table."
+    "A rich table; columns without names have no header."
     from collectionlora.files.card import printable
 
-    table = Table(*columns, title=escape(printable(title)), title_justify='left')
+    table = Table(*columns, title=escape(printable(title)), title_justify='left', show_header=any(columns))
     for row in rows:
         table.add_row(*(escape(printable(str(cell))) for cell in row))
     return table

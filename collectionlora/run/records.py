@@ -176,6 +176,7 @@ def draw_sweep(records: dict[str, dict], path, n: int = 4) -> Path | None:
     import matplotlib.pyplot as plt
     from collectionlora.core import replacing
     from collectionlora.run.sweep import varying
+    from collectionlora.style import figure_style
 
     done = {name: r for name, r in records.items() if r['status'] == 'finished'}
     found = [{k: v for k, v in key_numbers(r['metrics'], 99).items() if v not in ('yes', 'no')} for r in done.values()]
@@ -185,13 +186,13 @@ def draw_sweep(records: dict[str, dict], path, n: int = 4) -> Path | None:
     over = [k for k in varying(done) if all(type(r['run']['parameters'][k]) in (int, float) for r in done.values())]
     alone = over[0] if len(varying(done)) == 1 and over else None
     x = [r['run']['parameters'][alone] for r in done.values()] if alone else list(range(len(done)))
+    figure_style()
     fig, axes = plt.subplots(1, len(shown), figsize=(3.2 * len(shown), 2.6), squeeze=False)
     for ax, name in zip(axes[0], shown):
         ax.plot(x, [_plain_number(f[name]) for f in found], 'o-' if alone else 'o')
         ax.set(title=name, xlabel=alone or '')
         if not alone:
-            ax.set_xticks(x, list(done), rotation=90, fontsize=6)
-    fig.tight_layout()
+            ax.set_xticks(x, list(done), rotation=90)
     with replacing(path) as part:
         fig.savefig(part, format='png', dpi=110)
     plt.close(fig)

@@ -6,14 +6,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.testing._internal.two_tensor import TwoTensor
 
 from conftest import NO_TORCHVISION
 from collectionlora import flow
+from collectionlora.bases import frugal
 from collectionlora.bases.backbone import Backbone, Cond
+from collectionlora.bases.fewer_bits import BY_LIBRARY
+from collectionlora.bases.frugal import held_by, held_bytes
 from collectionlora.bases.pipeline import few_step_scheduler, fix_mm_token_type_ids, load_base, plain_noise, use_areas
 from collectionlora.bases.slots import hash_weights
 from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import nano_dir, read_json, rng, sha256_folder, UserError, write_json
+from collectionlora.engine.plan import kept_bytes
 from collectionlora.files.dialects import Lora
 from collectionlora.files.lora import write_lora
 from collectionlora.world.draw import draw_scene, render
@@ -735,6 +740,33 @@ def test_an_eight_bit_base_is_near_and_its_adapters_are_as_fine_as_before(folder
         low.quantise(kind)
     with pytest.raises(UserError, match="did you mean 'int8'"):
         fresh.quantise('int')
+
+
+@pytest.mark.parametrize('kind', ['torchao_int8', 'torchao_fp8', 'nf4', 'host', 'disk'])
+def test_frozen_weights_of_any_kind_learn_are_offloaded_and_counted(folder, fresh, kind):
+    if kind in BY_LIBRARY:
+        pytest.importorskip(BY_LIBRARY[kind])
+    low = with_roles(load_base(folder, frozen=kind).backbone)
+    v, g = gradients(low, B=1)  # one row goes other ways than several
+    assert torch.isfinite(v).all() and g.abs().max() > 0
+    v, g = gradients(low)
+    bytes_of = lambda b: sum(held_bytes(p) for p in b.transformer.parameters() if not p.requires_grad)
+    assert bytes_of(low) < bytes_of(with_roles(fresh)) / 2
+    assert kept_bytes(low, inputs()[2], 'student') > 0
+    low.offload(True)
+    w, h = gradients(low)
+    assert torch.equal(v, w) and torch.equal(g, h)
+
+
+def test_a_tensor_of_several_is_counted_by_them():
+    two = TwoTensor(torch.zeros(6), torch.zeros(6))
+    assert [len(part) for part in held_by(two)] == [6, 6] and held_bytes(two) == 48
+    assert held_bytes(torch.zeros(1).expand(100)) == 4
+
+
+def test_a_base_whose_weights_wait_elsewhere_is_large_all_the_same(folder, monkeypatch):
+    monkeypatch.setattr(frugal, 'LARGE', 10_000)
+    assert [load_base(folder, frozen=kind).backbone.micro_batch for kind in ('', 'host')] == [1, 1]
 
 
 def test_compiled_blocks_play_every_role(fresh):

@@ -64,6 +64,7 @@ def to_four_bits(model: nn.Module, dtype: torch.dtype) -> None:
         new = Linear4bit(old.in_features, old.out_features, old.bias is not None, dtype, quant_type='nf4')
         new.weight = Params4bit(old.weight.data, requires_grad=False, quant_type='nf4')
         new.bias = old.bias
+        new.support_avx512bf16_for_cpu = False  # its form for such processors has no backward
         setattr(model.get_submodule(parent), child, new.to(old.weight.device))
 
 # %% ../../nbs/bases/fewer_bits.ipynb #b19e9f75

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import nn, Tensor
 
 from ..bases.backbone import Backbone
+from ..bases.frugal import held_bytes
 from ..bases.pipeline import Base
 from ..core import folder_lock, UserError
 
@@ -385,7 +386,7 @@ def is_sharded(backbone) -> bool:
 def bytes_here(module: nn.Module) -> int:
     "Bytes of a module's own weights that lie on this process, adapters left out."
     own = [p.data for n, p in module.named_parameters() if '.lora_' not in n]
-    return sum((p.to_local() if hasattr(p, 'to_local') else p).nbytes for p in own)
+    return sum(map(held_bytes, own))
 
 # %% ../../nbs/engine/parallel.ipynb #dc08d8bb
 def check_scale(ranks: Ranks, backbone: Backbone, s) -> None:

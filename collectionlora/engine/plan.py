@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from ..bases.backbone import Backbone, Cond
+from ..bases.frugal import held_by, held_bytes
 from ..bases.pipeline import Base
 from ..bases.slots import stored_dtype
 from .costs import plan
@@ -51,9 +52,9 @@ def kept_bytes(backbone: Backbone, cond: Cond, role: str) -> int:
     weights, found, (x, t) = backbone.storages(), {}, _state(backbone, cond)
 
     def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
+        for storage in (part.untyped_storage() for part in held_by(tensor)):
+            if storage.data_ptr() not in weights:
+                found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -73,7 +74,7 @@ def condition_bytes(cond: Cond, of_effects: int, general: int) -> tuple[int, int
 def memory(base: Base, s: Settings, cond: Cond, conditions: int, role: str, teacher_rank: int, parts: int) -> dict:
     """Bytes by what they are for. role: an adapter of rank s.rank_student; cond: one batch; conditions: the bytes of
     conditions and targets that are held; parts: processes over which the moments are spread."""
-    frozen = sum(p.nbytes for p in base.backbone.transformer.parameters() if not p.requires_grad)
+    frozen = sum(held_bytes(p) for p in base.backbone.transformer.parameters() if not p.requires_grad)
     student = base.backbone.flat(role).nbytes
     fake, teacher = (student * rank // s.rank_student for rank in (s.rank_fake, teacher_rank))
     return {

@@ -1,7 +1,8 @@
 """Makes runs in results/ ready for git: `python tools/keep_results.py results/<experiment>/<run>.json ...`
 
 The record loses what only its own machine needs, the executed notebook goes, and the run's picture becomes one JPEG.
-Rows (.rows.jsonl) are packed and stay: whoever keeps a run decides whether something reads them."""
+Rows (.rows.jsonl) are packed and stay: whoever keeps a run decides whether something reads them. So does a long history
+of training steps."""
 
 import re
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from collectionlora.core import pack, read_json
-from collectionlora.run.kept import as_text, thinned
+from collectionlora.run.kept import as_text, history_apart, thinned
 
 QUALITY = 78
 
@@ -35,7 +36,8 @@ def keep(record: Path) -> None:
     to_jpeg(folder, run)
     for rows in folder.glob(f'{run}.*rows.jsonl'):
         pack(rows)
-    record.write_text(as_text(thinned(read_json(record), folder)) + '\n', encoding='utf-8')
+    short = history_apart(thinned(read_json(record), folder), folder, run)
+    record.write_text(as_text(short) + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__':

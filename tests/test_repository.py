@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import runpy
 import subprocess
 
 import nbformat
@@ -211,3 +212,12 @@ def test_the_lesson_of_the_loop_begins_with_the_loop_on_one_screen():
     exported = [c.source for c in cells if c.source.startswith('#| export') and 'def ' in c.source]
     loop = exported[0][exported[0].index('def collect(') :]
     assert len([line for line in loop.splitlines() if line.strip()]) <= 42
+
+
+def test_a_notebook_says_of_which_short_run_its_outputs_are():
+    tool = runpy.run_path(str(ROOT / 'tools' / 'short_runs.py'))
+    for experiment in tool['SHORT']:
+        cells = nbformat.read(ROOT / 'nbs' / 'experiments' / f'{experiment}.ipynb', 4).cells
+        assert cells[1].source == tool['told'](cells[1].source, experiment), experiment
+        declared_here = next(c.source for c in cells if 'parameters' in c.metadata.get('tags', []))
+        assert all(f'\n{name}: ' in declared_here for name in tool['SHORT'][experiment]), experiment

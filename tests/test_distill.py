@@ -28,7 +28,7 @@ from collectionlora.engine.plan import measured_plan
 from collectionlora.engine.pools import load_pools, mixed_rows, Pool, rows_in, samples_of
 from collectionlora.engine.settings import PRESETS, resolved, schedule_of, Settings
 from collectionlora.engine.state import compare_fingerprints, Guard, start_from, State
-from collectionlora.engine.terms import Engine, fake_update, rate_at
+from collectionlora.engine.terms import Engine, fake_update, held_apart, rate_at
 from collectionlora.files.conditions import ConditionCache
 from collectionlora.files.effects import load_effects, load_general, write_effect, write_general
 from collectionlora.files.header import catalogue, read_header
@@ -241,6 +241,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_imitate(world):
 def test_a_fake_score_that_is_asked_must_learn():
     with pytest.raises(UserError, match='fake_per_generator is 0, but matching asks the fake score'):
         replace(SMALL, fake_per_generator=0)
+    with pytest.raises(UserError, match='fake_per_generator is 0, but matching asks the fake score'):
+        replace(SMALL, **IMITATING | dict(further={'apart': 1.0}))
     with pytest.raises(UserError, match='real_shared asks the LoRA that the student starts from; name it in init'):
         replace(SMALL, real_shared=0.5)
 
@@ -887,3 +889,23 @@ def test_kill_nine_at_random_moments(folder, world, tmp_path):
     assert (tmp_path / 'killed' / 'collection.safetensors').read_bytes() == (
         tmp_path / 'whole' / 'collection.safetensors'
     ).read_bytes()
+
+
+def test_a_head_tells_pictures_from_targets_and_the_student_learns_from_it(world, tmp_path):
+    s = replace(SMALL, **IMITATING | dict(further={'apart': 0.5}, fake_per_generator=1), steps=4)
+    history = run(world, s, tmp_path)
+    of_effects = [h for h in history if h['effect']]
+    assert of_effects and all(h['loss_apart'] > 0 and h['norm_apart'] > 0 for h in of_effects)
+    assert not any('loss_apart' in h for h in history if not h['effect'])
+
+
+def test_the_head_knows_what_it_should_and_pushes_towards_the_target():
+    target, own = torch.randn(2, 3, 64, 6, generator=torch.Generator().manual_seed(0)).unbind(0)
+    assert held_apart(target, target).abs().max() == 0
+    own = (1.5 * own + 0.3).requires_grad_()
+    before = held_apart(target, own)
+    before.sum().backward()
+    after = held_apart(target, own.detach() - 0.5 * own.grad)
+    assert (after < before).all() and (before > 0).all()
+    alone = torch.cat([held_apart(target[i : i + 1], own[i : i + 1]) for i in range(3)])
+    assert torch.allclose(alone, before, rtol=1e-4)  # no picture depends on its batch

@@ -49,6 +49,7 @@ TERMS = {
     'fm': Term('anchored', lambda s: s.weight_fm, coarse=True, forward=lambda s: 0.0),
     'keep': Term('kept', plain=True, forward=lambda s: rolled(s) + 1),
     'imitate': Term('kept', general=True, forward=lambda s: rolled(s) + scored(s) - 1),
+    'apart': Term('told_apart', forward=lambda s: rolled(s) + 4.0),  # a gradient through the fake score is as three
 }
 
 

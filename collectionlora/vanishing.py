@@ -50,7 +50,7 @@ def denoised(x: Tensor, t: float, share: float) -> Tensor:
 
 # %% ../nbs/method/09_vanishing.ipynb #8ded672a
 def lives_from(share: float) -> float:
-    "The noise level t* from which on a sample at a place has a gradient: its evidence is down to this law's odds."
+    "The noise level t* around which the gradient of a sample at a place sets in: its evidence is down to this law's odds."
     q2 = (PLACES[1] - PLACES[0]) ** 2 / (2 * max(abs(logit(share)), 1e-12)) - SPREAD**2
     return 0.0 if q2 <= 0 else q2**0.5 / (1 + q2**0.5)
 

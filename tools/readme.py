@@ -35,6 +35,12 @@ def shown(nb):
     return nb
 
 
+SEEN = (  # what each picture shows, for those who cannot see it
+    'Four subjects, each with another effect: the source, a true target, and ours in eight steps',
+    'One picture edited with one effect and with two at once',
+)
+
+
 def render(nb) -> tuple[str, dict]:
     "Markdown and its pictures, named assets/readme_N.png in order of appearance."
     nb.metadata['language_info'] = {'name': 'python'}
@@ -44,7 +50,9 @@ def render(nb) -> tuple[str, dict]:
         new = f'assets/readme_{i}{Path(name).suffix}'
         text, pictures[new] = text.replace(f']({name})', f']({new})'), data
     text = re.sub(r'```python\s+```\n', '', LINK.sub(from_root, text))
-    text = re.sub(r'\n\s+!\[(?:png|jpeg)\]\((\S+)\)\s*\n', r'\n\n![what the cell above shows](\1)\n\n', text)
+    words = iter(SEEN)
+    shown = lambda found: f'\n\n![{next(words)}]({found[1]})\n\n'
+    text = re.sub(r'\n\s+!\[(?:png|jpeg)\]\((\S+)\)\s*\n', shown, text)
     note = '<!-- rendered from nbs/index.ipynb by `make readme`; edit the notebook -->\n\n'
     return note + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', pictures
 

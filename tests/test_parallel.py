@@ -500,7 +500,7 @@ def test_the_first_error_is_reported_and_a_death_too(tmp_path):
     path = notebook(tmp_path / 'a.ipynb')
     with pytest.raises(UserError, match='prompt is empty'):
         execute(path, tmp_path / 'bad', parameters={'mode': 'bad'}, processes=2)
-    with pytest.raises(RunFailed, match='Kernel died'):
+    with pytest.raises(RunFailed, match='kernel died'):
         execute(path, tmp_path / 'dead', parameters={'mode': 'dead'}, processes=2)
     assert core.read_json(tmp_path / 'dead' / 'run.json')['status'] == 'failed'
 

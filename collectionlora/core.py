@@ -9,8 +9,8 @@ __all__ = ['LARGE_FILE', 'SETTLED', 'DECIMAL', 'FLOAT', 'DISPUTED', 'OTHERWISE',
            'sha256_json', 'sealed', 'is_sealed', 'sha256_file', 'sha256_folder', 'seed_of', 'rng', 'wilson',
            'replacing', 'folder_lock', 'save_state', 'load_state', 'Later', 'read_text', 'pack', 'unpacked',
            'text_lines', 'json_object', 'yaml_text', 'parse_yaml', 'read_yaml', 'write_yaml', 'read_json',
-           'read_object', 'write_json', 'bar', 'versions', 'hardware', 'command', 'run_info', 'is_run', 'read_run',
-           'save_run']
+           'read_object', 'write_json', 'laplacian', 'bar', 'versions', 'hardware', 'command', 'run_info', 'is_run',
+           'read_run', 'save_run']
 
 # %% ../nbs/run/core.ipynb #7d0f1b17
 import difflib
@@ -526,6 +526,12 @@ def write_json(path, obj) -> None:
     text = json.dumps(plain(obj), indent=1, ensure_ascii=False) + '\n'
     with replacing(path) as part:
         part.write_bytes(text.encode('utf-8', 'backslashreplace'))  # names of files may hold bytes that are no UTF-8
+
+# %% ../nbs/run/core.ipynb #31d8a503
+def laplacian(x):
+    "The five-point Laplacian `[..., H - 2, W - 2]` of an array or a tensor `[..., H, W]`."
+    inner, rows, columns = x[..., 1:-1, 1:-1], x[..., :, 1:-1], x[..., 1:-1, :]
+    return 4 * inner - rows[..., :-2, :] - rows[..., 2:, :] - columns[..., :-2] - columns[..., 2:]
 
 # %% ../nbs/run/core.ipynb #bc8b2762
 def bar(iterable=None, total=None, desc='', **kw):

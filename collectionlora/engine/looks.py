@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..bases.backbone import Backbone, Cond
 from ..bases.pipeline import Base
-from ..core import replacing, seed_of
+from ..core import laplacian, replacing, seed_of
 from .monitors import diagnose
 from .pools import samples_of
 from .state import writing
@@ -25,7 +25,6 @@ from .targets import sample_in_batches
 from ..files.conditions import ConditionCache
 from ..files.effects import EffectSet, load_image
 from ..flow import sample_few, sample_ode
-from ..world.pen import laplacian
 
 # %% ../../nbs/engine/looks.ipynb #1d9d78a6
 def image_of(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

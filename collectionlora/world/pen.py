@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['N', 'SS', 'LENS', 'ANGLES', 'Pen', 'layer', 'over', 'texture', 'shade', 'hsv', 'luminance', 'block_mean', 'blur',
-           'edge_strength', 'laplacian', 'laplacian_energy']
+           'edge_strength', 'laplacian_energy']
 
 # %% ../../nbs/world/pen.ipynb #c668eba4
 import functools
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+from ..core import laplacian
 
 # %% ../../nbs/world/pen.ipynb #b565bba5
 N, SS, LENS = 64, 4, 0.85  # pixels of a picture, supersampling of the drawing, softness of the lens in pixels
@@ -132,12 +134,6 @@ def edge_strength(l):
     return np.hypot(gx, gy)
 
 # %% ../../nbs/world/pen.ipynb #68f3bf40
-def laplacian(x):
-    "The five-point Laplacian `[..., H - 2, W - 2]` of an array or a tensor `[..., H, W]`."
-    inner, rows, columns = x[..., 1:-1, 1:-1], x[..., :, 1:-1], x[..., 1:-1, :]
-    return 4 * inner - rows[..., :-2, :] - rows[..., 2:, :] - columns[..., :-2] - columns[..., 2:]
-
-
 def laplacian_energy(x):
     "Mean squared Laplacian of uint8 pictures `[..., H, W, 3]`, in units of [0, 1]²."
     x = np.asarray(x, np.float64) / 255

@@ -98,8 +98,6 @@ def test_a_run_file_asks_for_nothing_that_only_one_checkout_has():
 
 
 def test_style_sees_a_walrus_in_any_argument_and_leaves_a_shown_list_alone():
-    import runpy
-
     faults = runpy.run_path(str(ROOT / 'tools' / 'style.py'))['faults_of']
     assert 'walrus' in faults('f(a=(x := 1))', False)[0] and 'walrus' in faults('f(x := 1)', False)[0]
     assert faults('[f(x) for x in y]', False) and not faults('[f(x) for x in y]', False, page=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from collectionlora.core import pack, read_json
-from collectionlora.run.kept import as_text, history_apart, thinned
+from collectionlora.core import pack
+from collectionlora.run.kept import keep_record
 
 QUALITY = 78
 
@@ -36,8 +36,7 @@ def keep(record: Path) -> None:
     to_jpeg(folder, run)
     for rows in folder.glob(f'{run}.*rows.jsonl'):
         pack(rows)
-    short = history_apart(thinned(read_json(record), folder), folder, run)
-    record.write_text(as_text(short) + '\n', encoding='utf-8')
+    keep_record(record, record)
 
 
 if __name__ == '__main__':

@@ -21,6 +21,7 @@ import torch
 from torch import nn, Tensor
 
 from ..bases.backbone import Backbone
+from ..bases.frugal import places
 from ..core import load_state, save_state, short_of_memory, UserError
 from .parallel import optimiser, Ranks
 from .settings import Settings
@@ -30,18 +31,12 @@ from ..files.dialects import Lora
 def restore(opt: torch.optim.Optimizer, saved: dict) -> None:
     "Loads an optimiser's state into memory of its own; the saved tensors are not kept."
     opt.load_state_dict(saved)
-    theirs = {p for moments in saved['state'].values() for t in moments.values() for p in _memory(t)}
+    tensors = (t for moments in saved['state'].values() for t in moments.values() if isinstance(t, Tensor))
+    theirs = set().union(*map(places, tensors))
     for moments in opt.state.values():
         for name, t in moments.items():
-            if theirs & _memory(t):
+            if isinstance(t, Tensor) and theirs & places(t):
                 moments[name] = _copied(t)
-
-
-def _memory(t) -> set[int]:
-    "Addresses of a tensor's memory; one in eight bits is made of several."
-    if hasattr(t, '__tensor_flatten__'):
-        return {p for name in t.__tensor_flatten__()[0] for p in _memory(getattr(t, name))}
-    return {t.untyped_storage().data_ptr()} if isinstance(t, Tensor) else set()
 
 
 def _copied(t: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from collectionlora.toy import (
 
 # %% ../nbs/method/08_distill.ipynb #72e1d566
 TIMES = few_step_times(4, 3.0)  # the noise levels at which the student is asked, shifted as in 01_flow
-STEPS, BATCH, RATE = 240, 192, 4e-3  # updates of the student, samples of each, learning rate at the start
+STEPS, BATCH, RATE = 160, 192, 4e-3  # updates of the student, samples of each, learning rate at the start
 TAU_MAX, TAU_MIN = 0.8, 0.1  # target simulation starts below the first and is seen above the second (07_c2fdo)
 
 

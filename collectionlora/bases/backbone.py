@@ -116,9 +116,9 @@ class Mergeable(Frugal):
     def merged(self, role: Role) -> Iterator[None]:
         """Context in which `role` is folded into the weights, W + s B A: quicker for several forwards without gradient.
 
-        A base held in eight bits takes no adapter in; there `role` stays one. On leaving, the base's own tensors are
-        back, bit for bit. Costs a second copy of the adapted weights, and in low precision rounds the sum to the base's
-        dtype, so results there differ from the adapter's."""
+        A base whose frozen weights are held in another form (`frozen`) takes no adapter in; there `role` stays one. On
+        leaving, the base's own tensors are back, bit for bit. Costs a second copy of the adapted weights, and in low
+        precision rounds the sum to the base's dtype, so results there differ from the adapter's."""
         if self._merged is not None:
             raise UserError(f'merged({role!r}) inside merged({list(self._merged)}): leave the first one before.')
         scalings, kept = self.factors(role), []

@@ -567,8 +567,8 @@ def load_base(
 ) -> Base:
     """A pipeline folder (nano, tiny or full) of a known family as its `Base`.
 
-    dtype None: float32 on CPU, else bfloat16; frozen: '', or a kind of `fewer_bits.KINDS` to hold the transformer's
-    frozen weights in fewer bits; staged: the encoders alone, until `load_transformer` lets them go and loads the
+    dtype None: float32 on CPU, else bfloat16; frozen: '', or a kind of `fewer_bits.KINDS`, in which the transformer's
+    frozen weights are held; staged: the encoders alone, until `load_transformer` lets them go and loads the
     transformer.
 
     Raises UserError if the folder is no such pipeline, lacks a file or holds a damaged one, or its tokenizer does not

@@ -172,7 +172,7 @@ Frozen = Annotated[
     str,
     option(
         '--frozen',
-        help='How the base is held: int8, fp8, nf4 (fewer bits), host, disk (weights wait there).',
+        help='How the base is held: int8, fp8, torchao_int8, torchao_fp8, nf4 (fewer bits), host, disk (it waits there).',
         show_default='as it is',
     ),
 ]
@@ -436,7 +436,16 @@ def plan_(
     preset: Annotated[str, option(help='Settings to start from: paper, default or authors.')] = 'paper',
     card: Annotated[Optional[list[float]], option(help='Gigabytes of a card; may be repeated.')] = None,
     cards: Annotated[Optional[list[int]], option(help='How many cards, one process each; may be repeated.')] = None,
-    parameter: Given = None,
+    parameter: Annotated[
+        Optional[list[str]],
+        option(
+            '--parameter',
+            '-p',
+            metavar='NAME=VALUE',
+            help='What is made, or how: effects, targets, general (pictures), rank, teacher_rank, steps, batch, moments, '
+            'frozen, micro_batch, checkpointing, spread_base, spread_moments, or another setting; may be repeated.',
+        ),
+    ] = None,
 ):
     "Say before anything is loaded whether a run fits a card, what it takes, and what would make it fit."
     from dataclasses import replace

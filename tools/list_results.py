@@ -43,8 +43,10 @@ run ready for git.
 
 Bases: *ships* is the nano base in `data/nano`, which has seen 2.6 M samples and has a decoder's correction; *2.6 M* is
 the same without the correction, or with an earlier training of it. *998 K*, *598 K*, *320 K* and *first* came before.
-Numbers of different bases do not compare. "What varies" lists the parameters in which the runs of an experiment differ;
-where most runs of an experiment share a value, only the others show theirs.
+Eight digits such as `fe261f54` are the hash of something else: in `full_scale` and `options` of a base of random weights,
+which learns nothing and is there to be measured. Numbers of different bases do not compare. "What varies" lists the
+parameters in which the runs of an experiment differ; where most runs of an experiment share a value, only the others
+show theirs.
 """
 
 

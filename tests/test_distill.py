@@ -23,7 +23,7 @@ from collectionlora.dmd import fake_loss
 from collectionlora.engine import rollouts, terms
 from collectionlora.engine.looks import few_step_sample, show_history
 from collectionlora.engine.loop import add_roles, distill, learning_roles, Training
-from collectionlora.engine.costs import passes, plan
+from collectionlora.engine.costs import check_terms, passes, plan
 from collectionlora.engine.plan import measured_plan
 from collectionlora.engine.pools import load_pools, mixed_rows, Pool, rows_in, samples_of
 from collectionlora.engine.settings import PRESETS, resolved, schedule_of, Settings
@@ -241,8 +241,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_imitate(world):
 def test_a_fake_score_that_is_asked_must_learn():
     with pytest.raises(UserError, match='fake_per_generator is 0, but matching asks the fake score'):
         replace(SMALL, fake_per_generator=0)
-    with pytest.raises(UserError, match='fake_per_generator is 0, but matching asks the fake score'):
-        replace(SMALL, **IMITATING | dict(further={'apart': 1.0}))
+    with pytest.raises(UserError, match="the term 'apart' asks the fake score; set fake_per_generator to 1 or more"):
+        check_terms(replace(SMALL, **IMITATING | dict(further={'apart': 1.0})))
     with pytest.raises(UserError, match='real_shared asks the LoRA that the student starts from; name it in init'):
         replace(SMALL, real_shared=0.5)
 

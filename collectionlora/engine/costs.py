@@ -22,7 +22,8 @@ class Term:
     loss: the function of (engine, batch, generator, earlier), or the name of one in `engine.terms`; weight: its weight
     under settings, by default that in `Settings.further`; effects, general: whether it runs on effects and on the
     general stream; plain: it runs on rehearsed effects, and only there; coarse: it also runs during `anchor_first`;
-    forward: the forward passes per sample beside the one with gradient, expected under settings, for the plan."""
+    fake: it asks the fake score; forward: the forward passes per sample beside the one with gradient, expected under
+    settings, for the plan."""
 
     loss: Callable | str
     weight: Callable[[Settings], float] | None = None
@@ -30,6 +31,7 @@ class Term:
     general: bool = False
     plain: bool = False
     coarse: bool = False
+    fake: bool = False
     forward: Callable[[Settings], float] = lambda s: 1.0
 
 # %% ../../nbs/engine/costs.ipynb #6262ec48
@@ -49,7 +51,7 @@ TERMS = {
     'fm': Term('anchored', lambda s: s.weight_fm, coarse=True, forward=lambda s: 0.0),
     'keep': Term('kept', plain=True, forward=lambda s: rolled(s) + 1),
     'imitate': Term('kept', general=True, forward=lambda s: rolled(s) + scored(s) - 1),
-    'apart': Term('told_apart', forward=lambda s: rolled(s) + 4.0),  # a gradient through the fake score is as three
+    'apart': Term('told_apart', fake=True, forward=lambda s: rolled(s) + 4.0),  # a gradient through the fake score is as three
 }
 
 
@@ -72,12 +74,15 @@ def active(s: Settings, coarse: bool = False) -> dict[str, Term]:
 
 
 def check_terms(s: Settings) -> None:
-    "Raises UserError if `further` names a term that there is not, or one whose weight has a setting of its own."
+    """Raises UserError if `further` names a term that there is not, one whose weight has a setting of its own, or one that
+    asks a fake score which never learns."""
     mine = [k for k, term in table(s).items() if term.weight is None]
     for name in s.further:
         if name not in mine:
             have = nearest(name, mine) if mine else 'there are none beside bs, ts and fm'
             raise UserError(f'settings: further has the term {name!r}, which engine.terms.TERMS does not; {have}')
+        if s.further[name] and TERMS[name].fake and s.fake_per_generator == 0:
+            raise UserError(f'settings: the term {name!r} asks the fake score; set fake_per_generator to 1 or more')
 
 # %% ../../nbs/engine/costs.ipynb #7ce01c02
 def share_of(term: Term, s: Settings, rehearsed: float = 0.0) -> float:

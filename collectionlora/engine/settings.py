@@ -366,7 +366,7 @@ def _term_rules(s) -> list[tuple[bool, str]]:
             'all weights are 0; nothing would be learnt',
         ),
         (
-            s.fake_per_generator == 0 and s.weight_bs + s.weight_ts + s.further.get('apart', 0) > 0,
+            s.fake_per_generator == 0 and s.weight_bs + s.weight_ts > 0,
             'fake_per_generator is 0, but matching asks the fake score; give at least 1, or no weight to what asks it',
         ),
         (

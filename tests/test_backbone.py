@@ -1,4 +1,5 @@
 import copy
+import shutil
 import subprocess
 import sys
 
@@ -6,16 +7,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.testing._internal.two_tensor import TwoTensor
 
 from conftest import NO_TORCHVISION
 from collectionlora import flow
-from collectionlora.bases import frugal
+from collectionlora.bases import frugal, pipeline
 from collectionlora.bases.backbone import Backbone, Cond
 from collectionlora.bases.fewer_bits import BY_LIBRARY
 from collectionlora.bases.frugal import held_by, held_bytes
 from collectionlora.bases.pipeline import few_step_scheduler, fix_mm_token_type_ids, load_base, plain_noise, use_areas
-from collectionlora.bases.slots import hash_weights
+from collectionlora.bases.slots import adapted_sizes, hash_weights
 from collectionlora.bases.tiny import tiny_base
 from collectionlora.core import nano_dir, read_json, rng, sha256_folder, UserError, write_json
 from collectionlora.engine.plan import kept_bytes
@@ -740,6 +742,45 @@ def test_an_eight_bit_base_is_near_and_its_adapters_are_as_fine_as_before(folder
         low.quantise(kind)
     with pytest.raises(UserError, match="did you mean 'int8'"):
         fresh.quantise('int')
+
+
+@pytest.mark.parametrize('kind', ['int8', 'fp8'])
+def test_an_eight_bit_base_is_never_there_as_it_is(folder, fresh, kind, monkeypatch):
+    "Each weight is put in eight bits before the next is read, and the numbers are those of a base quantised whole."
+    of_loading, most = pipeline.to_eight_bits, []
+    blanks = {}
+
+    def counted(layer, kind):
+        most.append(sum(p.numel() for p in blanks['model'].parameters() if p.element_size() > 1 and not p.is_meta))
+        of_loading(layer, kind)
+
+    def seen(model):
+        blanks['model'] = model
+        return adapted_sizes(model)
+
+    monkeypatch.setattr(pipeline, 'to_eight_bits', counted)
+    monkeypatch.setattr(pipeline, 'adapted_sizes', seen)
+    low = load_base(folder, frozen=kind).backbone
+    largest = max(i * o for i, o in fresh.modules().values())
+    beside = sum(p.numel() for p in fresh.transformer.parameters()) - sum(i * o for i, o in fresh.modules().values())
+    assert len(most) == len(fresh.modules()) and max(most) <= largest + beside
+    whole = load_base(folder).backbone
+    whole.quantise(kind)
+    found = low.transformer.state_dict()
+    for name, weight in whole.transformer.state_dict().items():
+        assert torch.equal(found[name].float(), weight.float()), name
+    assert not any(weight.is_meta for weight in low.transformer.parameters())
+
+
+def test_an_eight_bit_base_whose_files_lack_a_weight_is_refused(folder, tmp_path):
+    broken = tmp_path / 'base'
+    shutil.copytree(folder, broken)
+    file = next((broken / 'transformer').glob('*.safetensors'))
+    weights = load_file(file)
+    weights.pop('proj_out.weight')
+    save_file(weights, file)
+    with pytest.raises(UserError, match='its files lack proj_out.weight'):
+        load_base(broken, frozen='int8')
 
 
 @pytest.mark.parametrize('kind', ['torchao_int8', 'torchao_fp8', 'nf4', 'host', 'disk'])

@@ -29,8 +29,9 @@ from torch import nn, Tensor
 from .backbone import Backbone, Cond
 from .families import Family, family_of_folder, QWEN_EDIT
 from .fewer_bits import BY_LIBRARY, by_library, check_kind, to_disk, to_four_bits, to_host
-from .frugal import EIGHT_BITS
+from .frugal import EIGHT_BITS, to_eight_bits
 from .sizes import INFO_FILE, read_info
+from .slots import adapted_sizes
 from ..core import read_json, sha256_folder, UserError
 
 # %% ../../nbs/bases/pipeline.ipynb #4601220b
@@ -139,6 +140,8 @@ def _transformer_class(folder: Path):
 def load_transformer(folder: Path, dtype: torch.dtype, device: str, frozen: str = '') -> nn.Module:
     """The transformer of a pipeline folder, file by file straight to `device`; frozen: '' or a kind of
     `fewer_bits.KINDS`, in which the weights under possible adapters are held."""
+    if frozen in EIGHT_BITS:
+        return _in_eight_bits(folder, dtype, device, frozen)
     by_hand = frozen == 'nf4' and device == 'cpu'
     config = (
         by_library(frozen, dtype, blank_transformer(folder, dtype)) if frozen in BY_LIBRARY and not by_hand else None
@@ -154,6 +157,26 @@ def load_transformer(folder: Path, dtype: torch.dtype, device: str, frozen: str 
     if frozen in ('host', 'disk'):
         {'host': to_host, 'disk': to_disk}[frozen](found, device)
     return found
+
+
+def _in_eight_bits(folder: Path, dtype: torch.dtype, device: str, kind: str) -> nn.Module:
+    "The transformer, tensor by tensor to `device`; a weight under a possible adapter is put in eight bits at once."
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        found = _transformer_class(folder).from_config(read_json(folder / 'transformer' / 'config.json'))
+    adapted, wanted = adapted_sizes(found), dict(found.named_parameters())
+    for file in sorted((folder / 'transformer').glob('*.safetensors')):
+        with safe_open(file, 'pt', device=device) as weights:
+            for name in wanted.keys() & weights.keys():
+                layer, _, leaf = name.rpartition('.')
+                weight = weights.get_tensor(name).to(dtype)
+                setattr(found.get_submodule(layer), leaf, nn.Parameter(weight, requires_grad=False))
+                if layer in adapted and leaf == 'weight':
+                    to_eight_bits(found.get_submodule(layer), kind)
+    if missing := [name for name, weight in found.named_parameters() if weight.is_meta]:
+        raise UserError(f'{folder / "transformer"}: its files lack {missing[0]}; {_AGAIN}')
+    return found.eval().to(device)
 
 
 def blank_transformer(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -187,10 +210,8 @@ def quiet(folder: Path) -> Iterator[None]:
 
 # %% ../../nbs/bases/pipeline.ipynb #003d8e3a
 def _backbone(kind: type[Backbone], transformer: nn.Module, frozen: str, hash: Callable[[], str]) -> Backbone:
-    "A transformer as backbone; what no library has held in fewer bits while it was loaded is so held here."
+    "A transformer as backbone, its frozen weights held as they were loaded."
     backbone = kind(transformer, hash=hash)
-    if frozen in EIGHT_BITS:
-        backbone.quantise(frozen)
     backbone.frozen = frozen
     return backbone
 

@@ -293,6 +293,12 @@ def test_a_picture_too_long_and_narrow_is_refused_with_the_ratio_that_fits(size,
         nano.size(Image.new('RGB', size))
 
 
+def test_a_refused_picture_is_named_by_its_file(tmp_path, nano):
+    Image.new('RGB', (640, 40)).save(tmp_path / 'long.png')
+    with pytest.raises(UserError, match='long.png: a picture of 640'):
+        nano.encode_images([load_image(tmp_path / 'long.png')])
+
+
 @pytest.mark.parametrize('size', FITS)
 def test_any_other_size_has_a_working_size_whose_latents_fit(size, nano):
     h, w = nano.size(Image.new('RGB', size))

@@ -200,7 +200,15 @@ BREAK = {
     ),
     'a layer more than there are weights': (
         lambda d: edit_json(d / 'transformer' / 'config.json', lambda v: v.update(num_layers=3)),
-        'base: its parts do not fit together|transformer: its files hold',
+        'transformer: its files have 2 blocks, config.json says 3',
+    ),
+    'a shard of three without an index': (
+        lambda d: (file := weights(d / 'transformer')).rename(file.with_name('model-00002-of-00003.safetensors')),
+        'transformer/model-00001-of-00003.safetensors: missing',
+    ),
+    'a transformer of another class': (
+        lambda d: edit_json(d / 'model_index.json', lambda v: v['transformer'].__setitem__(1, 'FluxTransformer2DModel')),
+        "names the transformer 'FluxTransformer2DModel', but a QwenImageEditPlusPipeline has",
     ),
     'another width than the weights': (
         lambda d: edit_json(d / 'transformer' / 'config.json', lambda v: v.update(joint_attention_dim=24)),

@@ -13,6 +13,7 @@ import gc
 import importlib.util
 import inspect
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -363,8 +364,8 @@ class Pictures(Staged):
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
         "Images of one shape -> normalised packed latents [B, N, C], float32."
         self.check_encoders('an image is to be encoded')
+        sizes = {self.size(im) for im in images}  # before `convert`, which forgets a file's name
         images = [im.convert('RGB') for im in images]
-        sizes = {self.size(im) for im in images}
         if len(sizes) != 1:
             raise UserError(f'encode_images: sizes {sorted(sizes)} in one batch; sort images into shape buckets first.')
         h, w = sizes.pop()
@@ -491,10 +492,31 @@ def _check_part(folder: Path, part: str, index: Mapping) -> None:
         read_json(file)
 
 
-def _check_weight_files(folder: Path) -> None:
+def _weight_files(folder: Path) -> list[str]:
+    "Names of the files that a part's weights should lie in: those of its index, or of a series `-00001-of-00005`."
     shards = [read_json(index)['weight_map'].values() for index in folder.glob('*.safetensors.index.json')]
-    wanted = {name for names in shards for name in names}
-    files = sorted(wanted or {f.name for f in folder.glob('*.safetensors')})
+    if wanted := {name for names in shards for name in names}:
+        return sorted(wanted)
+    names = {f.name for f in folder.glob('*.safetensors')}
+    for name in sorted(names):
+        if numbered := re.fullmatch(r'(.*-)(\d+)-of-(\d+)\.safetensors', name):
+            stem, k, n = numbered.groups()
+            names |= {f'{stem}{i:0{len(k)}d}-of-{n}.safetensors' for i in range(1, int(n) + 1)}
+    return sorted(names)
+
+
+def _check_blocks(folder: Path) -> None:
+    "The transformer's files have as many blocks as its configuration says."
+    asked, found = read_json(folder / 'config.json').get('num_layers'), set()
+    for name in _weight_files(folder):
+        with safe_open(folder / name, 'pt') as f:
+            found |= {k.split('.')[1] for k in f.keys() if k.startswith('transformer_blocks.')}
+    if asked not in (None, len(found)):
+        raise UserError(f'{folder}: its files have {len(found)} blocks, config.json says {asked}; {_AGAIN}')
+
+
+def _check_weight_files(folder: Path) -> None:
+    files = _weight_files(folder)
     if not files:
         raise UserError(f'{folder}: has no *.safetensors; {_AGAIN}')
     for name in files:
@@ -510,8 +532,13 @@ def _check_files(folder: Path, family: Family) -> None:
     index = read_json(folder / 'model_index.json')
     for part in family.parts:
         _check_part(folder, part, index)
+    kind = index['transformer'][1]
+    if kind != family.transformer:
+        wanted = f'a {family.pipeline} has a {family.transformer}'
+        raise UserError(f'{folder / "model_index.json"}: names the transformer {kind!r}, but {wanted}; {_AGAIN}')
     for part in _WEIGHTS:
         _check_weight_files(folder / part)
+    _check_blocks(folder / 'transformer')
     own = any(isinstance(v, list) and str(v[0]).startswith('collectionlora.') for v in index.values())
     if own and not (folder / INFO_FILE).is_file():
         raise UserError(

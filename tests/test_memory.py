@@ -230,6 +230,14 @@ def test_checkpoints_come_by_time_too_and_within_a_step(world, tmp_path, monkeyp
     assert left == [written[0], *written[-2:]]  # the first of step 0, and the last two
 
 
+def test_what_a_killed_write_has_left_is_removed_when_the_run_goes_on(world, tmp_path):
+    left = tmp_path / 'checkpoints' / '.0000002-00000003.123.pt.part'
+    left.parent.mkdir()
+    left.write_bytes(b'x')
+    run(world, replace(LOOKED, steps=1), tmp_path)
+    assert not left.exists() and list(left.parent.glob('*.pt'))
+
+
 def test_a_resumed_state_keeps_nothing_of_its_file(world, roles, tmp_path):
     engine = engine_of(world, SMALL)
     now, guard = State.fresh(roles, engine.s), Guard(0)

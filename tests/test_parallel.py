@@ -166,6 +166,13 @@ def test_every_stage_that_trains_or_paints_shares_its_work_and_never_holds_encod
     assert 'staged=True' in notebook_code(notebook_path('prompts'))  # which needs no transformer at all
 
 
+def test_a_checkpoint_is_removed_only_after_the_record_is_written():
+    for name in TRAINING:
+        code, removals = notebook_code(notebook_path(name)), ('checkpoint.unlink', "'checkpoints', ignore_errors")
+        ends = [code.rindex(r) for r in removals if r in code]
+        assert all(code.rindex('core.save_run(') < end for end in ends) and (ends or name == 'targets'), name
+
+
 # --- the same numbers
 def test_two_processes_give_the_losses_of_one_with_both_streams_in_a_step(world, alone, tmp_path):
     first, second = answers(together(train(world, TINY, tmp_path)))

@@ -280,7 +280,7 @@ def test_full_disk_leaves_the_checkpoint_before_it(base, world, whole, tmp_path,
         original(state, path)
 
     monkeypatch.setattr(torch, 'save', save)
-    with pytest.raises(UserError, match='c.pt: cannot be written .No space left'):
+    with pytest.raises(UserError, match='c.pt: cannot be written .*No space left'):
         finish(train_fm(base.backbone, world[2], SMALL, tmp_path / 'c.pt'), 12)
     assert [p.name for p in tmp_path.iterdir()] == ['c.pt'] and torch.load(tmp_path / 'c.pt', weights_only=True)[
         'step'
@@ -288,8 +288,32 @@ def test_full_disk_leaves_the_checkpoint_before_it(base, world, whole, tmp_path,
     assert same(finish(train_fm(base.backbone, world[2], SMALL, tmp_path / 'c.pt'), 12)[0], whole[0])
 
 
+@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'), RuntimeError('unexpected pos 704')])
+def test_a_full_disk_is_said_however_torch_says_it(tmp_path, monkeypatch, error):
+    from collectionlora.engine import finetune
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(UserError, match='a.pt: cannot be written .*make room'):
+        finetune._save(tmp_path / 'a.pt', {})
+
+
+def test_what_a_killed_write_has_left_is_removed(base, world, tmp_path):
+    mine, other = tmp_path / '.a.123.pt.part', tmp_path / '.b.123.pt.part'
+    for part in (mine, other):
+        part.write_bytes(b'x')
+    finish(train_fm(base.backbone, world[2], replace(SMALL, steps=1), tmp_path / 'a.pt'), 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.b.123.pt.part', 'a.pt']
+
+
 def test_checkpoints_of_others_are_refused(base, world, tmp_path):
     finish(train_fm(base.backbone, world[2], replace(SMALL, steps=4), tmp_path / 'c.pt'), 4)
+    held = dict(base.backbone.numerics, frozen='int8')
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="made with frozen = 'as it is'"):
+        patch.setattr(type(base.backbone), 'numerics', held)
+        next(train_fm(base.backbone, world[2], replace(SMALL, steps=4), tmp_path / 'c.pt'))
     for change in (dict(lr=1e-4), dict(rank=3), dict(seed=1), dict(steps=5)):
         with pytest.raises(UserError, match=f'made with {next(iter(change))}'):
             next(train_fm(base.backbone, world[2], replace(SMALL, **{'steps': 4, **change}), tmp_path / 'c.pt'))

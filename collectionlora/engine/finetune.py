@@ -26,7 +26,7 @@ from ..core import bar, load_state, OutOfMemory, rng, save_state, seed_of, sha25
 from ..core import short_of_memory, UserError
 from .parallel import Ranks
 from .pools import deal, decks
-from .state import Interruption, restore
+from .state import forget_unfinished, Interruption, restore, writing
 from .words import with_words
 from ..files.conditions import ConditionCache, Conditions
 from ..files.dialects import Lora
@@ -210,6 +210,7 @@ class FlowRun:
         return {
             'settings': asdict(self.s),
             'data': self.data.hash,
+            'numerics': self.backbone.numerics,
             'step': self.step,
             'history': self.history,
             'weights': self.backbone.flat(self.role),
@@ -259,18 +260,13 @@ class FlowRun:
 # %% ../../nbs/engine/finetune.ipynb #55ef355b
 def _save(path: Path, state: dict) -> None:
     "Writes a checkpoint at once. Raises `UserError` if it cannot be written."
-    try:
+    with writing(path):
         save_state(path, state)
-    except OSError as e:
-        raise UserError(
-            f'{path}: cannot be written ({e.strerror}); the checkpoint before it is whole, '
-            'make room and run again to go on from there'
-        ) from e
 
 
-def _restore(path: Path, settings: dict, data_hash: str) -> dict | None:
-    """The state in `path`, None if there is no file. Raises `UserError` if it belongs to other settings or data, or
-    is damaged."""
+def _restore(path: Path, settings: dict, data_hash: str, numerics: dict) -> dict | None:
+    """The state in `path`, None if there is no file. Raises `UserError` if it belongs to other settings, other data or
+    a base held otherwise, or is damaged."""
     if not path or not Path(path).is_file():
         return None
     fix = 'delete it to start anew, or choose another output folder'
@@ -278,8 +274,8 @@ def _restore(path: Path, settings: dict, data_hash: str) -> dict | None:
         state = load_state(path, mapped=True)
     except Exception as e:
         raise UserError(f'{path}: damaged checkpoint ({type(e).__name__}); {fix}') from e
-    was = state['settings']
-    for name, value in settings.items():
+    was = {**state['settings'], **state.get('numerics', numerics)}  # older checkpoints do not say how the base was held
+    for name, value in {**settings, **numerics}.items():
         if name != 'save_every' and was.get(name) != value:
             raise UserError(f'{path}: made with {name} = {was.get(name)!r}, this run has {value!r}; {fix}')
     if state['data'] != data_hash:
@@ -303,7 +299,9 @@ def train_fm(
     exists on the backbone only while the generator lives. Raises `UserError` if the loss is not finite or the
     checkpoint is another run's."""
     s = settings
-    saved = _restore(checkpoint, asdict(s), data.hash)
+    if checkpoint:
+        ranks.first(lambda: forget_unfinished(Path(checkpoint).parent, Path(checkpoint).name))
+    saved = _restore(checkpoint, asdict(s), data.hash, backbone.numerics)
     ranks.same(saved and saved['step'], checkpoint)
     backbone.add_role(role, s.rank, s.alpha, seed=seed_of('flow init', s.seed))
     try:

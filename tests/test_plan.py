@@ -274,8 +274,109 @@ def test_a_folder_that_is_no_whole_base_is_refused_before_anything_runs(small, t
     shards = {'weight_map': {f'w{k}': f'model-0000{k}-of-00002.safetensors' for k in (1, 2)}}
     (lacking / 'transformer' / 'model.safetensors.index.json').write_text(json.dumps(shards))
     monkeypatch.setattr(chain, 'execute', lambda *_, **__: pytest.fail('something ran'))
-    wrong = {bare('config'): 'has no *.safetensors', other: '_class_name is', lacking: '00001-of-00002.safetensors: missing'}
+    deeper = shutil.copytree(small.folder, tmp_path / 'deeper')
+    config = core.read_json(deeper / 'transformer' / 'config.json')
+    core.write_json(deeper / 'transformer' / 'config.json', config | {'num_layers': 9})
+    wrong = {bare('config'): 'has no *.safetensors', other: '_class_name is', deeper: 'config.json says 9'}
+    wrong[lacking] = '00001-of-00002.safetensors: missing'
     for base, said in wrong.items():
         for command in (['teach', effect], ['distill', effect, '-t', effect]):
             shown = CliRunner().invoke(app, [*map(str, command), '--out', str(tmp_path / 'out'), '--base', str(base)])
             assert shown.exit_code == 2 and said in shown.output.replace('\n', ''), shown.output
+
+
+@pytest.mark.parametrize(
+    'given, said',
+    [
+        (dict(spread_base=True, frozen='nf4'), 'cannot be spread'),
+        (dict(spread_moments=True, moments='8bit'), 'cannot be spread'),
+        (dict(low_precision=True, moments='8bit'), 'low_precision'),
+    ],
+)
+def test_a_plan_refuses_what_a_run_refuses(given, said):
+    with pytest.raises(UserError, match=said):
+        fits.asked_for('paper', given)
+
+
+@pytest.fixture
+def job(small, tmp_path, monkeypatch):
+    "A job on a small base in which nothing may run, and an effect of it."
+    from collectionlora.files.drawn import write_world_effect
+    from collectionlora.run import chain
+
+    monkeypatch.setattr(chain, 'execute', lambda *_, **__: pytest.fail('something ran'))
+    effects = {'confetti_party': write_world_effect(tmp_path / 'confetti_party', 'confetti_party', 2, 0).folder}
+    return chain.Job(tmp_path / 'out', small.folder, 'paper', processes=2), effects
+
+
+@pytest.mark.parametrize(
+    'given, said',
+    [
+        (dict(spread_base=True, frozen='int8'), 'cannot be spread'),
+        (dict(spread_base=True, settings={'routes': 2, 'fake_batch': 'mixed'}), 'all compute in step'),
+        (dict(spread_base=True, offload=True), 'use checkpointing instead'),
+        (dict(spread_moments=True, settings={'moments': '8bit'}), 'cannot be spread'),
+        (dict(settings={'moments': '8bit'}), 'pip install torchao'),
+        (dict(frozen='torchao_int8'), 'torchao_int8'),
+    ],
+)
+def test_what_the_loop_would_refuse_is_said_before_anything_is_painted(job, monkeypatch, given, said):
+    import importlib.util
+    import sys
+
+    from collectionlora.run import chain
+
+    monkeypatch.setitem(sys.modules, 'torchao', None)
+    monkeypatch.setitem(sys.modules, 'torchao.optim', None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'torchao' else find(name))
+    given = {'rank': 4, 'batch': 2} | given
+    given['settings'] = {'p_switch': 1, 'one_exit': True} | given.get('settings', {})
+    for ask in (chain.distill, chain.plan):
+        with pytest.raises(UserError, match=said):
+            ask(job[0], job[1], None if ask is chain.plan else {}, given=given)
+
+
+def test_the_slot_of_teachers_is_planned_at_their_rank(job, monkeypatch):
+    from collectionlora.run import chain
+
+    seen = []
+    monkeypatch.setattr(fits, 'check_room', lambda base, work, *_: seen.append(work.teacher_rank))
+    monkeypatch.setattr(chain, 'rank_of', {'low': 4, 'high': 96, 'none': 0}.get)
+    s = Settings.preset('paper', batch=2, rank_student=4, rank_fake=4)
+    for lent in (['low', 'high'], ['low'], ['none'], []):
+        chain.check_machine(job[0], s, dict(device='cpu'), job[1], None, 1, lent=lent)
+    assert seen == [96, 4, 32, 32]
+
+
+def test_a_run_that_goes_on_is_not_asked_for_the_room_of_what_it_has_written(small, work):
+    way = fits.Way()
+    rows = fits.disk_bytes(small, work, way)
+    needed = sum(v for k, v in rows.items() if k != 'base')
+    kept = {'condition cache': rows['condition cache'], 'checkpoints, at most': rows['checkpoints, at most'] // 2}
+    left = needed - sum(kept.values())
+    ask = lambda disk, *more: fits.check_room(small, work, way, 1e15, 1e15, disk, False, *more)
+    for disk, more in ((needed, ()), (left, (kept,))):
+        assert ask(disk, *more)
+        with pytest.raises(UserError, match='the disk'):
+            ask(disk - 1, *more)
+    alone = needed - rows['condition cache']
+    assert ask(alone, {}, rows['condition cache'])
+    with pytest.raises(UserError, match='the disk of the condition cache: .* are missing'):
+        ask(alone, {}, rows['condition cache'] - 1)
+    waiting = fits.disk_bytes(small, work, fits.Way(frozen='disk', processes=2))
+    assert waiting['frozen weights that wait'] == 2 * small.weights.adapted * small.bytes
+
+
+def test_what_an_earlier_start_has_left_is_counted(job):
+    from collectionlora.run import chain
+
+    out, cache = job[0].out, job[0].out / 'cache'
+    for place, n in (('.collection/checkpoints/1.pt', 5), ('targets/a/target/0.png', 7), ('cache/ab/x.safetensors', 9)):
+        (out / place).parent.mkdir(parents=True, exist_ok=True)
+        (out / place).write_bytes(bytes(n))
+    assert chain._kept(job[0], {'cache': str(cache)})['condition cache'] == 0  # of other runs
+    (out / 'prompts.json').write_text('{}')
+    found = chain._kept(job[0], {'cache': str(cache)})
+    assert found == {'checkpoints, at most': 5, 'painted targets': 7, 'condition cache': 9}
+    assert chain._cache_room(job[0], {'cache': str(cache)}) is None

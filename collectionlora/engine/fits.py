@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['FROZEN', 'LIBRARIES', 'SHARD', 'TEACHERS', 'CONDITIONS', 'gigabytes', 'CARDS', 'PATHS', 'SPARE', 'PRICES', 'SHOWN',
-           'TEACHING', 'COLLECTING', 'LASTING', 'Work', 'Way', 'asked_for', 'Base', 'planned_base', 'per_forward',
-           'frozen_bytes', 'learning_bytes', 'micro_bytes', 'matching_bytes', 'device_bytes', 'peak', 'entry_bytes',
-           'cache_bytes', 'host_bytes', 'disk_bytes', 'Card', 'card_of', 'seconds_of', 'hours', 'changed', 'ways_out',
-           'Verdict', 'said', 'verdict', 'overview', 'as_markdown', 'refuse', 'check_room']
+           'TEACHING', 'COLLECTING', 'LASTING', 'Work', 'Way', 'check_together', 'asked_for', 'Base', 'planned_base',
+           'per_forward', 'frozen_bytes', 'learning_bytes', 'micro_bytes', 'matching_bytes', 'device_bytes', 'peak',
+           'entry_bytes', 'cache_bytes', 'host_bytes', 'disk_bytes', 'Card', 'card_of', 'seconds_of', 'hours',
+           'changed', 'ways_out', 'Verdict', 'said', 'verdict', 'overview', 'as_markdown', 'refuse', 'check_room']
 
 # %% ../../nbs/engine/fits.ipynb #d95811bd
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 
 from ..bases.sizes import Pass, pass_of, picture_costs, Sample, sample_of, Weights, weights_of
 from ..core import nearest, UserError
@@ -74,6 +75,14 @@ def _checked(name: str, value, like) -> None:
         raise UserError(f'{name}: {value!r} is unknown; {nearest(value, known)}')
 
 
+def check_together(way: Way) -> None:
+    "Raises UserError for ways that a run refuses too."
+    if way.spread_base and way.frozen:
+        raise UserError('frozen: such a base cannot be spread over processes; leave out one of frozen and spread_base')
+    if way.spread_moments and way.moments == '8bit':
+        raise UserError("moments: '8bit' cannot be spread over processes; leave out one of moments and spread_moments")
+
+
 def asked_for(preset: str, given: Mapping) -> tuple[Work, Way]:
     """Work and way from plain values: fields of both, `rank` for both ranks, and settings over a preset.
 
@@ -92,7 +101,9 @@ def asked_for(preset: str, given: Mapping) -> tuple[Work, Way]:
     if anchored_start(s, preset) and 'start_steps' not in work:
         work['start_steps'] = s.anchor_first
         s = replace(s, steps=s.steps - s.anchor_first, anchor_first=0, lr_anchor=None)
-    return Work(s, **work), Way(**way)
+    found = Way(**way)
+    check_together(found)
+    return Work(replace(s, moments=found.moments), **work), found
 
 # %% ../../nbs/engine/fits.ipynb #c3793865
 @dataclass(frozen=True)
@@ -256,6 +267,7 @@ def disk_bytes(base: Base, work: Work, way: Way) -> dict[str, int]:
         'condition cache': cache_bytes(base, work),
         'painted targets': round(work.effects * work.targets * (entry_bytes(base)[0] + pixels)),
         **left_bytes(student, fake, way.moments, base.bytes, work.keep),
+        **({'frozen weights that wait': w.adapted * base.bytes * way.processes} if way.frozen == 'disk' else {}),
     }
 
 
@@ -446,14 +458,33 @@ def refuse(what: str, needed: float, there: float, fix: str) -> None:
 
 TEACHING = ('encoding', 'teaching')  # the stages of a single teacher
 COLLECTING = ('encoding', 'starting', 'painting', 'distilling', 'validating')  # and those of a collection from teachers
-LASTING = ('condition cache',)  # what a teacher leaves on the disk, its file aside
+LASTING = ('condition cache', 'frozen weights that wait')  # what a teacher needs on the disk, its file aside
+
+
+def _check_disks(rows: dict[str, int], disk: float, cache: float | None) -> None:
+    "Raises UserError if `rows` fit not on the disk; cache: free bytes where the condition cache has another one."
+    if cache is not None:
+        room = 'make room there, or move the folder .cache of the results to another disk and leave a link'
+        refuse('the disk of the condition cache', rows['condition cache'], cache, room)
+        rows = {k: v for k, v in rows.items() if k != 'condition cache'}
+    refuse('the disk', sum(rows.values()), disk, 'make room, or choose another folder with --out')
 
 
 def check_room(
-    base: Base, work: Work, way: Way, card: float, host: float, disk: float, teaching: bool = False
+    base: Base,
+    work: Work,
+    way: Way,
+    card: float,
+    host: float,
+    disk: float,
+    teaching: bool = False,
+    kept: Mapping[str, int] = MappingProxyType({}),
+    cache: float | None = None,
 ) -> Verdict:
     """Raises UserError, naming the missing bytes, if a run fits not into `card` bytes for each process, or `host` or
-    `disk` bytes for all; the base itself lies on the disk already. teaching: the run trains a teacher, no student."""
+    `disk` bytes for all; the base itself lies on the disk already. teaching: the run trains a teacher, no student;
+    kept: bytes of rows of `disk_bytes` that are there from an earlier start; cache: free bytes for the condition cache
+    where it has a disk of its own."""
     v = verdict(base, work, way, card, TEACHING if teaching else COLLECTING)
     if not v.fits:
         by = 'nothing known makes it fit; take a larger card or more of them'
@@ -461,7 +492,6 @@ def check_room(
         refuse(f'the card, while {v.stage}', max(v.asked * (1 + SPARE), card + 1), card, by)
     held = host_bytes(base, work, way, teaching)
     refuse('memory of the host', sum(held.values()), host, 'start fewer processes here')
-    rows = disk_bytes(base, work, way)
-    needed = sum(v for k, v in rows.items() if k != 'base' and (k in LASTING or not teaching))
-    refuse('the disk', needed, disk, 'make room, or choose another folder with --out')
+    asked = {k: v for k, v in disk_bytes(base, work, way).items() if k != 'base' and (k in LASTING or not teaching)}
+    _check_disks({k: max(0, v - kept.get(k, 0)) for k, v in asked.items()}, disk, cache)
     return v

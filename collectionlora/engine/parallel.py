@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Draws', 'drawn', 'fork', 'PeerGone', 'Exchange', 'Dealing', 'Ranks', 'join', 'together', 'SlicedAdamW',
-           'eight_bit_adamw', 'optimiser', 'save_together', 'shard_base', 'is_sharded', 'bytes_here', 'check_scale']
+           'eight_bit_adamw', 'optimiser', 'save_together', 'shard_base', 'is_sharded', 'bytes_here', 'check_shared',
+           'check_scale']
 
 # %% ../../nbs/engine/parallel.ipynb #3cbf2df3
 import gc
@@ -389,18 +390,20 @@ def bytes_here(module: nn.Module) -> int:
     return sum(map(held_bytes, own))
 
 # %% ../../nbs/engine/parallel.ipynb #dc08d8bb
-def check_scale(ranks: Ranks, backbone: Backbone, s) -> None:
-    "Raises `UserError` if settings `s` of a distillation do not go with so many processes, or with a spread base."
-    if ranks.world > s.batch:
+def check_shared(world: int, s, spread: bool = False, offload: bool = False) -> None:
+    """Raises `UserError` if settings `s` of a distillation do not go with so many processes.
+
+    spread: they hold one base together; offload: activations wait on the host."""
+    if world > s.batch:
         raise UserError(
-            f'settings: batch is {s.batch}, fewer samples than the {ranks.world} processes; '
+            f'settings: batch is {s.batch}, fewer samples than the {world} processes; '
             'raise it or start fewer processes'
         )
-    if ranks.world == 1 or not is_sharded(backbone):
+    if world == 1 or not spread:
         return
     fine = {'routes': s.routes == 1, 'one_exit': s.one_exit, 'shared_rollout': not s.shared_rollout}
     wrong = [name for name, good in fine.items() if not good]
-    if getattr(backbone, 'offloading', False):
+    if offload:
         raise UserError(
             'offload: would copy a base that is spread over processes to the host at every forward; '
             'use checkpointing instead'
@@ -410,3 +413,8 @@ def check_scale(ranks: Ranks, backbone: Backbone, s) -> None:
             f'settings: {wrong[0]} is {getattr(s, wrong[0])}, but on a base spread over processes all compute in step; '
             'set routes to 1, one_exit to true and shared_rollout to false'
         )
+
+
+def check_scale(ranks: Ranks, backbone: Backbone, s) -> None:
+    "`check_shared` for a backbone that is loaded."
+    check_shared(ranks.world, s, is_sharded(backbone), getattr(backbone, 'offloading', False))

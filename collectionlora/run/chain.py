@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'LARGE', 'SAVING', 'base_folder', 'budgets', 'differences', 'Job', 'checked_effects', 'teach', 'describe',
-           'paint', 'rank_of', 'distill_settings', 'check_machine', 'saving', 'starts_from_pairs', 'Course',
-           'course_of', 'flow_matched', 'distill', 'extend', 'plan', 'evaluate', 'ladder', 'rivals', 'full_steps',
-           'write_report', 'shipped_acceleration', 'default_folder', 'compare', 'demo', 'ship', 'install_base',
-           'rebase']
+           'paint', 'rank_of', 'distill_settings', 'check_asked', 'check_machine', 'saving', 'starts_from_pairs',
+           'Course', 'course_of', 'flow_matched', 'distill', 'extend', 'plan', 'evaluate', 'ladder', 'rivals',
+           'full_steps', 'write_report', 'shipped_acceleration', 'default_folder', 'compare', 'demo', 'ship',
+           'install_base', 'rebase']
 
 # %% ../../nbs/run/chain.ipynb #18847e5f
 import shutil
@@ -240,30 +240,81 @@ def distill_settings(job: Job, init: Path | None = None, given: dict | None = No
 LARGE = 4 << 30  # bytes of a transformer from which on a plan is asked before anything is loaded
 
 
+def _place(folder: Path) -> Path:
+    "A folder, or the first above it that is there."
+    return next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
+
+
+def _cache_of(values: dict) -> Path:
+    return Path(values.get('cache') or results_dir() / '.cache')
+
+
 def _room(job: Job, values: dict) -> tuple[float, float, float]:
     "Free bytes of (a card, the host, the disk); on a CPU the processes share the host's memory as their cards."
     import psutil
     import torch
 
-    there = next(p for p in (job.out.resolve(), *job.out.resolve().parents) if p.exists())
-    host, disk = psutil.virtual_memory().available, shutil.disk_usage(there).free
+    host, disk = psutil.virtual_memory().available, shutil.disk_usage(_place(job.out)).free
     on_gpu = values['device'].startswith('cuda')
     return torch.cuda.mem_get_info()[0] if on_gpu else host / job.processes, host, disk
 
 
+def _cache_room(job: Job, values: dict) -> float | None:
+    "Free bytes of the condition cache's disk; None where it is the disk of the job."
+    own, of = _place(job.out), _place(_cache_of(values))
+    return None if own.stat().st_dev == of.stat().st_dev else shutil.disk_usage(of).free
+
+
+def _bytes_in(folder: Path, pattern: str = '*') -> int:
+    return sum(p.stat().st_size for p in folder.rglob(pattern) if p.is_file())
+
+
+def _kept(job: Job, values: dict) -> dict[str, int]:
+    "What an earlier start of the job has left of the rows of `fits.disk_bytes`."
+    begun = (job.out / 'prompts.json').is_file() or (job.out / 'teachers').is_dir()
+    return {
+        'condition cache': _bytes_in(_cache_of(values), '*.safetensors') if begun else 0,  # and entries of other runs
+        'painted targets': _bytes_in(job.out / 'targets'),
+        'checkpoints, at most': _bytes_in(job.out / '.collection' / 'checkpoints', '*.pt'),
+    }
+
+# %% ../../nbs/run/chain.ipynb #5a5d55f4
+def check_asked(job: Job, s, values: dict) -> None:
+    """Raises UserError, before anything is loaded, for what the loop would refuse after hours of painting: ways of
+    holding and computing that do not go together, or need a library that is not installed."""
+    from collectionlora.bases.fewer_bits import check_kind
+    from collectionlora.engine import fits, parallel
+
+    check_kind(values.get('frozen', ''))
+    ways = {k: values[k] for k in ('frozen', 'spread_base', 'spread_moments') if k in values}
+    fits.check_together(fits.Way(moments=s.moments, **ways))
+    if s.moments == '8bit':
+        parallel.eight_bit_adamw()
+    parallel.check_shared(job.processes, s, values.get('spread_base', False), values.get('offload', False))
+
+# %% ../../nbs/run/chain.ipynb #defa50b8
 def _of_flow_matching(job: Job, start: dict) -> dict:
     "All parameters of the flow matching that begins a student, from what it is asked (`Course.start`)."
     return complete('baseline_fm', merged(differences('baseline_fm', job.budget), start))
 
 
 def check_machine(
-    job: Job, s, values: dict, effects: dict[str, Path], general: Path | None, least=LARGE, teaching=False, start=None
+    job: Job,
+    s,
+    values: dict,
+    effects: dict[str, Path],
+    general: Path | None,
+    least=LARGE,
+    teaching=False,
+    start=None,
+    *,
+    lent=(),
 ) -> None:
     """Raises UserError, before anything is loaded, if a base of at least `least` bytes does not fit this machine: its
     card, its memory or its disk. The sentence has the bytes that are missing and the cheapest change that fits.
 
     s: settings of the distillation; teaching: no student is trained, but teachers of rank s.rank_student; start: what
-    flow matching before it is asked (`Course.start`)."""
+    flow matching before it is asked (`Course.start`); lent: the LoRAs that take turns as teachers."""
     from collectionlora.engine import fits
     from collectionlora.files.effects import load_effects, load_general
 
@@ -278,11 +329,14 @@ def check_machine(
     work = fits.Work(s, effects=len(sets), targets=targets, general=shown, paint_steps=1)
     if teaching:
         work = replace(work, teacher_rank=s.rank_student, teacher_batch=s.batch)
-    elif start:
+    elif lent:  # the slot is as large as the largest of them
+        work = replace(work, teacher_rank=max(map(rank_of, lent)) or work.teacher_rank)
+    if start:
         first = _of_flow_matching(job, start)
         work = replace(work, start_steps=first['steps'], start_batch=first['batch'])
     base = fits.planned_base(job.base, dtype='bfloat16' if values['device'].startswith('cuda') else 'float32')
-    fits.check_room(base, work, way, *_room(job, values), teaching)
+    there = (*_room(job, values), teaching, _kept(job, values), _cache_room(job, values))
+    fits.check_room(base, work, way, *there)
 
 # %% ../../nbs/run/chain.ipynb #a079076c
 SAVING = ('frozen', 'checkpointing', 'micro_batch')  # how a large base is held and computed, the same in every stage
@@ -351,7 +405,8 @@ def distill(
     course = course_of(job, effects, init, given)
     _stream(general, course.s)
     _check_share(job, course.s.batch)
-    check_machine(job, course.s, course.values, effects, general, start=course.start)
+    check_asked(job, course.s, course.values)
+    check_machine(job, course.s, course.values, effects, general, start=course.start, lent=teachers.values())
     described = describe(job, effects, words)
     if course.start:
         init = flow_matched(job, described, course.start)
@@ -377,7 +432,9 @@ def extend(
     course = course_of(job, effects, collection, given, 'extend')
     _stream(general, course.s)
     _check_share(job, course.s.batch)
-    check_machine(job, course.s, course.values, effects, general)
+    check_asked(job, course.s, course.values)
+    lent = [*teachers.values(), *([collection] if course.values.get('rehearse') else [])]
+    check_machine(job, course.s, course.values, effects, general, lent=lent)
     mine, described = {id: teachers[id] for id in effects}, describe(job, effects, words, collection)
     painted = paint(job, described, mine, general, saving('targets', given))
     files = {'effects': list(painted.values()), 'teachers': list(teachers.values()), 'old': list(old)}
@@ -444,6 +501,7 @@ def plan(
 
     course = course_of(job, effects, init, given, experiment)
     values, s = course.values, course.s
+    check_asked(job, s, values)
     stream, sets = _stream(general, s), _as_painted(job, effects, general)
     base = load_base(job.base, device=values['device'], frozen=values.get('frozen', ''))
     base.backbone.checkpointing(values.get('checkpointing', False))

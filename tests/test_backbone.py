@@ -491,6 +491,8 @@ def test_two_sources_and_odd_shapes(base):
         base.cond([], [])
     with pytest.raises(UserError, match='reserved word'):
         base.cond([photo(1)], ['a <|image_pad|> b'])
+    with pytest.raises(UserError, match='tokens; shorten it to 3,000 or less'):
+        base.encode_prompts([photo(1)], ['a quiet harbour ' * 600])
 
 
 def test_many_step_sampler_equals_the_stock_pipeline(base):

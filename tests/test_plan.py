@@ -227,7 +227,7 @@ def test_a_base_that_does_not_fit_is_refused_before_anything_runs(small, tmp_pat
         'distill': lambda job: chain.distill(job, effects, {}),
         'extend': lambda job: chain.extend(job, tmp_path / 'c', effects, {}),
     }[command]
-    for there, disk, what in ((1e6, 1e15, 'the card, while '), (1e12, 1e3, 'the disk')):
+    for there, disk, what in ((1e6, 1e15, 'the memory, while '), (1e12, 1e3, 'the disk')):
         monkeypatch.setattr(psutil, 'virtual_memory', lambda: SimpleNamespace(available=there))
         monkeypatch.setattr(chain.shutil, 'disk_usage', lambda _: SimpleNamespace(free=disk))
         for processes in (1, 2):
@@ -235,6 +235,21 @@ def test_a_base_that_does_not_fit_is_refused_before_anything_runs(small, tmp_pat
                 run(chain.Job(tmp_path, small.folder, 'paper', processes=processes))
     with pytest.raises(UserError, match='--processes 3: a batch has 2 samples, so some .*give at most 2'):
         run(chain.Job(tmp_path, small.folder, 'paper', processes=3))
+
+
+def test_a_refusal_says_what_to_type():
+    "The words of a refusal are arguments that `distill` takes; a teacher is told only what `teach` takes."
+    full = fits.planned_base(core.data_dir() / 'qwen_image_edit_2509')
+    work, way = fits.asked_for('paper', {})
+    card = fits.peak(full, work, way)[1]
+    with pytest.raises(UserError, match="moments 8bit makes it fit: -p 'settings={moments: 8bit}'"):
+        fits.check_room(full, work, way, 1.01 * card, 1e15, 1e15)
+    teacher = replace(work, teacher_rank=128)
+    need = fits.peak(full, teacher, way, fits.TEACHING)[1]
+    with pytest.raises(UserError, match='frozen int8 makes it fit: -p frozen=int8'):
+        fits.check_room(full, teacher, way, need, 1e15, 1e15, True)
+    with pytest.raises(UserError, match='the memory, while .* take a machine with more of it'):
+        fits.check_room(full, work, way, 1e6, 1e15, 1e15, place='the memory')
 
 
 def test_a_command_is_planned_with_the_batches_of_its_stages(small, tmp_path, monkeypatch):

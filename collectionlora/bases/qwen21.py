@@ -224,7 +224,7 @@ class Base21(Pictures21):
         Same template, sizes and cut as the stock pipeline, less the places of the pictures."""
         self.check_encoders(f'the prompt {next(iter(prompts), "")!r} is to be encoded')
         rows, pipe = _rows(images), self.pipe
-        _check_prompts(rows, prompts)
+        _check_prompts(self, rows, prompts)
         small = lambda im: _on_white(pipe.image_processor.resize(im.convert('RGBA'), *self.size(im)))
         seen = [small(im) for row in rows for im in row]
         text = [self._template(len(row)).format(p or ' ') for row, p in zip(rows, prompts)]

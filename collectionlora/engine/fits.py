@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FROZEN', 'LIBRARIES', 'SHARD', 'TEACHERS', 'CONDITIONS', 'gigabytes', 'CARDS', 'PATHS', 'SPARE', 'PRICES', 'SHOWN',
-           'TEACHING', 'COLLECTING', 'LASTING', 'Work', 'Way', 'check_together', 'asked_for', 'Base', 'planned_base',
-           'per_forward', 'frozen_bytes', 'learning_bytes', 'micro_bytes', 'matching_bytes', 'device_bytes', 'peak',
-           'entry_bytes', 'cache_bytes', 'host_bytes', 'disk_bytes', 'Card', 'card_of', 'seconds_of', 'hours',
-           'changed', 'ways_out', 'Verdict', 'said', 'verdict', 'overview', 'as_markdown', 'refuse', 'check_room']
+           'OF_TEACHERS', 'LARGER', 'TEACHING', 'COLLECTING', 'LASTING', 'Work', 'Way', 'check_together', 'asked_for',
+           'Base', 'planned_base', 'per_forward', 'frozen_bytes', 'learning_bytes', 'micro_bytes', 'matching_bytes',
+           'device_bytes', 'peak', 'entry_bytes', 'cache_bytes', 'host_bytes', 'disk_bytes', 'Card', 'card_of',
+           'seconds_of', 'hours', 'changed', 'ways_out', 'Verdict', 'said', 'typed', 'verdict', 'overview',
+           'as_markdown', 'refuse', 'check_room']
 
 # %% ../../nbs/engine/fits.ipynb #d95811bd
 from collections.abc import Iterator, Mapping, Sequence
@@ -368,9 +369,9 @@ def _useful(work: Work, way: Way, changes: dict) -> bool:
     return not (same or at_once or (after.spread_moments and after.moments == '8bit'))
 
 
-def ways_out(work: Work, way: Way) -> Iterator[dict]:
+def ways_out(work: Work, way: Way, prices: Mapping[str, Mapping] = PRICES) -> Iterator[dict]:
     "Changes to a run, the cheapest first; the first is none."
-    choices = [[(0, {})] + [(price, {k: v}) for v, price in of.items()] for k, of in PRICES.items()]
+    choices = [[(0, {})] + [(price, {k: v}) for v, price in of.items()] for k, of in prices.items()]
     together = lambda picked: {k: v for _, one in picked for k, v in one.items()}
     found = [(sum(price for price, _ in picked), together(picked)) for picked in product(*choices)]
     yield from (c for _, c in sorted(found, key=lambda f: f[0]) if _useful(work, way, c))
@@ -412,10 +413,19 @@ def said(name: str, value) -> str:
     return name if value is True else f'{name} {value}'
 
 
-def verdict(base: Base, work: Work, way: Way, room: float, stages: Sequence[str] = ()) -> Verdict:
-    "Whether a run, or some of its stages, fits into `room` bytes of a card, or the cheapest change with which it does."
+def typed(changes: Mapping) -> str:
+    "Changes as a training command takes them: `-p frozen=int8 -p 'settings={moments: 8bit}'`."
+    words = {k: f'{k}={"true" if v is True else v}' for k, v in changes.items()}
+    if 'moments' in changes:
+        words['moments'] = f"'settings={{moments: {changes['moments']}}}'"
+    return ' '.join(f'-p {word}' for word in words.values())
+
+
+def verdict(base: Base, work: Work, way: Way, room: float, stages: Sequence[str] = (), prices=PRICES) -> Verdict:
+    """Whether a run, or some of its stages, fits into `room` bytes of a card, or the cheapest change of those in `prices`
+    with which it does."""
     stage, asked = peak(base, work, way, stages)
-    for changes in ways_out(work, way):
+    for changes in ways_out(work, way, prices):
         after = changed(work, way, changes)
         needed = peak(base, *after, stages)[1]
         if needed * (1 + SPARE) <= room:
@@ -456,6 +466,8 @@ def refuse(what: str, needed: float, there: float, fix: str) -> None:
         raise UserError(f'{what}: {needed / 1e9:.1f} GB are needed, {there / 1e9:.1f} are there, {missing}; {fix}')
 
 
+OF_TEACHERS = ('micro_batch', 'checkpointing', 'frozen')  # what `teach` knows of `PRICES`
+LARGER = {'the card': 'a larger card or more of them', 'the memory': 'a machine with more of it'}
 TEACHING = ('encoding', 'teaching')  # the stages of a single teacher
 COLLECTING = ('encoding', 'starting', 'painting', 'distilling', 'validating')  # and those of a collection from teachers
 LASTING = ('condition cache', 'frozen weights that wait')  # what a teacher needs on the disk, its file aside
@@ -480,16 +492,18 @@ def check_room(
     teaching: bool = False,
     kept: Mapping[str, int] = MappingProxyType({}),
     cache: float | None = None,
+    place: str = 'the card',
 ) -> Verdict:
     """Raises UserError, naming the missing bytes, if a run fits not into `card` bytes for each process, or `host` or
     `disk` bytes for all; the base itself lies on the disk already. teaching: the run trains a teacher, no student;
     kept: bytes of rows of `disk_bytes` that are there from an earlier start; cache: free bytes for the condition cache
-    where it has a disk of its own."""
-    v = verdict(base, work, way, card, TEACHING if teaching else COLLECTING)
+    where it has a disk of its own; place: a key of `LARGER`."""
+    prices = {k: v for k, v in PRICES.items() if not teaching or k in OF_TEACHERS}
+    v = verdict(base, work, way, card, TEACHING if teaching else COLLECTING, prices)
     if not v.fits:
-        by = 'nothing known makes it fit; take a larger card or more of them'
-        by = by if v.changes is None else f'{v.change} makes it fit'
-        refuse(f'the card, while {v.stage}', max(v.asked * (1 + SPARE), card + 1), card, by)
+        by = f'nothing known makes it fit; take {LARGER[place]}'
+        by = by if v.changes is None else f'{v.change} makes it fit: {typed(v.changes)}'
+        refuse(f'{place}, while {v.stage}', max(v.asked * (1 + SPARE), card + 1), card, by)
     held = host_bytes(base, work, way, teaching)
     refuse('memory of the host', sum(held.values()), host, 'start fewer processes here')
     asked = {k: v for k, v in disk_bytes(base, work, way).items() if k != 'base' and (k in LASTING or not teaching)}

@@ -336,7 +336,8 @@ def check_machine(
         work = replace(work, start_steps=first['steps'], start_batch=first['batch'])
     base = fits.planned_base(job.base, dtype='bfloat16' if values['device'].startswith('cuda') else 'float32')
     there = (*_room(job, values), teaching, _kept(job, values), _cache_room(job, values))
-    fits.check_room(base, work, way, *there)
+    place = 'the card' if values['device'].startswith('cuda') else 'the memory'
+    fits.check_room(base, work, way, *there, place)
 
 # %% ../../nbs/run/chain.ipynb #a079076c
 SAVING = ('frozen', 'checkpointing', 'micro_batch')  # how a large base is held and computed, the same in every stage

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from collectionlora import core
+from collectionlora.bases import pipeline
 from collectionlora.bases.nano import PatchPCA
 from collectionlora.bases.pipeline import load_base
 from collectionlora.core import UserError
@@ -70,6 +71,16 @@ def collection(world, folder, tmp_path):
     }
     write_lora(tmp_path / 'collection.safetensors', Lora(factors), header)
     return tmp_path / 'collection.safetensors'
+
+
+def test_a_plan_holds_the_encoders_and_the_transformer_in_turn(world, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(chain, 'results_dir', lambda: tmp_path)
+    order, leave, come = [], pipeline.Staged.drop_encoders, pipeline.load_transformer
+    monkeypatch.setattr(pipeline.Staged, 'drop_encoders', lambda self: order.append('encoders leave') or leave(self))
+    monkeypatch.setattr(pipeline, 'load_transformer', lambda *a, **k: order.append('transformer comes') or come(*a, **k))
+    said = distil(folder, tmp_path / 'out', '--dry-run', '-p', 'steps=2', '-p', 'batch=2', '-p', 'rank=2')
+    assert said.exit_code == 0 and order == ['encoders leave', 'transformer comes'], said.output
+    assert 'encoders, while they encode' in said.stdout
 
 
 def test_a_plan_is_printed_and_nothing_made(world, folder, tmp_path, collection, monkeypatch):

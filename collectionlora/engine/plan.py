@@ -107,10 +107,12 @@ def measured_plan(
     teacher_rank: int = 0,
     spread_moments: bool = False,
     before: Mapping[str, Mapping[str, int]] | None = None,
+    encoders: int | None = None,
 ) -> dict:
     """`plan` with pass times, memory and disk measured here, on a micro-batch of one process's share of one of the
-    run's own samples. teacher_rank: the largest of the teachers'; before: as of `plan`. Raises UserError naming the
-    knobs where memory does not suffice."""
+    run's own samples. teacher_rank: the largest of the teachers'; before: as of `plan`; encoders: bytes of
+    the base's encoders, where they have left (None: those that are there). Raises UserError naming the knobs where
+    memory does not suffice."""
     samples = samples_of(effects, general, s.prompts)
     first, b = samples[0], base.backbone
     share = -(-s.batch // processes)
@@ -128,6 +130,8 @@ def measured_plan(
                 found['old effects rehearsed'] = len({row.student for e in old for row in e.samples})
             parts = processes if spread_moments else 1
             found |= {'memory': memory(base, s, cond, held, 'measured', teacher_rank, parts)}
+            if encoders is not None:
+                found['memory']['encoders, while they encode'] = encoders
         return found | {'disk': disk(base, s, b.flat('measured').nbytes, entries)}
     finally:
         b.remove('measured')

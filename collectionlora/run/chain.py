@@ -498,21 +498,25 @@ def plan(
     Steps, passes, seconds, memory, disk. Trains nothing, and checks the settings before anything loads."""
     from collectionlora.bases.pipeline import load_base
     from collectionlora.engine.plan import measured_plan
+    from collectionlora.engine.pools import samples_of
     from collectionlora.files.conditions import ConditionCache
 
     course = course_of(job, effects, init, given, experiment)
     values, s = course.values, course.s
     check_asked(job, s, values)
     stream, sets = _stream(general, s), _as_painted(job, effects, general)
-    base = load_base(job.base, device=values['device'], frozen=values.get('frozen', ''))
+    base = load_base(job.base, device=values['device'], frozen=values.get('frozen', ''), staged=True)
+    cache, stream = ConditionCache(base, results_dir() / '.cache'), stream if s.p_switch < 1 else []
+    kept = _as_rehearsed(course, init, base, sets, stream, old) if experiment == 'extend' else []
+    encoders, first = base.encoder_bytes, samples_of([*sets, *kept], stream, s.prompts)[0]
+    cache.cond([(first.source, first.student)])  # the encoders have left when the transformer comes, as in a run
+    base.load_transformer()
     base.backbone.checkpointing(values.get('checkpointing', False))
     base.backbone.micro_batch = values.get('micro_batch') or base.backbone.micro_batch
     base.backbone.offload(values.get('offload', False))
-    cache, stream = ConditionCache(base, results_dir() / '.cache'), stream if s.p_switch < 1 else []
-    kept = _as_rehearsed(course, init, base, sets, stream, old) if experiment == 'extend' else []
     rank = max(map(rank_of, [*(teachers or {}).values(), *([init] if kept else [])]), default=0)
     before, spread = _before(job, course, sets, kept), values.get('spread_moments', False)
-    return measured_plan(base, [*sets, *kept], stream, cache, s, job.processes, rank, spread, before)
+    return measured_plan(base, [*sets, *kept], stream, cache, s, job.processes, rank, spread, before, encoders)
 
 # %% ../../nbs/run/chain.ipynb #3810c8b3
 def evaluate(

@@ -277,9 +277,9 @@ gigabytes = lambda rows: {k: f'{v / 1e9:.1f} GB' for k, v in rows.items()}
 # %% ../../nbs/engine/fits.ipynb #dea9f945
 @dataclass(frozen=True)
 class Card:
-    "A card: gibibytes as it is sold, a name, and its peak in bfloat16, operations per second."
+    "A card: mebibytes that `nvidia-smi` shows, a name, and its peak in bfloat16, operations per second."
 
-    size: float
+    shown: float
     name: str
     peak: float
     used: float = 0.45
@@ -287,11 +287,15 @@ class Card:
     @property
     def room(self) -> float:
         "Bytes that a program may use: less what the driver and CUDA keep for themselves."
-        return 0.985 * self.size * 2**30 - 0.6e9
+        return max(0.0, 0.985 * self.shown * 2**20 - 0.6e9)
 
 
-CARDS = {24: Card(24, 'RTX 4090', 165e12), 48: Card(48, 'L40S', 362e12), 80: Card(80, 'H100', 989e12)}
-CARDS[141] = Card(139.8, 'H200', 989e12)
+CARDS = {  # gigabytes as it is sold -> card
+    24: Card(24_564, 'RTX 4090', 165e12),
+    48: Card(46_068, 'L40S', 362e12),
+    80: Card(81_559, 'H100', 989e12),
+    141: Card(143_155, 'H200', 989e12),
+}
 PATHS = {'host': 25e9, 'disk': 3e9}  # bytes per second to the card, from the host and from a fast disk
 
 
@@ -299,8 +303,10 @@ def card_of(size: float, used: float = 0.45) -> Card:
     "The card of so many gigabytes; a size that is not in the list computes like the next smaller one that is."
     if not size > 0:
         raise UserError(f'--card: {size} GB; give the size of a card, such as 24, 48, 80 or 141')
-    like = CARDS[max((k for k in CARDS if k <= size), default=24)]
-    return replace(CARDS.get(size, replace(like, size=size, name=f'like {like.name}')), used=used)
+    known = max((k for k in CARDS if k <= size), default=24)
+    like = CARDS[known]
+    name = like.name if size == known else f'like {like.name}'
+    return replace(like, shown=like.shown * size / known, name=name, used=used)
 
 # %% ../../nbs/engine/fits.ipynb #35579cf8
 def seconds_of(base: Base, work: Work, way: Way, card: Card) -> dict[str, float]:

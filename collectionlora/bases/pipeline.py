@@ -170,11 +170,11 @@ def _in_eight_bits(folder: Path, dtype: torch.dtype, device: str, kind: str) -> 
     for file in sorted((folder / 'transformer').glob('*.safetensors')):
         with safe_open(file, 'pt', device=device) as weights:
             for name in wanted.keys() & weights.keys():
-                layer, _, leaf = name.rpartition('.')
-                weight = weights.get_tensor(name).to(dtype)
-                setattr(found.get_submodule(layer), leaf, nn.Parameter(weight, requires_grad=False))
-                if layer in adapted and leaf == 'weight':
-                    to_eight_bits(found.get_submodule(layer), kind)
+                path, _, leaf = name.rpartition('.')
+                layer, weight = found.get_submodule(path), weights.get_tensor(name).to(dtype)
+                setattr(layer, leaf, nn.Parameter(weight, requires_grad=False))
+                if path in adapted and leaf == 'weight':
+                    to_eight_bits(layer, kind)
     if missing := [name for name, weight in found.named_parameters() if weight.is_meta]:
         raise UserError(f'{folder / "transformer"}: its files lack {missing[0]}; {_AGAIN}')
     return found.eval().to(device)
@@ -415,7 +415,8 @@ def _check_prompts(base: 'Base', rows, prompts: Sequence[str]) -> None:
             if word in p:
                 raise UserError(f'encode_prompts: prompt {p!r} holds the reserved word {word!r}; take it out.')
         if len(p.encode()) > MOST_TOKENS and (n := base.count(p)) > MOST_TOKENS:
-            raise UserError(f'encode_prompts: prompt {p[:60]!r}… has {n:,} tokens; shorten it to {MOST_TOKENS:,} or less.')
+            shorter = f'shorten it to {MOST_TOKENS:,} or less'
+            raise UserError(f'encode_prompts: prompt {p[:60]!r}… has {n:,} tokens; {shorter}.')
 
 
 def _padded(kept: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -51,7 +51,7 @@ TERMS = {
     'fm': Term('anchored', lambda s: s.weight_fm, coarse=True, forward=lambda s: 0.0),
     'keep': Term('kept', plain=True, forward=lambda s: rolled(s) + 1),
     'imitate': Term('kept', general=True, forward=lambda s: rolled(s) + scored(s) - 1),
-    'apart': Term('told_apart', fake=True, forward=lambda s: rolled(s) + 4.0),  # a gradient through the fake score is as three
+    'apart': Term('told_apart', fake=True, forward=lambda s: rolled(s) + 4.0),  # a gradient through it is as three
 }
 
 
@@ -74,8 +74,8 @@ def active(s: Settings, coarse: bool = False) -> dict[str, Term]:
 
 
 def check_terms(s: Settings) -> None:
-    """Raises UserError if `further` names a term that there is not, one whose weight has a setting of its own, or one that
-    asks a fake score which never learns."""
+    """Raises UserError if `further` names a term that there is not, one whose weight has a setting of its own, or one
+    that asks a fake score which never learns."""
     mine = [k for k, term in table(s).items() if term.weight is None]
     for name in s.further:
         if name not in mine:

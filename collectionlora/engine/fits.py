@@ -428,8 +428,8 @@ def typed(changes: Mapping) -> str:
 
 
 def verdict(base: Base, work: Work, way: Way, room: float, stages: Sequence[str] = (), prices=PRICES) -> Verdict:
-    """Whether a run, or some of its stages, fits into `room` bytes of a card, or the cheapest change of those in `prices`
-    with which it does."""
+    """Whether a run, or some of its stages, fits into `room` bytes of a card, or the cheapest change of those in
+    `prices` with which it does."""
     stage, asked = peak(base, work, way, stages)
     for changes in ways_out(work, way, prices):
         after = changed(work, way, changes)

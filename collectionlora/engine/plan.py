@@ -71,9 +71,11 @@ def condition_bytes(cond: Cond, of_effects: int, general: int) -> tuple[int, int
     return of_effects * (2 * source + 3 * emb) + general * (source + 2 * emb), of_effects * source
 
 # %% ../../nbs/engine/plan.ipynb #bb630e0b
-def memory(base: Base, s: Settings, cond: Cond, conditions: int, role: str, teacher_rank: int, parts: int) -> dict:
+def memory(
+    base: Base, s: Settings, cond: Cond, conditions: int, role: str, teacher_rank: int, parts: int, encoders: int
+) -> dict:
     """Bytes by what they are for. role: an adapter of rank s.rank_student; cond: one batch; conditions: the bytes of
-    conditions and targets that are held; parts: processes over which the moments are spread."""
+    conditions and targets that are held; parts: processes over which the moments are spread; encoders: their bytes."""
     frozen = sum(held_bytes(p) for p in base.backbone.transformer.parameters() if not p.requires_grad)
     student = base.backbone.flat(role).nbytes
     fake, teacher = (student * rank // s.rank_student for rank in (s.rank_fake, teacher_rank))
@@ -84,7 +86,7 @@ def memory(base: Base, s: Settings, cond: Cond, conditions: int, role: str, teac
         'activations of a gradient pass': kept_bytes(base.backbone, cond, role),
         'running mean, on the host': student,
         'conditions and targets, on the host': conditions,
-        'encoders, while they encode': base.encoder_bytes,
+        'encoders, while they encode': encoders,
     }
 
 
@@ -129,9 +131,8 @@ def measured_plan(
             if old:
                 found['old effects rehearsed'] = len({row.student for e in old for row in e.samples})
             parts = processes if spread_moments else 1
-            found |= {'memory': memory(base, s, cond, held, 'measured', teacher_rank, parts)}
-            if encoders is not None:
-                found['memory']['encoders, while they encode'] = encoders
+            encoders = base.encoder_bytes if encoders is None else encoders
+            found |= {'memory': memory(base, s, cond, held, 'measured', teacher_rank, parts, encoders)}
         return found | {'disk': disk(base, s, b.flat('measured').nbytes, entries)}
     finally:
         b.remove('measured')

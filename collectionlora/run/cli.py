@@ -172,7 +172,8 @@ Frozen = Annotated[
     str,
     option(
         '--frozen',
-        help='How the base is held: int8, fp8, torchao_int8, torchao_fp8, nf4 (fewer bits), host, disk (it waits there).',
+        help='How the base is held: int8, fp8, torchao_int8, torchao_fp8, nf4 (fewer bits), '
+        'host, disk (it waits there).',
         show_default='as it is',
     ),
 ]
@@ -442,8 +443,8 @@ def plan_(
             '--parameter',
             '-p',
             metavar='NAME=VALUE',
-            help='What is made, or how: effects, targets, general (pictures), rank, teacher_rank, steps, batch, moments, '
-            'frozen, micro_batch, checkpointing, spread_base, spread_moments, or another setting; may be repeated.',
+            help='What is made, or how: effects, targets, general (pictures), rank, teacher_rank, steps, batch, '
+            'moments, frozen, micro_batch, checkpointing, spread_base, spread_moments, or another setting; may be repeated.',
         ),
     ] = None,
 ):

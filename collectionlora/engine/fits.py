@@ -76,12 +76,19 @@ def _checked(name: str, value, like) -> None:
         raise UserError(f'{name}: {value!r} is unknown; {nearest(value, known)}')
 
 
+def _conflict(way: Way) -> str:
+    "Why parts of a way do not go together; empty if they do."
+    if way.spread_base and way.frozen:
+        return 'frozen: such a base cannot be spread over processes; leave out one of frozen and spread_base'
+    if way.spread_moments and way.moments == '8bit':
+        return "moments: '8bit' cannot be spread over processes; leave out one of moments and spread_moments"
+    return ''
+
+
 def check_together(way: Way) -> None:
     "Raises UserError for ways that a run refuses too."
-    if way.spread_base and way.frozen:
-        raise UserError('frozen: such a base cannot be spread over processes; leave out one of frozen and spread_base')
-    if way.spread_moments and way.moments == '8bit':
-        raise UserError("moments: '8bit' cannot be spread over processes; leave out one of moments and spread_moments")
+    if why := _conflict(way):
+        raise UserError(why)
 
 
 def asked_for(preset: str, given: Mapping) -> tuple[Work, Way]:
@@ -370,9 +377,8 @@ def _useful(work: Work, way: Way, changes: dict) -> bool:
     if changes.get('rank', 0) >= work.s.rank_student:
         return False
     after = changed(work, way, changes)[1]
-    at_once = after.spread_base and after.frozen  # one way for the base, or none
     same = any(getattr(way, k) == v for k, v in changes.items() if k != 'rank')
-    return not (same or at_once or (after.spread_moments and after.moments == '8bit'))
+    return not (same or _conflict(after))
 
 
 def ways_out(work: Work, way: Way, prices: Mapping[str, Mapping] = PRICES) -> Iterator[dict]:

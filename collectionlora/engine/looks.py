@@ -193,14 +193,14 @@ def show_history(history: Sequence[dict], smooth: int = 1):
     panels = {title: lines_of(history, title, smooth) for title in PANELS}
     panels, logarithmic = {title: lines for title, lines in panels.items() if lines}, [*PANELS][:3]
     rows = max(1, -(-len(panels) // 2))
-    fig, axes = plt.subplots(rows, 2, figsize=(10, 2.6 * rows), sharex=True, squeeze=False, layout='tight')
+    fig, axes = plt.subplots(rows, 2, figsize=(12, 2.4 * rows), sharex=True, squeeze=False, layout='tight')
     for ax, (title, lines) in zip(axes.flat, panels.items()):
         for name, steps, values in lines:
             dots = len(steps) < 12 or name.startswith(('val', 'probe'))
             ax.plot(steps, values, 'o-' if dots else '-', ms=3, lw=1, label=name)
         ax.set(title=title, yscale='log' if title in logarithmic else 'linear', xlabel='generator step')
         ax.tick_params(labelbottom=True)
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, 0.5))
     for ax in axes.flat[len(panels) :]:
         ax.axis('off')
     if found := diagnose(history):

@@ -69,8 +69,8 @@ def diversity(found: Sequence[Mapping[str, float]], truth: Mapping[str, float]) 
 
 # %% ../../nbs/judge/findings.ipynb #c2492980
 SHOWN = {  # heading -> (quantity, factor, digits)
-    'bad cases, %': ('bad', 100, 0),
     'BCR, %': ('bcr', 100, 0),
+    'bad, subject counted, %': ('bad', 100, 0),
     'distance': ('distance', 1, 2),
     'detail': ('laplacian', 1, 2),
     'subject': ('kept', 1, 2),
@@ -127,7 +127,7 @@ def _shown_p(p) -> str:
 def contrast_table(contrasts: Mapping[str, Sequence[Mapping]], titles: Mapping[str, str] = {}) -> str:
     "Markdown: a line for each contrast, a column for each quantity, Holm's p behind the verdict."
     quantities = list(contrasts)
-    head = [titles.get(v, {'bad': 'bad cases', 'log_distance': 'log-distance'}.get(v, v)) for v in quantities]
+    head = [titles.get(v, {'bad': 'bad, subject counted', 'bcr': 'BCR', 'log_distance': 'log-distance'}.get(v, v)) for v in quantities]
     lines = ['| contrast | ' + ' | '.join(f'{h} | p (Holm)' for h in head) + ' | pairs |']
     lines.append('|---' * (2 * len(head) + 2) + '|')
     for row in zip(*contrasts.values()):

@@ -35,7 +35,7 @@ from ..files.conditions import ConditionCache
 from ..files.drawn import write_world_effect, write_world_general
 from ..files.effects import borrow, EffectSet, general_pictures, load_effect, load_general
 from ..files.header import catalogue, read_header
-from ..files.lora import write_lora
+from ..files.lora import Lora, own_fields, read_lora, write_lora
 from ..files.shrink import shrink
 from ..judge import effectbench
 from ..judge.columns import with_columns
@@ -195,8 +195,8 @@ class Asked:
     """A contestant: collections or an all-in-one LoRA (`files`; the one that knows an effect serves it), or each
     effect's own `teachers`, or, with neither, the base alone or a reference policy of that name.
 
-    recipe None: the one in the file's header; accelerated: with the acceleration LoRA added; strength: of the
-    instruction; way: 'once', or for chains also 'in turn', 'added', or 'first' (its first effect alone, a control)."""
+    recipe None: the one in the file's header; accelerated: with the acceleration LoRA added, `weight` times its
+    strength; strength: of the instruction; way: 'once', or for chains also 'in turn', 'added', or 'first' (its first effect alone, a control)."""
 
     name: str
     files: tuple[Piece, ...] = ()
@@ -205,6 +205,7 @@ class Asked:
     accelerated: bool = False
     strength: float = 1.0
     way: str = 'once'
+    weight: float = 1.0
 
     @property
     def made_of(self) -> list:
@@ -565,8 +566,20 @@ class Workshop(Trainers):
         ids = dict.fromkeys(part for id, _ in subjects.effects for part in id.split('+'))
         return [*asked.files, *([self.teacher(id) for id in ids] if asked.teachers else [])]
 
+    def weighed(self, weight: float) -> Path:
+        "The acceleration LoRA's file; for another weight than 1 a copy of that strength, below the shop's folder."
+        if weight == 1:
+            return self.acceleration
+        to = self.root / 'weighed' / f'{sha256_file(self.acceleration)[:12]}-{weight:g}.safetensors'
+        if not to.is_file():
+            to.parent.mkdir(parents=True, exist_ok=True)
+            lora = read_lora(self.acceleration, self.base.backbone.modules(), allow_missing=True)
+            factors = {name: (a, weight * b) for name, (a, b) in lora.factors.items()}
+            write_lora(to, Lora(factors), own_fields(read_header(self.acceleration)))
+        return to
+
     def _made_of(self, asked: Asked, subjects: Subjects, known: Sequence[str]) -> list:
-        acceleration = sha256_file(self.acceleration) if asked.accelerated else ''
+        acceleration = sha256_file(self.weighed(asked.weight)) if asked.accelerated else ''
         bench = effectbench.load(subjects.bench)['sha256'] if subjects.bench else ''
         return [asked.made_of, asdict(subjects), bench, list(known), acceleration, sorted(METRICS), self.base.hash]
 
@@ -605,7 +618,8 @@ class _Contest:
             slots = ('teacher', 'teacher_2') if self.asked.way == 'added' else ('teacher',)
             self.banks = [TeacherBank(base.backbone, self.files, role=slot) for slot in slots]
         if self.asked.accelerated:
-            self.roles.append(load_role(base, self.shop.acceleration, 'acceleration', allow_missing=True))
+            file = self.shop.weighed(self.asked.weight)
+            self.roles.append(load_role(base, file, 'acceleration', allow_missing=True))
         return self
 
     def __exit__(self, *_):
@@ -709,6 +723,7 @@ def edits(shop: Workshop, asked: Asked, n: int, seed: int = 0) -> Piece:
         write_rows(piece.file, edit_rows(asked.name, cases, [o.image for o in made], seconds, recipe.nfe))
 
     made_of = [asked.made_of, n, seed, shop.base.hash]
+    made_of += [sha256_file(shop.weighed(asked.weight))] if asked.accelerated else []
     amount = work(asked, n * len(world.FAMILIES))
     return shop.piece('edits', _slug(asked.name), made_of, '.rows.jsonl', amount, judge, asked.files)
 

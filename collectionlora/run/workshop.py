@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SUBJECTS', 'ROOTS', 'SAVE_EVERY', 'VERDICT', 'TEMPERATURE', 'Piece', 'whole', 'missing', 'Rates', 'Materials',
            'Subjects', 'both', 'Asked', 'code_of', 'Bench', 'listing', 'Supplies', 'Painters', 'updates', 'Students',
-           'flow_settings', 'Trainers', 'work', 'rows_of', 'Workshop', 'pictures_of', 'soft_labels', 'labels', 'edits',
-           'apart', 'spread', 'contest', 'open_workshop']
+           'flow_settings', 'Trainers', 'work', 'rows_of', 'scaled_copy', 'Workshop', 'pictures_of', 'soft_labels',
+           'labels', 'edits', 'apart', 'spread', 'contest', 'open_workshop']
 
 # %% ../../nbs/run/workshop.ipynb #71b5e564
 import contextlib
@@ -519,6 +519,14 @@ def rows_of(piece: Piece, method: str, run: str = '') -> list[Row]:
     "The rows of a judged piece under a method's name and the name of a run, for instance its training seed."
     return [replace(r, method=method, run=run) for r in read_rows(piece.file)]
 
+# %% ../../nbs/run/workshop.ipynb #05a9bcb8
+def scaled_copy(file: Path, to: Path, weight: float, base: Base) -> Path:
+    "Writes a LoRA at `weight` times its strength to the file `to`, with its header; returns that file."
+    lora = read_lora(file, base.backbone.modules(), allow_missing=True)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    write_lora(to, Lora({name: (a, weight * b) for name, (a, b) in lora.factors.items()}), own_fields(read_header(file)))
+    return to
+
 # %% ../../nbs/run/workshop.ipynb #8e85e0ac
 class Workshop(Trainers):
     """Everything that the tables need. base: the base; folder: where pieces and embeddings are kept; seed: of data,
@@ -571,12 +579,7 @@ class Workshop(Trainers):
         if weight == 1:
             return self.acceleration
         to = self.root / 'weighed' / f'{sha256_file(self.acceleration)[:12]}-{weight:g}.safetensors'
-        if not to.is_file():
-            to.parent.mkdir(parents=True, exist_ok=True)
-            lora = read_lora(self.acceleration, self.base.backbone.modules(), allow_missing=True)
-            factors = {name: (a, weight * b) for name, (a, b) in lora.factors.items()}
-            write_lora(to, Lora(factors), own_fields(read_header(self.acceleration)))
-        return to
+        return to if to.is_file() else scaled_copy(self.acceleration, to, weight, self.base)
 
     def _made_of(self, asked: Asked, subjects: Subjects, known: Sequence[str]) -> list:
         acceleration = sha256_file(self.weighed(asked.weight)) if asked.accelerated else ''

@@ -1,5 +1,6 @@
 "The repository as a whole: notebooks that teach, nothing that names a machine, nothing unfinished."
 
+import ast
 import importlib.util
 import json
 import re
@@ -125,6 +126,23 @@ def test_the_front_page_names_effects_that_the_demonstration_makes():
         if word in world.EFFECTS
     }
     assert len(named) >= 3 and named <= made
+
+
+def unshown(cell) -> list[str]:
+    "Sentences that a cell writes whatever the records say (`Markdown(f'...')` at its end), and that its output lacks."
+    last = ast.parse(cell.source).body[-1:]
+    if not last or not isinstance(last[0], ast.Expr) or not isinstance(last[0].value, ast.Call):
+        return []
+    asked = ast.unparse(last[0].value.func) == 'Markdown' and last[0].value.args
+    texts = [v.value for a in asked or [] for v in getattr(a, 'values', [a]) if isinstance(v, ast.Constant)]
+    output = ''.join(o.get('data', {}).get('text/markdown', '') for o in cell.outputs)
+    return [t for t in texts if len(t) > 20 and t not in output]
+
+
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.parent.name in ('nbs', 'analysis')], ids=name)
+def test_a_page_that_was_edited_has_been_run(path):
+    cells = [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code' and 'Markdown(' in c.source]
+    assert not (stale := [t for c in cells for t in unshown(c)]), f'run {name(path)} again: {stale}'
 
 
 def test_the_front_page_is_what_its_notebook_shows():

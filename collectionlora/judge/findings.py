@@ -151,5 +151,6 @@ def shown_run(experiment: str) -> tuple[str, dict, str]:
     seconds, meta = record.get('cost', {}).get('seconds', 0), record.get('meta', {})
     said = [f'nano, run {run} on {base_words(record)}, {seconds / 3600:.2g} hours in its last piece.']
     said += [SMOKE] if run == 'smoke' else []
-    file, commit = ('full', '') if run == 'smoke' or meta.get('dirty') else (run, meta.get('commit', ''))
+    file, commit = 'full' if run == 'smoke' else run, meta.get('commit', '')
+    commit = '' if run == 'smoke' or meta.get('dirty') else commit
     return run, record, ' '.join(said) + f' On a frozen copy of the code: `{frozen_command(experiment, file, commit)}`'

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SUBJECTS', 'ROOTS', 'SAVE_EVERY', 'VERDICT', 'TEMPERATURE', 'Piece', 'whole', 'missing', 'Rates', 'Materials',
            'Subjects', 'both', 'Asked', 'code_of', 'Bench', 'listing', 'Supplies', 'Painters', 'updates', 'Students',
-           'flow_settings', 'Trainers', 'work', 'rows_of', 'scaled_copy', 'Workshop', 'pictures_of', 'soft_labels',
-           'labels', 'edits', 'apart', 'spread', 'contest', 'open_workshop']
+           'flow_settings', 'Trainers', 'work', 'rows_of', 'scaled_copy', 'added_by', 'Workshop', 'pictures_of',
+           'soft_labels', 'labels', 'edits', 'apart', 'spread', 'contest', 'open_workshop']
 
 # %% ../../nbs/run/workshop.ipynb #71b5e564
 import contextlib
@@ -527,6 +527,13 @@ def scaled_copy(file: Path, to: Path, weight: float, base: Base) -> Path:
     write_lora(to, Lora({name: (a, weight * b) for name, (a, b) in lora.factors.items()}), own_fields(read_header(file)))
     return to
 
+
+def added_by(asked: Asked, acceleration: Path | None) -> list:
+    "What of the acceleration LoRA decides a contestant's pictures: its file's hash, and a weight other than 1."
+    if not asked.accelerated:
+        return ['']
+    return [sha256_file(acceleration), *([asked.weight] if asked.weight != 1 else [])]
+
 # %% ../../nbs/run/workshop.ipynb #8e85e0ac
 class Workshop(Trainers):
     """Everything that the tables need. base: the base; folder: where pieces and embeddings are kept; seed: of data,
@@ -582,9 +589,9 @@ class Workshop(Trainers):
         return to if to.is_file() else scaled_copy(self.acceleration, to, weight, self.base)
 
     def _made_of(self, asked: Asked, subjects: Subjects, known: Sequence[str]) -> list:
-        acceleration = sha256_file(self.weighed(asked.weight)) if asked.accelerated else ''
         bench = effectbench.load(subjects.bench)['sha256'] if subjects.bench else ''
-        return [asked.made_of, asdict(subjects), bench, list(known), acceleration, sorted(METRICS), self.base.hash]
+        added = added_by(asked, self.acceleration)
+        return [asked.made_of, asdict(subjects), bench, list(known), *added, sorted(METRICS), self.base.hash]
 
     def judged(self, asked: Asked, subjects: Subjects, known: Sequence[str]) -> Piece:
         "The rows of a contestant on subjects, by the oracle that can tell `known`, with the paper's columns."
@@ -726,7 +733,7 @@ def edits(shop: Workshop, asked: Asked, n: int, seed: int = 0) -> Piece:
         write_rows(piece.file, edit_rows(asked.name, cases, [o.image for o in made], seconds, recipe.nfe))
 
     made_of = [asked.made_of, n, seed, shop.base.hash]
-    made_of += [sha256_file(shop.weighed(asked.weight))] if asked.accelerated else []
+    made_of += added_by(asked, shop.acceleration) if asked.accelerated else []
     amount = work(asked, n * len(world.FAMILIES))
     return shop.piece('edits', _slug(asked.name), made_of, '.rows.jsonl', amount, judge, asked.files)
 

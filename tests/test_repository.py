@@ -236,4 +236,4 @@ def test_a_notebook_says_of_which_short_run_its_outputs_are():
         cells = nbformat.read(ROOT / 'nbs' / 'experiments' / f'{experiment}.ipynb', 4).cells
         assert cells[1].source == tool['told'](cells[1].source, experiment), experiment
         declared_here = next(c.source for c in cells if 'parameters' in c.metadata.get('tags', []))
-        assert all(f'\n{name}: ' in declared_here for name in tool['SHORT'][experiment]), experiment
+        assert all(f'\n{name}: ' in declared_here for name in tool['parameters'](experiment)), experiment

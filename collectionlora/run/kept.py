@@ -65,7 +65,7 @@ def paragraph(values: list, indent: int, width: int) -> str:
     return f'[\n{body}\n{" " * indent}]'
 
 
-def as_text(value, indent: int = 0, width: int = 118) -> str:
+def as_text(value, indent: int = 0, width: int = 190) -> str:
     "JSON in which whatever fits on a line is on one line."
     line = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, (dict, list)) or not value or indent + len(line) <= width:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core import read_json, results_dir, UserError
 from ..judge.gate import Row
 from ..judge.statistics import t_interval
-from ..style import LONGEST_FIRST
+from ..style import REAL_RUNS
 
 # %% ../../nbs/analysis/scales.ipynb #ac6ccd60
 def finished(experiment: str, pattern: str = '*.json', root: str | Path | None = None) -> dict[str, dict]:
@@ -63,11 +63,11 @@ def scale_of(record: Mapping, where: str) -> dict:
 # %% ../../nbs/analysis/scales.ipynb #2e2b7cf6
 def scales(root: str | Path | None = None) -> dict[int, dict | None]:
     """N -> column of Table 4 from the finished records below `root`/table_4, smoke runs left out; the longest run that
-    holds a size counts (`style.LONGEST_FIRST`), None for a size that none holds."""
+    holds a size counts (`style.REAL_RUNS`), None for a size that none holds."""
     columns = dict.fromkeys(PLANNED)
-    runs = [run for run in reversed(LONGEST_FIRST) if run != 'smoke']
-    for where, record in [pair for run in runs for pair in finished('table_4', f'{run}.json', root).items()]:
-        found = record['metrics']
+    records = finished('table_4', root=root)
+    for where in [f'{run}.json' for run in reversed(REAL_RUNS) if f'{run}.json' in records]:
+        record, found = records[where], records[where]['metrics']
         for n in [s['effects'] for s in found['sizes'].values() if set(s) == {'effects'}]:
             methods = {name: m for name, m in found['methods'].items() if name.endswith(f', {n} effects')}
             part = dict(effects=found['effects'][:n], methods=methods, own=f'ours, {n} effects')

@@ -127,7 +127,8 @@ def _shown_p(p) -> str:
 def contrast_table(contrasts: Mapping[str, Sequence[Mapping]], titles: Mapping[str, str] = {}) -> str:
     "Markdown: a line for each contrast, a column for each quantity, Holm's p behind the verdict."
     quantities = list(contrasts)
-    head = [titles.get(v, {'bad': 'bad, subject counted', 'bcr': 'BCR', 'log_distance': 'log-distance'}.get(v, v)) for v in quantities]
+    names = {'bad': 'bad, subject counted', 'bcr': 'BCR', 'log_distance': 'log-distance', **titles}
+    head = [names.get(v, v) for v in quantities]
     lines = ['| contrast | ' + ' | '.join(f'{h} | p (Holm)' for h in head) + ' | pairs |']
     lines.append('|---' * (2 * len(head) + 2) + '|')
     for row in zip(*contrasts.values()):
@@ -151,6 +152,6 @@ def shown_run(experiment: str) -> tuple[str, dict, str]:
     seconds, meta = record.get('cost', {}).get('seconds', 0), record.get('meta', {})
     said = [f'nano, run {run} on {base_words(record)}, {seconds / 3600:.2g} hours in its last piece.']
     said += [SMOKE] if run == 'smoke' else []
-    file, commit = 'full' if run == 'smoke' else run, meta.get('commit', '')
-    commit = '' if run == 'smoke' or meta.get('dirty') else commit
+    file = 'full' if run == 'smoke' else run
+    commit = '' if run == 'smoke' or meta.get('dirty') else meta.get('commit', '')
     return run, record, ' '.join(said) + f' On a frozen copy of the code: `{frozen_command(experiment, file, commit)}`'

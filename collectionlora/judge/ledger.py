@@ -16,7 +16,7 @@ import numpy as np
 
 from ..core import check_keys, data_dir, read_json, read_yaml, results_dir, UserError
 from .statistics import t_interval
-from ..style import LONGEST_FIRST
+from ..style import REAL_RUNS
 
 # %% ../../nbs/judge/ledger.ipynb #47367c6c
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def record_of(experiment: str, root: str | Path | None = None) -> tuple[str, dic
 
     Where further seeds of the run were recorded (`full_seed1.json`, ...), their metrics stand in `metrics.seeds`."""
     folder = Path(root or results_dir()) / experiment
-    for run in LONGEST_FIRST[:-1]:
+    for run in REAL_RUNS:
         if not (folder / f'{run}.json').is_file():
             continue
         several = [read_json(p) for p in [folder / f'{run}.json', *sorted(folder.glob(f'{run}_seed*.json'))]]

@@ -31,11 +31,12 @@ from ..engine.pools import student_words
 from ..engine.settings import Settings
 from ..engine.targets import make_targets
 from ..engine.words import with_words
+from ..files import merging
 from ..files.conditions import ConditionCache
 from ..files.drawn import write_world_effect, write_world_general
 from ..files.effects import borrow, EffectSet, general_pictures, load_effect, load_general
 from ..files.header import catalogue, read_header
-from ..files.lora import Lora, own_fields, read_lora, write_lora
+from ..files.lora import own_fields, read_lora, write_lora
 from ..files.shrink import shrink
 from ..judge import effectbench
 from ..judge.columns import with_columns
@@ -196,7 +197,8 @@ class Asked:
     effect's own `teachers`, or, with neither, the base alone or a reference policy of that name.
 
     recipe None: the one in the file's header; accelerated: with the acceleration LoRA added, `weight` times its
-    strength; strength: of the instruction; way: 'once', or for chains also 'in turn', 'added', or 'first' (its first effect alone, a control)."""
+    strength; strength: of the instruction; way: 'once', or for chains also 'in turn', 'added', or 'first' (its first
+    effect alone, a control)."""
 
     name: str
     files: tuple[Piece, ...] = ()
@@ -524,14 +526,14 @@ def scaled_copy(file: Path, to: Path, weight: float, base: Base) -> Path:
     "Writes a LoRA at `weight` times its strength to the file `to`, with its header; returns that file."
     lora = read_lora(file, base.backbone.modules(), allow_missing=True)
     to.parent.mkdir(parents=True, exist_ok=True)
-    write_lora(to, Lora({name: (a, weight * b) for name, (a, b) in lora.factors.items()}), own_fields(read_header(file)))
+    write_lora(to, merging.merge([lora], 'cat', [weight]), own_fields(read_header(file)))
     return to
 
 
 def added_by(asked: Asked, acceleration: Path | None) -> list:
     "What of the acceleration LoRA decides a contestant's pictures: its file's hash, and a weight other than 1."
     if not asked.accelerated:
-        return ['']
+        return []
     return [sha256_file(acceleration), *([asked.weight] if asked.weight != 1 else [])]
 
 # %% ../../nbs/run/workshop.ipynb #8e85e0ac
@@ -590,7 +592,7 @@ class Workshop(Trainers):
 
     def _made_of(self, asked: Asked, subjects: Subjects, known: Sequence[str]) -> list:
         bench = effectbench.load(subjects.bench)['sha256'] if subjects.bench else ''
-        added = added_by(asked, self.acceleration)
+        added = added_by(asked, self.acceleration) or ['']
         return [asked.made_of, asdict(subjects), bench, list(known), *added, sorted(METRICS), self.base.hash]
 
     def judged(self, asked: Asked, subjects: Subjects, known: Sequence[str]) -> Piece:
@@ -732,8 +734,7 @@ def edits(shop: Workshop, asked: Asked, n: int, seed: int = 0) -> Piece:
         seconds = (time.time() - began) / len(cases)
         write_rows(piece.file, edit_rows(asked.name, cases, [o.image for o in made], seconds, recipe.nfe))
 
-    made_of = [asked.made_of, n, seed, shop.base.hash]
-    made_of += added_by(asked, shop.acceleration) if asked.accelerated else []
+    made_of = [asked.made_of, n, seed, shop.base.hash, *added_by(asked, shop.acceleration)]
     amount = work(asked, n * len(world.FAMILIES))
     return shop.piece('edits', _slug(asked.name), made_of, '.rows.jsonl', amount, judge, asked.files)
 

@@ -112,14 +112,21 @@ def test_references_are_floor_and_ceiling():
 
 def test_contestants_follow_from_the_files(base, files):
     collection = Collection(base, files['collection'])
-    every = V.assemble(base, collection, files['teachers'], files['acceleration'], files['fm'], Recipe.ode(2))
-    assert list(every) == list(V.ALL) and [m.recipe.nfe for m in every.values()] == [4, 4, 8, 2, 8, 2, 2]
+    tuned = {'fm_acc': 0.5, 'teacher_acc': 0.25}
+    given = (files['teachers'], files['acceleration'], files['fm'])
+    every = V.assemble(base, collection, *given, Recipe.ode(2), tuned=tuned)
+    stacks = ['teacher_acc', 'teacher_acc_tuned', 'fm_few', 'fm_acc', 'fm_acc_tuned']
+    assert list(every) == ['base', 'teacher', 'teacher_few', *stacks, 'ours']
+    assert [n for n in every if not n.endswith('_tuned')] == list(V.ALL)
+    assert [m.recipe.nfe for m in every.values()] == [4, 4, 8, 2, 2, 8, 2, 2, 2]
+    assert every['fm_acc_tuned'].name.startswith('all-in-one FM + acceleration × 0.5, ')
     size = lambda p: p.stat().st_size
     sizes = V.file_sizes(every, files['collection'], files['teachers'], files['acceleration'], files['fm'])
     assert (
         sizes[every['teacher_acc'].name] == sum(map(size, files['teachers'].values())) + size(files['acceleration'])
         and every['base'].name not in sizes
     )
+    assert sizes[every['teacher_acc_tuned'].name] == sizes[every['teacher_acc'].name]
     items = V.held_out(EFFECTS, 1)
     rows, made = V.evaluate(base, every, items, V.oracle_for(base, EFFECTS, draws=8, strangers=4), batch=2)
     groups = tables.by_method(rows)
@@ -139,6 +146,9 @@ def test_wanted_methods_need_their_files(base, files):
         V.assemble(base, collection, wanted=['fm_acc'])
     with pytest.raises(UserError, match="did you mean 'teacher'"):
         V.assemble(base, collection, wanted=['teachr'])
+    with pytest.raises(UserError, match="tuned: unknown key 'ours'"):
+        V.assemble(base, collection, tuned={'ours': 0.5})
+    assert list(V.assemble(base, collection, tuned={'fm_acc': 0.5}, wanted=['ours'])) == ['ours']
     free(base)
 
 

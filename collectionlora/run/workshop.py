@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SUBJECTS', 'ROOTS', 'SAVE_EVERY', 'VERDICT', 'TEMPERATURE', 'Piece', 'whole', 'missing', 'Rates', 'Materials',
            'Subjects', 'both', 'Asked', 'code_of', 'Bench', 'listing', 'Supplies', 'Painters', 'updates', 'Students',
-           'flow_settings', 'Trainers', 'work', 'rows_of', 'scaled_copy', 'added_by', 'Workshop', 'pictures_of',
-           'soft_labels', 'labels', 'edits', 'apart', 'spread', 'contest', 'open_workshop']
+           'flow_settings', 'Trainers', 'work', 'rows_of', 'added_by', 'Workshop', 'pictures_of', 'soft_labels',
+           'labels', 'edits', 'apart', 'spread', 'contest', 'open_workshop']
 
 # %% ../../nbs/run/workshop.ipynb #71b5e564
 import contextlib
@@ -31,12 +31,11 @@ from ..engine.pools import student_words
 from ..engine.settings import Settings
 from ..engine.targets import make_targets
 from ..engine.words import with_words
-from ..files import merging
 from ..files.conditions import ConditionCache
 from ..files.drawn import write_world_effect, write_world_general
 from ..files.effects import borrow, EffectSet, general_pictures, load_effect, load_general
 from ..files.header import catalogue, read_header
-from ..files.lora import own_fields, read_lora, write_lora
+from ..files.lora import write_lora
 from ..files.shrink import shrink
 from ..judge import effectbench
 from ..judge.columns import with_columns
@@ -522,14 +521,6 @@ def rows_of(piece: Piece, method: str, run: str = '') -> list[Row]:
     return [replace(r, method=method, run=run) for r in read_rows(piece.file)]
 
 # %% ../../nbs/run/workshop.ipynb #05a9bcb8
-def scaled_copy(file: Path, to: Path, weight: float, base: Base) -> Path:
-    "Writes a LoRA at `weight` times its strength to the file `to`, with its header; returns that file."
-    lora = read_lora(file, base.backbone.modules(), allow_missing=True)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    write_lora(to, merging.merge([lora], 'cat', [weight]), own_fields(read_header(file)))
-    return to
-
-
 def added_by(asked: Asked, acceleration: Path | None) -> list:
     "What of the acceleration LoRA decides a contestant's pictures: its file's hash, and a weight other than 1."
     if not asked.accelerated:
@@ -583,13 +574,6 @@ class Workshop(Trainers):
         ids = dict.fromkeys(part for id, _ in subjects.effects for part in id.split('+'))
         return [*asked.files, *([self.teacher(id) for id in ids] if asked.teachers else [])]
 
-    def weighed(self, weight: float) -> Path:
-        "The acceleration LoRA's file; for another weight than 1 a copy of that strength, below the shop's folder."
-        if weight == 1:
-            return self.acceleration
-        to = self.root / 'weighed' / f'{sha256_file(self.acceleration)[:12]}-{weight:g}.safetensors'
-        return to if to.is_file() else scaled_copy(self.acceleration, to, weight, self.base)
-
     def _made_of(self, asked: Asked, subjects: Subjects, known: Sequence[str]) -> list:
         bench = effectbench.load(subjects.bench)['sha256'] if subjects.bench else ''
         added = added_by(asked, self.acceleration) or ['']
@@ -630,8 +614,8 @@ class _Contest:
             slots = ('teacher', 'teacher_2') if self.asked.way == 'added' else ('teacher',)
             self.banks = [TeacherBank(base.backbone, self.files, role=slot) for slot in slots]
         if self.asked.accelerated:
-            file = self.shop.weighed(self.asked.weight)
-            self.roles.append(load_role(base, file, 'acceleration', allow_missing=True))
+            file, weight = self.shop.acceleration, self.asked.weight
+            self.roles.append(load_role(base, file, 'acceleration', allow_missing=True, weight=weight))
         return self
 
     def __exit__(self, *_):

@@ -20,6 +20,7 @@ from ..core import nano_dir, UserError
 from ..files.card import write_card
 from ..files.header import catalogue, read_header
 from ..files.lora import annotate, read_lora
+from ..files.merging import merge
 from ..flow import few_step_times
 from collectionlora.use.results import (  # noqa: F401
     chained,
@@ -79,11 +80,16 @@ class CollectionFile:
 
 # %% ../../nbs/use/edit.ipynb #5f2d1409
 def load_role(
-    base: Base, file: str | Path, role: str, allow_other_base: bool = False, allow_missing: bool = False
+    base: Base,
+    file: str | Path,
+    role: str,
+    allow_other_base: bool = False,
+    allow_missing: bool = False,
+    weight: float = 1.0,
 ) -> str:
     """Puts a LoRA file on the base as `role`, checked completely (the base's hash first); returns the role.
 
-    allow_missing: some of the base's layers may be absent."""
+    allow_missing: some of the base's layers may be absent. weight: how strongly it is added, 1 as it was trained."""
     said = read_header(file).get('collectionlora.base') or {}
     if not allow_other_base and said.get('hash') not in (None, base.hash):
         made_for = ' '.join(filter(None, (said.get('id'), said['hash'][:12])))
@@ -92,6 +98,7 @@ def load_role(
             'load that one, or pass allow_other_base=True if you know better'
         )
     lora = read_lora(file, base.backbone.modules(), allow_missing=allow_missing)
+    lora = lora if weight == 1 else merge([lora], 'cat', [weight])
     base.backbone.add_role(role, max(lora.rank, 1))
     base.backbone.load(role, lora)
     return role

@@ -133,6 +133,13 @@ def test_timetable(n, steps, seed, p, every):
         assert len({t is None for t in table[k : k + every]}) <= 1
 
 
+def test_every_deck_of_effects_is_shuffled_anew():
+    ids = [f'e{i}' for i in range(9)]
+    drawn = pdsr.schedule(ids, 27, 0)
+    decks = [tuple(drawn[k : k + 9]) for k in (0, 9, 18)]
+    assert len(set(decks)) == 3 and all(sorted(deck) == ids for deck in decks)
+
+
 @pytest.mark.parametrize(
     'call, word',
     [

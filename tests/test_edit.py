@@ -286,6 +286,7 @@ def test_file_of_another_base(base, file, tmp_path):
     assert (
         base.hash[:12] in str(e.value) and other.hash[:12] in str(e.value) and 'collection.safetensors' in str(e.value)
     )
+    assert '`--base` in the shell' in str(e.value)  # what to type, for who did not call from Python
     assert edit.Collection(other, file, allow_other_base=True).edit(picture(0), 'oil').size == (64, 64)
 
 

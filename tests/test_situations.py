@@ -202,6 +202,10 @@ def test_a_known_field_for_ours_outweighs_a_guess_and_an_unknown_base_is_said():
     assert 'Layered' in check_base({'ss_base_model_version': 'qwen_image_layered'}, attention)[0]
     deep = [f'transformer_blocks.{i}.attn.to_q' for i in range(54)]  # HunyuanVideo 1.5
     assert 'no field names its base' in check_base({}, deep)[0]
+    with pytest.raises(UserError, match='made for the base nano 0123456789ab, the base in use is fff'):
+        check_base({'collectionlora.base': {'hash': '0123456789abcdef', 'id': 'nano'}}, attention, base='f' * 64)
+    with pytest.raises(UserError, match='made for the base 0123456789ab, the base in use is fff'):  # of an older version
+        check_base({'collectionlora.base': {'hash': '0123456789abcdef'}}, attention, base='f' * 64)
     assert check_base({}, [f'transformer_blocks.{i}.attn.to_q' for i in range(60)]) == []
 
 

@@ -170,10 +170,8 @@ def _check_own(header: dict, base: str | None) -> None:
     "Raises `UserError` for a file of ours that was made for another base than the one with the hash `base`."
     said = header.get('collectionlora.base') or {}
     if base is not None and said.get('hash') not in (None, base):
-        raise UserError(
-            f'it was made for the base {str(said.get("id", ""))[:60]!r} ({str(said["hash"])[:12]}), '
-            f'the base in use is {base[:12]}.'
-        )
+        named = ' '.join(filter(None, (str(said.get('id') or '')[:60], str(said['hash'])[:12])))
+        raise UserError(f'it was made for the base {named}, the base in use is {base[:12]}.')
 
 
 def _unsaid_note(modules: list[str], wanted: str) -> list[str]:

@@ -95,7 +95,7 @@ def load_role(
         made_for = ' '.join(filter(None, (said.get('id'), said['hash'][:12])))
         raise UserError(
             f'{file}: made for the base {made_for}, the base in use is {base.folder.name} {base.hash[:12]}; '
-            'load that one, or pass allow_other_base=True if you know better'
+            'give the folder of that one (`--base` in the shell), or pass allow_other_base=True if you know better'
         )
     lora = read_lora(file, base.backbone.modules(), allow_missing=allow_missing)
     lora = lora if weight == 1 else merge([lora], 'cat', [weight])

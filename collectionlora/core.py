@@ -7,8 +7,8 @@ __all__ = ['LARGE_FILE', 'SETTLED', 'DECIMAL', 'FLOAT', 'DISPUTED', 'OTHERWISE',
            'OutOfMemory', 'out_of_memory', 'short_of_memory', 'nearest', 'check_keys', 'refusal', 'in_checkout',
            'repo_root', 'data_dir', 'nano_dir', 'collection_dir', 'notebooks_dir', 'results_dir', 'plain',
            'sha256_json', 'sealed', 'is_sealed', 'sha256_file', 'sha256_folder', 'seed_of', 'rng', 'wilson',
-           'replacing', 'folder_lock', 'save_state', 'load_state', 'Later', 'read_text', 'pack', 'unpacked',
-           'text_lines', 'json_object', 'yaml_text', 'parse_yaml', 'read_yaml', 'write_yaml', 'read_json',
+           'replacing', 'folder_lock', 'save_state', 'load_state', 'Later', 'kept_hint', 'read_text', 'pack',
+           'unpacked', 'text_lines', 'json_object', 'yaml_text', 'parse_yaml', 'read_yaml', 'write_yaml', 'read_json',
            'read_object', 'write_json', 'laplacian', 'bar', 'versions', 'hardware', 'command', 'run_info', 'is_run',
            'read_run', 'save_run']
 
@@ -304,11 +304,17 @@ class Later:
         return getattr(importlib.import_module(self._name), attribute)
 
 # %% ../nbs/run/core.ipynb #886843cb
+def kept_hint(path) -> str:
+    "What else to say of a file that is absent from `results` where the package was installed without the repository."
+    outside = not in_checkout() and Path(path).resolve().is_relative_to(results_dir().resolve())
+    return '; kept records are in the repository, not in the package: work in a checkout of it' if outside else ''
+
+
 def read_text(path) -> str:
     "The text in a UTF-8 file, without a byte order mark. Raises `UserError` if there is no file or it is not UTF-8."
     path = Path(path)
     if not path.is_file():
-        raise UserError(f'{path}: no such file')
+        raise UserError(f'{path}: no such file{kept_hint(path)}')
     try:
         text = path.read_bytes().decode('utf-8-sig')
     except UnicodeDecodeError as e:

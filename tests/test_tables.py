@@ -14,6 +14,7 @@ from collectionlora.files.drawn import write_world_effect
 from collectionlora.judge import effectbench, ledger
 from collectionlora.judge.findings import contrast_table, diversity, findings, level_table
 from collectionlora.judge.gate import made_up_rows
+from collectionlora.judge.tables import seeds_of
 from collectionlora.judge.statistics import crossed_interval, estimate, t_interval
 from collectionlora.run import execute, tables, workshop
 from collectionlora.run.sweep import from_file
@@ -219,6 +220,15 @@ def test_seeds_of_a_study_give_its_claim_an_interval(tmp_path):
     for k, v in enumerate((4.4, 3.8), 1):
         record(tmp_path / 'vanishing' / f'full_seed{k}.json', means=means(v))
     assert of().verdict == ledger.SUPPORTED and of().reading.counted == '3 training seeds'
+
+
+def test_no_seeds_is_a_sentence(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match='no folder in it has the record of an evaluation$'):
+        seeds_of(tmp_path)
+    monkeypatch.setattr(core, 'in_checkout', lambda: False)  # as installed from a wheel
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='work in a checkout of it$'):
+        seeds_of(core.results_dir() / 'main_job')
 
 
 def test_a_claim_that_nothing_can_read_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from hypothesis import example, given, settings, strategies as st
 
+from collectionlora import core
 from collectionlora.core import nearest, parse_yaml, read_json, read_yaml, text_lines, UserError, write_json, write_yaml
 from collectionlora.files.effects import load_effect, write_effect
 from collectionlora.judge.gate import made_up_rows, read_rows, write_rows
@@ -260,3 +261,15 @@ def test_rows_and_effects_keep_every_text(folder):
 def test_a_long_list_of_what_is_known_ends_in_its_count():
     said = nearest('nothing like it', [f'effect-{i:02}' for i in range(20)])
     assert said.endswith('effect-11 and 8 more.') and '...' not in said
+
+
+def test_an_absent_kept_record_says_where_records_are(tmp_path, monkeypatch):
+    with pytest.raises(UserError) as inside:
+        read_json(core.results_dir() / 'none.json')
+    monkeypatch.setattr(core, 'in_checkout', lambda: False)  # as installed from a wheel
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='none.json: no such file; kept records are in the repository, not in the package'):
+        read_json(core.results_dir() / 'main_job' / 'none.json')
+    with pytest.raises(UserError) as own:
+        read_json(tmp_path / 'none.json')
+    assert str(inside.value).endswith('none.json: no such file') and str(own.value).endswith('none.json: no such file')

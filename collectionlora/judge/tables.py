@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..core import nearest, UserError
+from ..core import kept_hint, nearest, UserError
 from .gate import bleed, bounds, COLUMNS, confusion, gate, METRICS, NONE, read_rows, Row, VALUES
 from .statistics import Contrast, estimate, holm, paired
 
@@ -56,10 +56,12 @@ def table(rows: Sequence[Row], seed: int = 0, references: Sequence[str] = REFERE
 
 # %% ../../nbs/judge/tables.ipynb #4403415b
 def seeds_of(folder: str | Path) -> dict[str, list[Path]]:
-    "Budget -> folders of its seeds, of all folders in `folder` that hold the record of an evaluation."
+    "Budget -> folders of its seeds, of all in `folder` with the record of an evaluation; `UserError` if none has one."
     groups: dict[str, list[Path]] = {}
     for record in sorted(Path(folder).glob('*/evaluation.json')):
         groups.setdefault(record.parent.name.split('-seed')[0], []).append(record.parent)
+    if not groups:
+        raise UserError(f'{folder}: no folder in it has the record of an evaluation{kept_hint(folder)}')
     return groups
 
 

@@ -46,6 +46,19 @@ def test_a_link_out_of_the_notebooks_is_a_plain_name(rooms, nbs):
     assert said.startswith('the list (`') and said.endswith('results/README.md`)')
 
 
+def test_a_picture_out_of_the_notebooks_is_shown(rooms, nbs, tmp_path):
+    picture, page = nbs.parent / 'assets' / 'a.png', nbs / 'method' / 'a.ipynb'
+    picture.parent.mkdir()
+    picture.write_bytes(b'picture')
+    text = '![a picture](../../assets/a.png)'
+    page.write_text(json.dumps({'cells': [cell('markdown', text)]}))
+    (nbs / 'use' / 'b.ipynb').write_text(json.dumps({'cells': []}))
+    rooms['copies'](nbs, tmp_path / 'site')
+    said = json.loads((tmp_path / 'site' / 'method' / 'a.ipynb').read_text())['cells'][0]['source']
+    assert said == '![a picture](../pictures/assets/a.png)'
+    assert (tmp_path / 'site' / 'pictures' / 'assets' / 'a.png').read_bytes() == b'picture'
+
+
 def test_the_sample_report_lies_in_the_site(rooms):
     nbs = ROOT / 'nbs'
     link = '[the report](../../assets/report.html)'

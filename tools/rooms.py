@@ -21,7 +21,8 @@ LINK = re.compile(r'\]\(((?:[\w./-]+/)?[\w-]+)\.(ipynb|md)((?:#[^)]*)?)\)')
 MATHJAX = """<script type="text/x-mathjax-config">
 MathJax.Hub.Config({"HTML-CSS": {availableFonts: [], webFont: "STIX-Web", imageFont: null}, showMathMenu: false});
 </script><script src="UPmathjax/MathJax.js?config=TeX-AMS-MML_HTMLorMML-full,Safe"></script>"""
-OUTSIDE = re.compile(r'\[([^\]]*)\]\(((?:\.\./)+[\w./-]*)\)')
+OUTSIDE = re.compile(r'(!?)\[([^\]]*)\]\(((?:\.\./)+[\w./-]*)\)')
+PICTURES = 'pictures'  # the folder of the site for pictures that lie outside of nbs
 LEADS = re.compile(r'<(a|img|script|link)\b[^>]*?\b(?:href|src)="([^"#?]*)(?:\?[^"#]*)?(?:#([^"]*))?"')
 HEADING = re.compile(r'^#{1,6} .*$', re.M)
 
@@ -46,17 +47,19 @@ def navigation(nbs: Path) -> list:
 
 def linked(text: str, page: Path, nbs: Path) -> str:
     """Markdown of a page whose links to notebooks lead to their pages. A link out of `nbs` becomes the plain name, but for
-    the sample report, which lies in the site."""
+    the sample report, which lies in the site, and for pictures, of which `copies` puts a copy there."""
 
     def inside(link):
         target = (page.parent / f'{link[1]}.{link[2]}').resolve()
         return f']({link[1]}.html{link[3]})' if target.is_file() and target.is_relative_to(nbs) else link[0]
 
     def outside(link):
-        target = (page.parent / link[2]).resolve()
+        target = (page.parent / link[3]).resolve()
         if target == REPORT:
-            return f'[{link[1]}]({os.path.relpath(nbs / REPORT.name, page.parent)})'
-        return link[0] if target.is_relative_to(nbs) else f'{link[1]} (`{os.path.relpath(target, ROOT)}`)'
+            return f'[{link[2]}]({os.path.relpath(nbs / REPORT.name, page.parent)})'
+        if link[1] and target.is_file() and target.is_relative_to(nbs.parent):
+            return f'![{link[2]}]({os.path.relpath(nbs / PICTURES / target.relative_to(nbs.parent), page.parent)})'
+        return link[0] if target.is_relative_to(nbs) else f'{link[1]}{link[2]} (`{os.path.relpath(target, ROOT)}`)'
 
     text = OUTSIDE.sub(outside, LINK.sub(inside, text))
     return text.replace(f'`{GALLERY}`', f'[{GALLERY}]({os.path.relpath(nbs / GALLERY, page.parent)})')
@@ -118,14 +121,26 @@ def reference(package: Path, to: Path) -> list:
     return pages
 
 
+def pictures(page: Path, nbs: Path) -> list[Path]:
+    "The files of this repository outside of `nbs` that the text of a notebook shows as pictures."
+    cells = json.loads(page.read_text())['cells']
+    text = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+    files = [(page.parent / link[3]).resolve() for link in OUTSIDE.finditer(text) if link[1]]
+    return [f for f in files if f.is_file() and f.is_relative_to(nbs.parent) and not f.is_relative_to(nbs)]
+
+
 def copies(nbs: Path, to: Path) -> None:
-    "Writes every notebook as it is shown below `to`, a fresh folder."
+    "Writes every notebook as it is shown below `to`, a fresh folder, and the pictures of elsewhere that they show."
     shutil.rmtree(to, ignore_errors=True)
     for page in [*nbs.glob('*.ipynb'), *nbs.glob('*/*.ipynb')]:
         if not page.parent.name.startswith(('.', '_')):
             copy = to / page.relative_to(nbs)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_text(json.dumps(shown(json.loads(page.read_text()), page, nbs), ensure_ascii=False))
+            for picture in pictures(page, nbs):
+                to_picture = to / PICTURES / picture.relative_to(nbs.parent)
+                to_picture.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(picture, to_picture)
 
 
 def write_gallery(to: Path) -> None:

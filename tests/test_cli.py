@@ -244,6 +244,29 @@ def test_a_sweep_knows_its_files_by_content(tmp_path, monkeypatch):
     assert asked == [{'collection': 'a.txt'}] * 2
 
 
+def test_a_sweep_shows_what_others_found_when_a_run_fails(tmp_path, monkeypatch):
+    from collectionlora.run import sweep
+
+    def execute(experiment, out, name, point, *more, **kw):
+        failed = point['steps'] == 3
+        run = {'name': name, 'seed': 0, 'parameters': {'steps': point['steps']}}
+        record = {'status': 'failed' if failed else 'finished', 'run': run}
+        metrics = {} if failed else {'metrics': {'a_long_name_of.a_number.first': 0.5, 'a_long_name_of.a_number.last': 2}}
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f'{name}.json').write_text(json.dumps({**record, **metrics, 'cost': {}}))
+        if failed:
+            raise core.UserError('three is bad')
+
+    monkeypatch.setenv('COLUMNS', '60')
+    monkeypatch.setattr(sweep, 'execute', execute)
+    (tmp_path / 'grid.yaml').write_text('steps: [2, 3, 4]')
+    done = call('sweep', 'teacher', tmp_path / 'grid.yaml', '-o', tmp_path / 's')
+    said = done.output
+    assert done.exit_code == 1 and '1 of 3 runs failed' in said and 'three is bad' in said
+    assert 'steps=2' in said and 'failed' in said and 'first' in said and 'last' in said
+    assert (tmp_path / 's' / 'table.csv').is_file() and (tmp_path / 's' / 'table.png').is_file()
+
+
 def test_help_and_mistakes_do_not_load_torch():
     code = "import sys\nfrom collectionlora.run.cli import app\ntry: app(sys.argv[1:])\nexcept SystemExit as e: print('torch' in sys.modules, e.code)"
     for args, last in ((['--help'], 'False 0'), (['run', 'nano_bse'], 'False 2')):

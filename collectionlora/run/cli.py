@@ -1074,7 +1074,10 @@ def _shown(records: dict) -> Table:
     for name, r in records.items():
         asked = [r['run']['parameters'].get(k) for k in differ]
         rows.append([name, r['status'], *asked, *(found[name].get(k, '') for k in measured)])
-    return grid('', ['run', 'status', *differ, *measured], rows)
+    shown = grid('', ['run', 'status', *differ, *measured], rows)
+    for column in shown.columns:
+        column.overflow = 'fold'  # two names may differ at their ends only
+    return shown
 
 
 @command(
@@ -1102,11 +1105,18 @@ def sweep(
 
     more = {'replace': True} if replace else {}
     options = assignments(slurm) if slurm else None
-    records = runner.sweep(experiment, points, out, processes=processes, slurm=options, **more)
-    Console().print(_shown(records))
-    print(out / 'table.csv')
-    if picture := draw_sweep(records, out / 'table.png'):
-        print(picture)
+    failure = None
+    try:
+        records = runner.sweep(experiment, points, out, processes=processes, slurm=options, **more)
+    except RunFailed as error:  # what the others found is shown all the same
+        records, failure = getattr(error, 'records', {}), error
+    if records:
+        Console().print(_shown(records))
+        print(out / 'table.csv')
+        if picture := draw_sweep(records, out / 'table.png'):
+            print(picture)
+    if failure:
+        raise failure
 
 # %% ../../nbs/run/cli.ipynb #fd9cdace
 runs = typer.Typer(help='List, show and compare the records of runs.', **STYLE)

@@ -167,12 +167,14 @@ def _points(experiment, grid, inputs: dict) -> dict[str, tuple[dict, dict, int]]
 
 
 def collected(files: dict[str, Path], out: Path, failed: list[str]) -> dict[str, dict]:
-    "The runs' records, after writing them as one table; raises `RunFailed` if any failed."
+    "The runs' records, after writing them as one table; raises `RunFailed`, which has them too, if any failed."
     records = {name: read_json(file) for name, file in files.items() if file.is_file()}
     write_table(out / 'table.csv', table(records))
     if failed:
         some = f'{len(failed)} of {len(files)} runs failed: {" | ".join(failed)}'
-        raise RunFailed(f'{some}; all are in {short_path(out / "table.csv")}')
+        failure = RunFailed(f'{some}; all are in {short_path(out / "table.csv")}')
+        failure.records = records
+        raise failure
     return records
 
 

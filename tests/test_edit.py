@@ -13,7 +13,7 @@ from PIL import Image
 
 from collectionlora.bases.pipeline import load_base
 from collectionlora.bases.tiny import tiny_base
-from collectionlora.core import UserError
+from collectionlora.core import collection_dir, UserError
 from collectionlora.files.conditions import ConditionCache
 from collectionlora.files.dialects import Lora, lora_hash
 from collectionlora.files.header import catalogue, file_sha256
@@ -473,3 +473,10 @@ def test_the_package_offers_its_two_names_without_loading_torch():
     )
     subprocess.run([sys.executable, '-c', code], check=True)
     assert (Path(edit.__file__).parents[1] / 'py.typed').is_file()
+
+
+def test_a_base_that_is_no_folder_is_named_with_what_to_give():
+    file = collection_dir() / 'collection.safetensors'
+    for base in ('nope', file):
+        with pytest.raises(UserError, match="is no folder of a base; give a pipeline's folder, or 'nano'"):
+            edit.Collection.load(base, file)

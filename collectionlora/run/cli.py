@@ -366,6 +366,7 @@ def _extended(record: dict) -> None:
     rows = found['table']
     title = 'old effects, before → after' + (' (rehearsed)' if found['effects']['rehearsed'] else ' (not rehearsed)')
     Console().print(grid(title, [*rows[0]], [list(r.values()) for r in rows]))
+    _say('Drift is how far the pictures moved: 0 is not at all, 2 is to unrelated pictures.', 'dim')
     _alarms(record)
     if found['warning']:
         _say(f'Warning: {found["warning"]}.', 'bold red')

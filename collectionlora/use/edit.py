@@ -110,7 +110,10 @@ def open_base(base: Base | str | Path = 'nano', device: str = 'cpu', **kw) -> Ba
     `collectionlora.load_base` is this function. device, kw: as for `bases.pipeline.load_base` (dtype, frozen)."""
     if isinstance(base, Base):
         return base
-    return load_base(nano_dir() if str(base) == 'nano' else base, device, **kw)
+    folder = nano_dir() if str(base) == 'nano' else Path(base)
+    if not folder.is_dir():
+        raise UserError(f"{base}: is no folder of a base; give a pipeline's folder, or 'nano' for the miniature that ships")
+    return load_base(folder, device, **kw)
 
 
 def free_role(base: Base, name: str = 'collection') -> str:

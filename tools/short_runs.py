@@ -22,6 +22,7 @@ SHORT = {  # experiment -> parameters, or the name of a run file
     'distill': dict(steps=24, val_every=8),
     'extend': dict(steps=12),
     'knowledge': dict(asked=6, painted=2, steps=[8, 4], few=4),
+    'ladder': dict(fractions=[0.5, 0.25, 0.125], energies=[0.99, 0.9]),
     'merge_bench': dict(counts=[2, 4, 8]),
     'oracle': dict(scenes=2, effects=24),
     'rates': dict(rates=[5e-4, 2e-3], fm_rates=[1e-3, 4e-3], steps=12, batch=4, fm_steps=120, fm_batch=8, images=3),

@@ -17,6 +17,7 @@ EXPERIMENTS = ROOT / 'nbs' / 'experiments'
 SHORT = {  # experiment -> parameters, or the name of a run file
     'acceleration': dict(steps=24, batch=4),
     'baseline_fm': dict(steps=120, batch=8),
+    'bench': dict(repeats=3, memory=True),
     'bleeding': 'effects_20',
     'composition': 'effects_20',
     'distill': dict(steps=24, val_every=8),

@@ -1,12 +1,13 @@
 # Every target makes what it needs, works offline after installation and may be run again.
 #   make demo                 many effect LoRAs -> one few-step LoRA, on the embedded nano base
-#   make demo BUDGET=full     the headline run: eight effects
+#   make demo BUDGET=full     the headline run: eight effects;  PROCESSES=1 does it on one core (default: two where there are)
 #   make test                 proves that it works;  make test-all adds what takes long
 # PYTHON=... chooses the interpreter; KEEP_TORCH=1 keeps the torch it has; EXTRAS=dev,eval installs more.
 SHELL := bash
 BUDGET ?= demo
 SEED ?= 0
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+PROCESSES ?= $(shell [ "$$(nproc 2>/dev/null || echo 1)" -gt 1 ] && echo 2 || echo 1)
 BIN := .venv/bin
 QUIET := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 MPLBACKEND=agg TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 LINT := E9,F401,F63,F7,F81,F82
@@ -21,7 +22,7 @@ install:
 	@bash tools/install.sh
 
 demo: install
-	$(QUIET) $(BIN)/collectionlora demo --budget $(BUDGET) --seed $(SEED)
+	$(QUIET) $(BIN)/collectionlora demo --budget $(BUDGET) --seed $(SEED) --processes $(PROCESSES)
 
 test: install export-check lint notebooks pytest
 

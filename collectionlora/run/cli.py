@@ -33,7 +33,7 @@ from .. import __version__, core
 from ..core import RunFailed, UserError
 
 # %% ../../nbs/run/cli.ipynb #1088024f
-MINUTES = {'demo': (15, 30), 'full': (40, 90)}  # budget -> wall-clock minutes of `demo` on two cores, from and to
+MINUTES = {'demo': (12, 30), 'full': (25, 90)}  # budget -> wall-clock minutes of `demo` on two cores, from and to
 HELP = (
     'Many effect LoRAs and few-step sampling, distilled into one LoRA.\n\n'
     f'Start with [bold]collectionlora demo[/bold], which takes {MINUTES["demo"][0]} to {MINUTES["demo"][1]} minutes on '

@@ -188,7 +188,7 @@ def test_pairs_take_the_place_of_anchoring_where_nothing_else_was_asked(folder, 
 
 def test_a_run_is_called_short_by_the_full_budget_as_it_began(tmp_path):
     full = chain.differences('distill', 'full')
-    for anchored, steps in ((0, 160), (3, full['steps'])):
+    for anchored, steps in ((0, 80), (3, full['steps'])):
         made = {'run': {'parameters': {'settings': {'anchor_first': anchored}}}}
         core.write_json(tmp_path / 'collection.json', made)
         assert chain.full_steps(tmp_path / 'collection.json') == steps

@@ -430,7 +430,7 @@ def test_metadata_and_alpha_must_agree(tmp_path):
 def test_other_base(tmp_path):
     write_lora(tmp_path / 'x.safetensors', LORA, {'collectionlora.base': {'hash': 'a' * 64, 'id': 'nano'}})
     read_lora(tmp_path / 'x.safetensors', base='a' * 64)
-    with pytest.raises(UserError, match="base 'nano'"):
+    with pytest.raises(UserError, match='for the base nano aaaaaaaaaaaa, the base in use is bbbbbbbbbbbb'):
         read_lora(tmp_path / 'x.safetensors', base='b' * 64)
     refusal(tmp_path, lambda t: None, 'another model', {'modelspec.architecture': 'flux-1-dev/lora'})
 

@@ -112,7 +112,8 @@ def open_base(base: Base | str | Path = 'nano', device: str = 'cpu', **kw) -> Ba
         return base
     folder = nano_dir() if str(base) == 'nano' else Path(base)
     if not folder.is_dir():
-        raise UserError(f"{base}: is no folder of a base; give a pipeline's folder, or 'nano' for the miniature that ships")
+        fix = "give a pipeline's folder, or 'nano' for the miniature that ships"
+        raise UserError(f'{base}: is no folder of a base; {fix}')
     return load_base(folder, device, **kw)
 
 

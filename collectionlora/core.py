@@ -42,7 +42,13 @@ class UserError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    "An experiment's notebook stopped with an error; the message names the executed notebook."
+    """An experiment's notebook stopped with an error; the message names the executed notebook.
+
+    records: of a sweep some of whose runs failed, the records of all that wrote one, by run name."""
+
+    def __init__(self, message: str, records: dict | None = None):
+        super().__init__(message)
+        self.records = records or {}
 
 # %% ../nbs/run/core.ipynb #070fb232
 class OutOfMemory(UserError):

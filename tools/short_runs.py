@@ -21,9 +21,15 @@ SHORT = {  # experiment -> parameters, or the name of a run file
     'bleeding': 'effects_20',
     'composition': 'effects_20',
     'distill': dict(steps=24, val_every=8),
-    'extend': dict(steps=12),
+    'extend': dict(steps=32),
+    'kills': dict(moments=6, steps=12),
     'knowledge': dict(asked=6, painted=2, steps=[8, 4], few=4),
-    'ladder': dict(fractions=[0.5, 0.25, 0.125], energies=[0.99, 0.9]),
+    'ladder': dict(
+        collection='data/collection/collection.safetensors',
+        fractions=[0.5, 0.25, 0.125, 0.0625],
+        energies=[0.99, 0.9, 0.7],
+        images=3,
+    ),
     'merge_bench': dict(counts=[2, 4, 8]),
     'oracle': dict(scenes=2, effects=24),
     'rates': dict(rates=[5e-4, 2e-3], fm_rates=[1e-3, 4e-3], steps=12, batch=4, fm_steps=120, fm_batch=8, images=3),
@@ -71,6 +77,8 @@ def execute(name: str) -> None:
     cell.source += ''.join(f'\n{k} = {v!r}' for k, v in parameters(name).items())
     NotebookClient(book, timeout=3600, resources={'metadata': {'path': str(ROOT)}}).execute()
     cell.source = defaults
+    for run in (c for c in book.cells if c.cell_type == 'code'):
+        run.outputs = [o for o in run.outputs if o.get('name') != 'stderr']  # warnings name folders of this machine
     book.cells[1].source = told(book.cells[1].source, name)
     nbformat.write(book, path)
     subprocess.run([Path(sys.executable).parent / 'nbdev_clean', '--fname', path], check=True)

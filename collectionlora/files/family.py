@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SKIPPED', 'LONGEST', 'OURS', 'FAMILIES', 'PARTS', 'STRICT', 'NAMING', 'HINTS', 'APART', 'UNSAID', 'SHARED', 'DEPTH',
            'REPAIRED', 'DATED', 'FORMS', 'MONTHS', 'Container', 'nested', 'containers', 'family_of', 'Named',
-           'plain_key', 'named_bases', 'check_base', 'is_ai_toolkit', 'known_faults']
+           'plain_key', 'named_bases', 'other_base', 'check_base', 'is_ai_toolkit', 'known_faults']
 
 # %% ../../nbs/files/family.ipynb #9bb3f1ea
 import ast
@@ -166,11 +166,17 @@ SHARED = re.compile(r'transformer_blocks\.(\d+)\.attn\.')  # modules that are ca
 DEPTH = 60  # blocks of Qwen-Image; FLUX has 19 of these names, HunyuanVideo 20 and its next version 54
 
 
+def other_base(header: dict, base: str) -> str:
+    "Name and hash of the base that a file of ours was made for; empty if it is the one with the hash `base`, or not said."
+    said = header.get('collectionlora.base') or {}
+    if said.get('hash') in (None, base):
+        return ''
+    return ' '.join(filter(None, (str(said.get('id') or '')[:60], str(said['hash'])[:12])))
+
+
 def _check_own(header: dict, base: str | None) -> None:
     "Raises `UserError` for a file of ours that was made for another base than the one with the hash `base`."
-    said = header.get('collectionlora.base') or {}
-    if base is not None and said.get('hash') not in (None, base):
-        named = ' '.join(filter(None, (str(said.get('id') or '')[:60], str(said['hash'])[:12])))
+    if base is not None and (named := other_base(header, base)):
         raise UserError(f'it was made for the base {named}, the base in use is {base[:12]}.')
 
 

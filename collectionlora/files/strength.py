@@ -401,7 +401,7 @@ def _convention(facts: Facts) -> Strength:
             f'{unknown[0]} lies beside several LoRA files and may belong to this one; give each its own folder, or '
             f'{UNKNOWN}.'
         )
-    notes = [f'{text} and is not applied' for text in theirs] + trainer_notes(facts)
+    notes = [f'{text} and is not applied' for text in theirs] + ([] if _ours(facts) else trainer_notes(facts))
     return Strength(dict.fromkeys(facts.ranks, 1.0), 'none, so alpha = rank', notes)
 
 # %% ../../nbs/files/strength.ipynb #bc192d9a

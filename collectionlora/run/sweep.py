@@ -172,9 +172,7 @@ def collected(files: dict[str, Path], out: Path, failed: list[str]) -> dict[str,
     write_table(out / 'table.csv', table(records))
     if failed:
         some = f'{len(failed)} of {len(files)} runs failed: {" | ".join(failed)}'
-        failure = RunFailed(f'{some}; all are in {short_path(out / "table.csv")}')
-        failure.records = records
-        raise failure
+        raise RunFailed(f'{some}; all are in {short_path(out / "table.csv")}', records)
     return records
 
 

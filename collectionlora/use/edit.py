@@ -18,6 +18,7 @@ from ..aop import compose, student_prompt
 from ..bases.pipeline import Base, load_base
 from ..core import nano_dir, UserError
 from ..files.card import write_card
+from ..files.family import other_base
 from ..files.header import catalogue, read_header
 from ..files.lora import annotate, read_lora
 from ..files.merging import merge
@@ -90,9 +91,8 @@ def load_role(
     """Puts a LoRA file on the base as `role`, checked completely (the base's hash first); returns the role.
 
     allow_missing: some of the base's layers may be absent. weight: how strongly it is added, 1 as it was trained."""
-    said = read_header(file).get('collectionlora.base') or {}
-    if not allow_other_base and said.get('hash') not in (None, base.hash):
-        made_for = ' '.join(filter(None, (said.get('id'), said['hash'][:12])))
+    made_for = other_base(read_header(file), base.hash)
+    if made_for and not allow_other_base:
         raise UserError(
             f'{file}: made for the base {made_for}, the base in use is {base.folder.name} {base.hash[:12]}; '
             'give the folder of that one (`--base` in the shell), or pass allow_other_base=True if you know better'

@@ -14,10 +14,10 @@ __all__ = ['LARGE_FILE', 'SETTLED', 'DECIMAL', 'FLOAT', 'DISPUTED', 'OTHERWISE',
 
 # %% ../nbs/run/core.ipynb #7d0f1b17
 import difflib
-import gzip
 import hashlib
 import importlib
 import json
+import lzma
 import math
 import os
 import platform
@@ -27,7 +27,6 @@ import subprocess
 import sys
 import time
 import zipfile
-import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -331,28 +330,28 @@ def read_text(path) -> str:
 
 
 def pack(path) -> Path:
-    "Replaces the file `path` by `<path>.gz`, the same bytes for the same content."
+    "Replaces the file `path` by `<path>.xz`, the same bytes for the same content."
     path = Path(path)
-    packed = Path(f'{path}.gz')
+    packed = Path(f'{path}.xz')
     with replacing(packed) as part:
-        part.write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+        part.write_bytes(lzma.compress(path.read_bytes(), preset=9 | lzma.PRESET_EXTREME))
     path.unlink()
     return packed
 
 
 def unpacked(path) -> str:
-    "The UTF-8 text in a gzip file. Raises `UserError` if it is not one or is cut off."
+    "The UTF-8 text in an xz file. Raises `UserError` if it is not one or is cut off."
     try:
-        return gzip.decompress(Path(path).read_bytes()).decode()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
-        raise UserError(f'{path}: no gzip file of UTF-8 text, or cut off ({e}); copy it again') from e
+        return lzma.decompress(Path(path).read_bytes()).decode()
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as e:
+        raise UserError(f'{path}: no xz file of UTF-8 text, or cut off ({e}); copy it again') from e
 
 
 def text_lines(path) -> list[tuple[int, str]]:
     """(number from 1, line) of every line of a file of JSON lines that is not blank. Raises as `read_text`.
 
-    Where there is no `path` but a `<path>.gz`, as `pack` leaves it, that is read."""
-    packed = Path(f'{path}.gz')
+    Where there is no `path` but a `<path>.xz`, as `pack` leaves it, that is read."""
+    packed = Path(f'{path}.xz')
     text = unpacked(packed) if packed.is_file() and not Path(path).is_file() else read_text(path)
     return [(n, line) for n, line in enumerate(text.split('\n'), 1) if line.strip()]
 

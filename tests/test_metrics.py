@@ -225,5 +225,5 @@ def test_packed_rows_are_read_by_their_own_name(tmp_path):
     assert core.pack(file).read_bytes() == packed.read_bytes()
     for damage in (packed.read_bytes()[:-9], b'plain'):
         packed.write_bytes(damage)
-        with pytest.raises(UserError, match='r.jsonl.gz: no gzip file'):
+        with pytest.raises(UserError, match='r.jsonl.xz: no xz file'):
             gate.read_rows(file)

@@ -34,8 +34,8 @@ NOT_SHOWN = {
 HEAD = """# Results
 
 What runs have left. A record (`.json`) says what a run was given, on which base and with which commit, and what it
-measured. Rows (`.rows.jsonl.gz`) are judged pictures, one a line; `judge.gate.read_rows` reads them by the name without
-`.gz`. Pictures (`.jpg`) are one sheet a run. Not kept are executed notebooks, single pictures and trained files; a run
+measured. Rows (`.rows.jsonl.xz`) are judged pictures, one a line; `judge.gate.read_rows` reads them by the name without
+`.xz`. Pictures (`.jpg`) are one sheet a run. Not kept are executed notebooks, single pictures and trained files; a run
 file makes them again.
 
 `python tools/list_results.py` writes this list, `python tools/keep_results.py results/<experiment>/<run>.json` makes a
@@ -116,7 +116,7 @@ def varying(records: dict[str, dict]) -> dict[str, str]:
 
 def files_of(folder: Path, run: str) -> str:
     "Links to what is kept of a run."
-    words = {f'{run}.json': 'record', f'{run}.rows.jsonl.gz': 'rows', f'{run}.jpg': 'pictures', f'{run}.md': 'card'}
+    words = {f'{run}.json': 'record', f'{run}.rows.jsonl.xz': 'rows', f'{run}.jpg': 'pictures', f'{run}.md': 'card'}
     links = [f'[{w}]({folder.name}/{name})' for name, w in words.items() if kept(folder, name)]
     sheets = kept(folder, f'{run}-*.jpg')
     return ', '.join(links + [f'[{p.stem.removeprefix(run + "-")}]({folder.name}/{p.name})' for p in sheets])

@@ -26,8 +26,8 @@ SHORT = {  # experiment -> parameters, or the name of a run file
     'knowledge': dict(asked=6, painted=2, steps=[8, 4], few=4),
     'ladder': dict(
         collection='data/collection/collection.safetensors',
-        fractions=[0.5, 0.25, 0.125, 0.0625],
-        energies=[0.99, 0.9, 0.7],
+        fractions=[0.5, 0.125, 0.0625],
+        energies=[0.9],
         images=3,
     ),
     'merge_bench': dict(counts=[2, 4, 8]),

@@ -155,7 +155,8 @@ def on_config(config):
     "MkDocs calls this before it reads the pages."
     nbs, docs = ROOT / 'nbs', ROOT / '_proc' / 'docs'
     copies(nbs, docs)
-    shutil.copyfile(ROOT / 'tools' / 'docs.css', docs / 'docs.css')
+    for name in ('docs.css', 'iframe-worker.js'):
+        shutil.copyfile(ROOT / 'tools' / name, docs / name)
     shutil.copyfile(REPORT, docs / REPORT.name)
     write_gallery(docs / GALLERY)
     config['nav'] = [*navigation(nbs), {'reference': reference(ROOT / 'collectionlora', docs / 'reference')}]

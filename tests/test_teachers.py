@@ -33,9 +33,11 @@ from collectionlora.files.dialects import Lora, lora_hash
 from collectionlora.files.effects import write_effect
 from collectionlora.files.header import read_header
 from collectionlora.files.lora import write_lora
+from collectionlora.files.merging import merge
 from collectionlora.flow import ode_times, sample_ode
 from collectionlora.roles import TARGETS
 from collectionlora.teachers import teacher_files, TeacherBank, training_times
+from collectionlora.use.edit import load_role
 
 SMALL = FlowSettings(steps=12, batch=2, lr=5e-3, rank=2, save_every=4)
 
@@ -686,3 +688,25 @@ def test_targets_are_painted_once_and_survive_interruption(base, bank, world, tm
     (tmp_path / 'u' / 'wide' / 'latents' / '0001-0.safetensors').write_bytes(b'x')
     with pytest.raises(UserError, match='0001-0.safetensors: absent or damaged'):
         target_latents(other)
+
+
+def test_a_further_lora_paints_along_as_its_sum_with_the_teacher_does(base, bank, world, tmp_path):
+    effect, how = replace(world[0], id='wide'), dict(steps=2, w=1.0, shift=1.0)
+    modules, g = base.backbone.modules(), torch.Generator().manual_seed(0)
+    drawn = lambda *shape: torch.randn(*shape, generator=g)
+    more = Lora({n: (drawn(2, i) / i, drawn(o, 2)) for n, (i, o) in modules.items()})
+    write_lora(tmp_path / 'more.safetensors', more)
+    role = load_role(base, tmp_path / 'more.safetensors', 'acceleration', weight=0.5)
+    alone = make_targets(base, bank, effect, world[1], tmp_path / 'alone', **how)
+    along = make_targets(base, bank, effect, world[1], tmp_path / 'along', **how, added=(role, 'half'))
+    assert make_targets(base, bank, effect, world[1], tmp_path / 'along', **how, added=(role, 'half')).hash == along.hash
+    base.backbone.remove(role)
+    total = merge([lora_files.read_lora(bank.files['wide'], modules), more], 'cat', [1.0, 0.5])
+    write_lora(tmp_path / 'sum.safetensors', total)
+    summed = TeacherBank(base.backbone, {'wide': tmp_path / 'sum.safetensors'}, role='summed')
+    whole = make_targets(base, summed, effect, world[1], tmp_path / 'whole', **how)
+    summed.close()
+    apart = lambda a, b: max((x - y).abs().max().item() for x, y in zip(target_latents(a), target_latents(b)))
+    assert apart(along, whole) < 1e-4 < 1e-2 < apart(along, alone)
+    again = make_targets(base, bank, effect, world[1], tmp_path / 'along', **how)  # without it, they are painted anew
+    assert again.hash == alone.hash

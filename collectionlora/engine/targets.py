@@ -100,12 +100,13 @@ def _write_target(part: Path, stem: str, latent: Tensor, image: Image.Image, sou
         (image if image.size == size else image.resize(size, Image.LANCZOS)).save(file, 'PNG')
 
 
-def _paint(base, bank, effect, cache, part, jobs, seed, how) -> None:
+def _paint(base, bank, effect, cache, part, jobs, seed, added, how) -> None:
     "Samples a batch of jobs (source, copy) and writes each latent and picture."
     sources = [effect.sources[i] for i, _ in jobs]
     cond, uncond = cache.cond([(p, effect.prompt) for p in sources]), cache.uncond(sources)
     seeds = [seed_of('target', seed, effect.id, effect.stems[i], k) for i, k in jobs]
-    x0 = sample_targets(base.backbone, bank.use(effect.id), cond, uncond, seeds, **how)
+    role = bank.stack(effect.id, added[0]) if added else bank.use(effect.id)
+    x0 = sample_targets(base.backbone, role, cond, uncond, seeds, **how)
     for (i, k), latent, image in zip(jobs, x0, base.decode(x0, cond.grids[0])):
         _write_target(part, f'{effect.stems[i]}-{k}', latent, image, effect.sources[i])
 
@@ -153,16 +154,18 @@ def paint_targets(
     seed: int = 0,
     batch: int = 16,
     ranks: Ranks = Ranks(),
+    added: tuple[str, str] | None = None,
 ) -> list[EffectSet]:
     """Paints `per_source` targets of every source of every effect with its teacher, as effect folders `folder`/<id>
     with latents/.
 
     shift None: the times at which the base's own scheduler would take `steps` steps; else an even grid pushed
     through `shift`. Finished samples are kept when it is interrupted; a finished folder with the same ingredients is
-    returned as it is. ranks: the processes that share the samples, each of which calls this."""
+    returned as it is. ranks: the processes that share the samples, each of which calls this. added: (role on the
+    backbone, hash of what it holds) of a LoRA that paints along with every teacher, such as one for few steps."""
     folder, known = Path(folder), {e.id: e for e in effects}
     bank.known(*known)
-    how = (per_source, steps, w, shift, rescale, seed)
+    how = (per_source, steps, w, shift, rescale, seed, *(added[1:] if added else ()))
     key = lambda e: sha256_json([base.hash, bank.shas[e.id], e.pairs_hash, *how])
     most = min(batch, base.backbone.micro_batch or batch)
     begun = lambda: [job for e in effects for job in _begun(e, cache, folder, key(e), per_source, most)]
@@ -174,7 +177,7 @@ def paint_targets(
             grid = cache.grid(effect.sources[jobs[0][0]])
             times = base.times(steps, grid) if shift is None else ode_times(steps, shift)
             how = dict(times=times, w=w, rescale=rescale, batch=batch, progress=progress)
-            _paint(base, bank, effect, cache, folder / f'.{effect.id}.part', jobs, seed, how)
+            _paint(base, bank, effect, cache, folder / f'.{effect.id}.part', jobs, seed, added, how)
 
         with short_of_memory(f'batch {batch}', 'a smaller batch, or at 1 frozen=host, goes on where this stopped'):
             ranks.map(paint, todo, lambda job: len(job[1]))

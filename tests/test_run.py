@@ -13,7 +13,7 @@ import pytest
 from collectionlora import core
 from collectionlora.run import signature
 from collectionlora.run.execute import execute, RunFailed
-from collectionlora.run.sweep import from_file, sweep
+from collectionlora.run.sweep import files_among, from_file, grid_points, sweep
 
 HEAD = "out: str = ''\nrun: str = 'run'\nseed: int = 0\nn: int = 3\nname: str = 'x'\nsource: str = ''"
 BODY = """from pathlib import Path
@@ -132,6 +132,38 @@ def test_checkpoints_of_a_finished_run_go_and_those_of_an_unfinished_one_stay(tm
     with pytest.raises(RunFailed, match='checkpoint of another run'):
         go(3)
     assert (tmp_path / 'results' / '.run' / 'made_with').read_text() == '10'
+
+
+def test_a_run_leaves_alone_what_belongs_to_a_run_whose_name_begins_with_its_own(tmp_path):
+    path, out = notebook(tmp_path / 'a.ipynb'), tmp_path / 'results'
+    execute(path, out, 'lr_0')
+    kept = out / '.lr_0.5' / 'checkpoint.pt'
+    kept.parent.mkdir()
+    kept.write_text('hours of work')
+    core.write_json(out / 'lr_0.5.json', {'status': 'interrupted', 'key': 'x'})
+    mine = out / '.lr_0.rows.json'
+    mine.write_text('of the run that is replaced')
+    execute(path, out, 'lr_0', {'n': 4}, replace=True)
+    assert kept.is_file() and not mine.exists()
+
+
+def test_an_input_whose_name_ends_with_that_of_another_is_another_one(tmp_path):
+    path = notebook(tmp_path / 'a.ipynb')
+    for name in ('small', 'very_small'):
+        (tmp_path / f'{name}.safetensors').write_text(name)
+    execute(path, tmp_path / 'results', inputs={'source': tmp_path / 'very_small.safetensors'})
+    assert '--replace' in refused(path, tmp_path / 'results', inputs={'source': tmp_path / 'small.safetensors'})
+
+
+def test_a_cache_is_no_input(tmp_path):
+    assert files_among({'cache': str(tmp_path), 'source': str(tmp_path)}) == {'source': str(tmp_path)}
+
+
+def test_a_sweep_over_files_of_one_name_tells_them_apart(tmp_path):
+    found = grid_points({'init': ['one/collection.safetensors', 'two/collection.safetensors']})
+    assert len(found) == 2 and all(name.startswith('init=collection-') for name in found)
+    with pytest.raises(core.UserError, match='listed twice'):
+        grid_points({'init': ['one/collection.safetensors'] * 2})
 
 
 def test_a_failure_leaves_a_record_that_is_no_result(tmp_path):

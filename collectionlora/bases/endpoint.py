@@ -52,7 +52,7 @@ def picture_of(part: dict) -> Image.Image:
 # %% ../../nbs/bases/endpoint.ipynb #d2e17c92
 PASSES = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 FILTERED = ('content_filter', 'data_inspection_failed', 'content_policy', 'moderation', 'safety')
-NO_QUOTA = ('insufficient_quota', 'arrearage', 'billing', 'exceeded your current quota')
+NO_QUOTA = ('insufficient_quota', 'arrearage', 'billing_hard_limit', 'billing_not_active', 'your current quota')
 
 
 class Passes(Exception):

@@ -77,6 +77,8 @@ def check_terms(s: Settings) -> None:
     """Raises UserError if `further` names a term that there is not, one whose weight has a setting of its own, or one
     that asks a fake score which never learns."""
     mine = [k for k, term in table(s).items() if term.weight is None]
+    if s.p_switch < 1 and not any(term.general for term in active(s).values()):
+        raise UserError('settings: no term with a weight runs on the general stream; set weight_bs, or p_switch to 1')
     for name in s.further:
         if name not in mine:
             have = nearest(name, mine) if mine else 'there are none beside bs, ts and fm'

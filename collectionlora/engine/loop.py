@@ -228,7 +228,8 @@ class Training:
         each."""
         s, first, n = self.engine.s, [], self.engine.s.anchor_first
         if n:
-            first = timetable(self.ids, n * s.routes, seed_of(s.seed, 'anchor first'), 1.0, s.route_every, s.balanced)
+            ids = [id for id in self.ids if id not in self.engine.plain]  # rehearsed ones have no anchor
+            first = timetable(ids, n * s.routes, seed_of(s.seed, 'anchor first'), 1.0, s.route_every, s.balanced)
         then = timetable(self.ids, (s.steps - n) * s.routes, s.seed, s.p_switch, s.route_every, s.balanced)
         return first + then
 

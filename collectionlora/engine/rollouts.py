@@ -88,10 +88,13 @@ class Engine:
             self.buffers[k] = torch.empty(size, device=flat.device)
         return self.buffers[k][: flat.numel()].zero_()
 
-    def exits(self, n: int, g) -> list[int]:
-        "Exit steps of n samples of a rollout, largest first; with `one_exit` the same for all."
-        few, one = len(self.times), self.s.one_exit
-        draw = lambda n, g: torch.tensor(draw_exits(1, few, g) * n if one else draw_exits(n, few, g))
+    def exits(self, n: int, g, mixed: bool = False) -> list[int]:
+        "Exit steps of n samples, largest first (`mixed`: in random order); with `one_exit` the same for all."
+
+        def draw(n, g, few=len(self.times)):
+            found = torch.tensor(draw_exits(1, few, g) * n if self.s.one_exit else draw_exits(n, few, g))
+            return found[torch.randperm(n, generator=g)] if mixed else found
+
         return drawn(g, n, draw).tolist()
 
 # %% ../../nbs/engine/rollouts.ipynb #3612734a

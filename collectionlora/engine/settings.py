@@ -338,6 +338,10 @@ def _noise_rules(s) -> list[tuple[bool, str]]:
             s.anchor_after_critic and effects and s.weight_bs == 0,
             'anchor_after_critic needs the critic of backward simulation, whose weight_bs is 0',
         ),
+        (
+            s.anchor_after_critic and s.anchor_first > 0,
+            'anchor_after_critic needs the critic, which anchor_first goes without; set one of the two to 0',
+        ),
     ]
 
 # %% ../../nbs/engine/settings.ipynb #a2417c7d

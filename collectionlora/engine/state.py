@@ -116,7 +116,7 @@ def save_checkpoint(folder: Path, state: State, fingerprint: dict, keep: int = 3
     files = sorted(folder.glob('*.pt'))
     first = {int(p.stem[:7]): p for p in reversed(files)}  # of each step
     regular = [first[k] for k in sorted(k for k in first if k % every == 0)[-2:]]
-    for old in files[:-keep]:
+    for old in files[: -max(1, keep)]:
         if old not in regular:
             old.unlink()
     return path

@@ -125,6 +125,7 @@ def _begun(effect: EffectSet, cache: ConditionCache, folder: Path, key: str, per
     "The jobs of an effect whose folder is laid out for them; none where it is finished with the same ingredients."
     part, made = folder / f'.{effect.id}.part', folder / effect.id / 'made.json'
     if made.is_file() and read_json(made) == {'key': key}:
+        copy_manifest(folder / effect.id, effect)  # its words may have changed
         return []
     if (part / 'made.json').is_file() and read_json(part / 'made.json') != {'key': key}:
         shutil.rmtree(part)

@@ -380,7 +380,7 @@ def shared_samples(engine: Engine, share: Share, n: int, update: int) -> tuple[T
     m = len(cond) - len(y)
     if m:
         rollout = rollout_of(engine, share, cond, m, n, cycle_of(engine.s, update))
-        found.append(rollout[engine.exits(m, roll), torch.arange(m)])
+        found.append(rollout[engine.exits(m, roll, mixed=True), torch.arange(m)])
     if len(y):
         x_t, t = diffuse(engine, y, targets)
         found.append(to_x0(x_t, engine.velocity('student', x_t, t, cond.index(slice(m, None))), t))

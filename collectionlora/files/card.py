@@ -349,7 +349,9 @@ def write_card(path) -> list[Path]:
     for target, text in texts.items():
         with replacing(target) as part:
             Path(part).write_text(text, encoding='utf-8')
-    if not (info['effects'] and info['sampling'].get('times') and family_named(info['family']).node):
+    sampling = info['sampling']
+    plain = sampling.get('times') and sampling.get('cfg', 1) == 1
+    if not (info['effects'] and plain and family_named(info['family']).node):
         return list(texts)
     workflow = path.with_name(f'{path.stem}.comfyui.json')
     write_json(workflow, comfyui_workflow(info))

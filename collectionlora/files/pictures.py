@@ -90,10 +90,13 @@ def to_srgb(image: Image.Image, gamma: float | None, points) -> Image.Image:
 
     Colours that sRGB lacks get the nearest numbers, channel by channel."""
     v = np.arange(256) / 255
-    light = (_light(v) if gamma is None else v**gamma)[np.asarray(image.convert('RGB'))]
-    light = np.clip(light @ (np.linalg.inv(_to_xyz(SRGB)) @ _to_xyz(points)).T, 0, 1)
-    srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    return Image.fromarray(np.round(255 * srgb).astype(np.uint8))
+    curve, matrix = _light(v) if gamma is None else v**gamma, (np.linalg.inv(_to_xyz(SRGB)) @ _to_xyz(points)).T
+    found = np.array(image.convert('RGB'))
+    for rows in np.array_split(found, max(1, found.size // 300_000)):  # views; a value takes 100 bytes on the way
+        light = np.clip(curve[rows] @ matrix, 0, 1)
+        srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+        rows[:] = np.round(255 * srgb)
+    return Image.fromarray(found)
 
 # %% ../../nbs/files/pictures.ipynb #805df681
 @lru_cache(64)

@@ -37,7 +37,7 @@ def balanced(u, s, v) -> tuple[torch.Tensor, torch.Tensor]:
 def _kept_rank(s: torch.Tensor, rank: int | None, energy: float | None) -> tuple[int, float]:
     "How many of the singular values `s` are kept, and their share of the energy."
     share = s.double().square().cumsum(0) / s.double().square().sum().clamp(min=1e-300)
-    k = rank if rank is not None else min(len(s), 1 + int((share < energy - 1e-9).sum()))
+    k = min(len(s), rank) if rank is not None else min(len(s), 1 + int((share < energy - 1e-9).sum()))
     return k, float(share[k - 1]) if s[0] > 0 else 1.0
 
 

@@ -376,7 +376,7 @@ class Scored:
     @property
     def pair(self) -> tuple:
         "What two methods share."
-        return self.run, self.effect, self.image, self.seed
+        return self.run, self.effect, f'{self.category}/{self.image}', self.seed
 
     @property
     def applied(self) -> bool:

@@ -27,7 +27,7 @@ NANO = {
 
 def with_columns(rows: Sequence[Row], items: Sequence[Item], shown: Mapping[str, Sequence]) -> list[Row]:
     "The rows with `gate.COLUMNS` by the encoders that ship; shown: method -> pictures in the order of the items."
-    found = {(s.method, *s.pair[1:]): _named(s.values) for s in item_rows(items, shown)}
+    found = {(s.method, s.effect, s.image, s.seed): _named(s.values) for s in item_rows(items, shown)}
     out = []
     for r in rows:
         new = dict(found.get((r.method, *r.pair[1:]), {}))

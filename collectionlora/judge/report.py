@@ -203,7 +203,8 @@ def budget_of(records: Mapping[str, Mapping], effects: int, seeds: int = 1, full
             'so this page cannot say on which budget the collection was trained.'
         )
     p = main['run']['parameters']
-    share = sum(main['metrics']['steps_per_effect'].values()) / p['steps']
+    routes = (p.get('settings') or {}).get('routes', 1)  # each has its share of the batch
+    share = sum(main['metrics']['steps_per_effect'].values()) / (p['steps'] * routes)
     others = {n: r['run']['parameters'] for n, r in records.items() if r is not main}
     taught = [q['steps'] for n, q in others.items() if q.get('effect') or n.startswith('teacher/')]
     start = f'/{Path(p.get("init") or ".").stem}'
@@ -309,7 +310,7 @@ def gallery(
     """Per effect {effect, category, description, lines}; a line is one picture in every column.
 
     pictures: (effect, image, column) -> picture; images: the (effect, image) to show, in order."""
-    marks = {(r.effect, r.image, r.method): r for r in rows}
+    marks = {(r.effect, r.image, r.method): r for r in reversed(rows)}  # of the first run and noise, as the pictures
 
     def shown(e: str, image: str, c: str) -> dict:
         p, r = pictures.get((e, image, c)), marks.get((e, image, c))

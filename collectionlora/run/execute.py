@@ -81,7 +81,8 @@ def told(differences: dict[str, tuple], n: int = 3) -> str:
 def _elsewhere(old, new) -> bool:
     "Whether two paths, or lists of them, name different places; either may be seen from another current directory."
     a, b = ([v] if isinstance(v, str) else list(v) for v in (old, new))
-    return len(a) != len(b) or not all(x.endswith(y) or y.endswith(x) for x, y in zip(a, b))
+    ends = lambda x, y: Path(x).parts[-len(Path(y).parts) :] == Path(y).parts
+    return len(a) != len(b) or not all(ends(x, y) or ends(y, x) for x, y in zip(a, b))
 
 
 def check_place(out: Path, run: str, key: str, values: dict, hashes: dict, seed: int) -> None:
@@ -110,7 +111,10 @@ def forget_finished(out: Path, run: str, key: str) -> None:
     old = read_run(file) if file.is_file() else {}
     if old.get('status') != 'finished' or old.get('key') in (None, key):
         return
+    others = [p.stem for p in out.glob(f'{run}.*.json')]  # lr_0.5 beside lr_0
     for work in [out / f'.{run}', *out.glob(f'.{run}.*')]:
+        if any(work.name == f'.{o}' or work.name.startswith(f'.{o}.') for o in others):
+            continue
         if work.is_dir():
             shutil.rmtree(work)
         else:

@@ -14,8 +14,8 @@ import json
 import re
 from pathlib import Path
 
-from ..core import plain, read_json, read_yaml, replacing, RunFailed, UserError
-from .execute import execute
+from ..core import plain, read_json, read_yaml, replacing, RunFailed, sha256_json, UserError
+from .execute import execute, UNCOUNTED
 from .keys import as_parameter, short_path
 from .signature import complete, declared
 
@@ -24,7 +24,7 @@ def files_among(values: dict) -> dict:
     "The parameters that name existing files or folders, or lists of them: inputs, which a run knows by content."
     paths = lambda v: v if isinstance(v, list) else [v]
     exists = lambda p: isinstance(p, str) and p and Path(p).exists()
-    return {n: v for n, v in values.items() if paths(v) and all(map(exists, paths(v)))}
+    return {n: v for n, v in values.items() if n not in UNCOUNTED and paths(v) and all(map(exists, paths(v)))}
 
 
 def merged(values: dict, given: dict) -> dict:
@@ -106,6 +106,8 @@ def grid_points(grid: dict) -> dict[str, dict]:
     points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     shown = [dict(zip(grid, values)) for values in itertools.product(*_differing_parts(grid).values())]
     names = [run_name({n: p[n] for n in varying}) for p in shown]
+    if len(set(names)) < len(names):  # files of one name in different folders
+        names = [f'{name[: LONGEST - 9]}-{sha256_json(p)[:8]}' for name, p in zip(names, points)]
     if len(set(names)) < len(names):
         raise UserError(f'sweep: a value is listed twice in {grid}')
     return dict(zip(names, points))

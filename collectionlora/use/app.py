@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'EACH', 'TOGETHER', 'VISITOR', 'STYLE', 'NAMED', 'SCROLL', 'Asked', 'chosen', 'orders_for', 'new_visitor',
            'Album', 'Studio', 'arriving', 'drawn_subjects', 'prompts_of', 'comparison', 'words_of', 'caption_of',
-           'sheet_of_files', 'quoted_css', 'style_of', 'Page', 'Events', 'Answers', 'App', 'secret_of', 'run_app']
+           'sheet_of_files', 'quoted_css', 'style_of', 'Page', 'sent_file', 'Events', 'Answers', 'App', 'secret_of',
+           'run_app']
 
 # %% ../../nbs/use/app.ipynb #f86a100c
 import logging
@@ -371,6 +372,17 @@ class Page:
             self.prompts = gr.Textbox(said, label=label, lines=4, max_lines=12, buttons=['copy'], interactive=False)
         self.history = gr.Gallery(label='History', visible=False, elem_id='history', **grid)
 
+# %% ../../nbs/use/app.ipynb #5e17f11e
+def sent_file(picture: str | Path) -> Path:
+    """The file of a picture that a visitor sent. Raises UserError for any other: a program that speaks to the page can
+    name whatever lies on this machine, and only gradio's own folder holds what came from outside."""
+    from gradio.utils import get_upload_folder
+
+    path, ours = Path(picture).resolve(), Path(get_upload_folder()).resolve()
+    if not path.is_relative_to(ours) or not path.is_file():
+        raise UserError('This picture is not here any more. Drop it into the field again.')
+    return path
+
 # %% ../../nbs/use/app.ipynb #2bb655da
 class Events(Page):
     "What the page does."
@@ -418,7 +430,7 @@ class Events(Page):
 
     def opened(self, picture: str) -> Image.Image:
         "The picture in a file that came from a visitor. Raises UserError."
-        return read_upload(Path(picture).read_bytes(), self.limits, 'This picture')
+        return read_upload(sent_file(picture).read_bytes(), self.limits, 'This picture')
 
     def asked(self, picture, effects, mode, strength, steps, seed, count) -> Asked:
         "What the form says. Raises UserError."

@@ -65,7 +65,7 @@ def rename_effect(file: str | Path, id: str, name: str, to: str | Path | None = 
 
 # %% ../../nbs/use/catalogue.ipynb #25f80b97
 MANIFEST = """# The effect in words. Lines that begin with # are notes.
-id: {id}
+id: "{id}"
 # what the pictures show, in one word: animal, portrait, product, room ...
 category: subject
 # the instruction that the teacher is trained with, e.g. turn the animal into a blueprint

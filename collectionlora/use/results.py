@@ -9,6 +9,7 @@ __all__ = ['Picture', 'Effect', 'SHEETS', 'opened', 'checked_seed', 'checked_str
 # %% ../../nbs/use/results.ipynb #10832b65
 import math
 import os
+import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -116,7 +117,8 @@ class Edit:
     def name(self) -> str:
         "File name: picture-effect-seed.png, with the strength where one was given."
         turned = '' if self.strength is None else f'-strength{self.strength:g}'
-        return f'{self.picture}-{self.effect}-{self.seed}{turned}.png'
+        effect = re.sub(r'[\\/\0]', '_', self.effect)  # an id may come from a stranger's file
+        return f'{self.picture}-{effect}-{self.seed}{turned}.png'
 
 
 def names_of(pictures: Sequence[Picture]) -> list[str]:

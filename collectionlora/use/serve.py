@@ -252,7 +252,9 @@ def recipe_of(collection: Collection, order: Order) -> dict:
         asked['strength'] = collection.strength(order.effect)
     pixels = hashlib.sha256(str(order.image.size).encode() + order.image.tobytes()).hexdigest()
     told = {'prompt': collection.prompt(order.effect), 'source': pixels, **asdict(Maker.of(collection))}
-    return {'id': sha256_json([asked, told]), **asked, **told, 'version': collectionlora.__version__}
+    base = collection.base.backbone
+    how = [asdict(collection.recipe), base.frozen, str(base.dtype)]
+    return {'id': sha256_json([asked, told, how]), **asked, **told, 'version': collectionlora.__version__}
 
 # %% ../../nbs/use/serve.ipynb #23f0a240
 RECIPE = 'collectionlora'
@@ -419,25 +421,33 @@ class Service(Making):
     def resume(self) -> int:
         "Puts the unfinished orders of the kept folder in line, however many; returns their number."
         found = self.kept.unfinished() if self.kept else []
-        ours = {id: o for id, o in found if recipe_of(self.collection, o)['id'] == id}
+        ours = {id: o for id, o in found if self._is_ours(id, o)}
         for id in {id for id, _ in found} - set(ours):
             log.warning('%s: order %s was made for another collection or base and is left', self.kept.folder, id[:12])
         with self._lock:
             self._join_line(ours, self.line.submit(list(ours.values()), limited=False))
         return len(ours)
 
+    def _is_ours(self, id: str, order: Order) -> bool:
+        try:
+            return recipe_of(self.collection, order)['id'] == id
+        except UserError:  # an effect that this collection lacks
+            return False
+
     def _ask_once(self, orders: dict[str, Order]) -> dict[str, Future]:
-        ready = {id: _done(png) for id in orders if (png := self.kept.png(id))}
-        new = {id: o for id, o in orders.items() if id not in ready and id not in self._under_way}
+        found = {id: future for id in orders if (future := self._under_way.get(id))}  # held: it may end at any moment
+        found |= {id: _done(png) for id in orders if id not in found and (png := self.kept.png(id))}
+        new = {id: o for id, o in orders.items() if id not in found}
         for id, order in new.items():
             self.kept.order(id, order)
         try:
-            self._join_line(new, self.line.submit(list(new.values())))
+            futures = self.line.submit(list(new.values()))
         except UserError:
             for id in new:
                 self.kept.forget(id)
             raise
-        return {id: ready.get(id) or self._under_way[id] for id in orders}
+        self._join_line(new, futures)
+        return found | dict(zip(new, futures))
 
     def _join_line(self, orders: dict[str, Order], futures: list[Future]) -> None:
         for id, future in zip(orders, futures):

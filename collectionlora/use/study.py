@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..core import check_keys, nearest, read_json, read_text, replacing, rng, sha256_json, text_lines
-from ..core import UserError, write_json
+from ..core import check_keys, nearest, read_json, read_object, read_text, replacing, rng, sha256_json
+from ..core import text_lines, UserError, write_json
 from ..files.pictures import IMAGE_SUFFIXES, load_image
 
 # %% ../../nbs/use/study.ipynb #95628c4b
@@ -89,7 +89,7 @@ def _listed(index: Path) -> list[dict]:
         except ValueError as e:
             raise UserError(f'{index}: a line is no JSON ({e})') from e
     else:
-        pictures = read_json(index).get('pictures', [])
+        pictures = read_object(index, pictures=list)['pictures']
         rows = [(f'{index}, picture {n}', row) for n, row in enumerate(pictures)]
     for where, row in rows:
         if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in FIELDS):
@@ -288,8 +288,8 @@ MARKUP = """<!doctype html>
 <p>You will see an original, an effect, and some results of applying the effect to the original. Each time there are
 three short questions. No answer is right or wrong; the first impression counts.</p>
 <ul><li>Choose a picture by pressing it<span class="keys">, or with the keys <kbd>1</kbd> to <kbd id="most">4</kbd></span>.
-</li><li>Are several equally good? Press <b>Tie</b>, and then each of them<span class="keys"> (or hold
-<kbd>Shift</kbd>)</span>.</li><li>If you cannot tell, press <b>Unsure</b><span class="keys"> (<kbd>0</kbd>)</span>.</li>
+</li><li>Are several equally good? Press <b>Tie</b>, each of them, and <b>Next</b><span class="keys"> (holding
+<kbd>Shift</kbd> does as <b>Tie</b>)</span>.</li><li>If you cannot tell, press <b>Unsure</b><span class="keys"> (<kbd>0</kbd>)</span>.</li>
 <li>Hold <b>Original</b><span class="keys"> (<kbd>Space</kbd>)</span> to see the original in place of the results.</li>
 <li><b>Back</b><span class="keys"> (<kbd>Backspace</kbd>)</span> changes an earlier answer.</li></ul>
 <p id="long"></p>
@@ -546,7 +546,7 @@ document.addEventListener('keydown', (e) => {
   const digit = /^(?:Digit|Numpad)(\\d)$/.exec(e.code);
   const n = digit ? Number(digit[1]) : -1;
   if (n === 0) settle([]);
-  else if (n > 0 && n <= tasks[at].results.length) choose(n - 1, e.shiftKey);
+  else if (n > 0 && n <= tasks[at].results.length) choose(n - 1, e.shiftKey || tie);
   else if (e.code === 'Space') { if (!e.repeat) original(true); }
   else if (e.code === 'Backspace' || e.code === 'ArrowLeft') back();
   else if ((e.code === 'Enter' || e.code === 'ArrowRight') && !$('next').hidden) next();

@@ -112,6 +112,14 @@ def test_an_extra_that_is_absent_is_named(monkeypatch):
     assert 'pip install "collectionlora[app]"' in core.refusal(app.run_app, None, 'x')
 
 
+def test_a_program_cannot_name_a_file_of_the_machine(tmp_path, picture):
+    pytest.importorskip('gradio')
+    from gradio.utils import get_upload_folder
+
+    for path in (picture, tmp_path, '/etc/passwd', f'{get_upload_folder()}/../x.png', ''):
+        assert 'not here any more' in core.refusal(app.sent_file, path), path
+
+
 # ---------------------------------------------------------------- the page
 
 

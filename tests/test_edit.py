@@ -480,3 +480,9 @@ def test_a_base_that_is_no_folder_is_named_with_what_to_give():
     for base in ('nope', file):
         with pytest.raises(UserError, match="is no folder of a base; give a pipeline's folder, or 'nano'"):
             edit.Collection.load(base, file)
+
+
+def test_the_name_of_a_result_is_no_path_whatever_a_catalogue_says():
+    for id in ('x/../../../evil', '..\\..\\evil', 'a\0b'):
+        made = edit.Edit('cat', id, 0, None, image=None, source=None)
+        assert Path(made.name).name == made.name and '\\' not in made.name and '\0' not in made.name

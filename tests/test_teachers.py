@@ -710,3 +710,12 @@ def test_a_further_lora_paints_along_as_its_sum_with_the_teacher_does(base, bank
     assert apart(along, whole) < 1e-4 < 1e-2 < apart(along, alone)
     again = make_targets(base, bank, effect, world[1], tmp_path / 'along', **how)  # without it, they are painted anew
     assert again.hash == alone.hash
+
+
+def test_painted_targets_follow_words_that_changed_without_being_painted_again(base, bank, world, tmp_path, monkeypatch):
+    effect = replace(world[0], id='wide', trigger='before', description='one thing')
+    make_targets(base, bank, effect, world[1], tmp_path / 't', steps=2, w=1.0)
+    monkeypatch.setattr(painting, 'sample_ode', None)
+    changed = replace(effect, trigger='after', description='another thing')
+    made = make_targets(base, bank, changed, world[1], tmp_path / 't', steps=2, w=1.0)
+    assert (made.trigger, made.description) == ('after', 'another thing')

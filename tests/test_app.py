@@ -143,6 +143,17 @@ def running(collection, folder):
     thread.join(60)
 
 
+def test_only_results_leave_the_folder_in_which_they_lie(collection, tmp_path):
+    Image.new('RGB', (8, 8)).save(tmp_path / 'diary.png')
+    visitor = app.new_visitor()
+    (tmp_path / visitor).mkdir()
+    assert app.not_ours(tmp_path) == [str(tmp_path / 'diary.png')]
+    Image.new('RGB', (8, 8)).save(tmp_path / visitor / 'mine.png')
+    with running(collection, tmp_path) as told:
+        asked = lambda path: requests.get(f'{told.url.rstrip("/")}/gradio_api/file={path}').status_code
+        assert asked(tmp_path / 'diary.png') == 403 and asked(tmp_path / visitor / 'mine.png') == 200
+
+
 @pytest.fixture(scope='module')
 def site(collection, tmp_path_factory):
     with running(collection, tmp_path_factory.mktemp('app')) as told:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'EACH', 'TOGETHER', 'VISITOR', 'STYLE', 'NAMED', 'SCROLL', 'Asked', 'chosen', 'orders_for', 'new_visitor',
-           'Album', 'Studio', 'arriving', 'drawn_subjects', 'prompts_of', 'comparison', 'words_of', 'caption_of',
-           'sheet_of_files', 'quoted_css', 'style_of', 'Page', 'sent_file', 'Events', 'Answers', 'App', 'secret_of',
-           'run_app']
+           'not_ours', 'Album', 'Studio', 'arriving', 'drawn_subjects', 'prompts_of', 'comparison', 'words_of',
+           'caption_of', 'sheet_of_files', 'quoted_css', 'style_of', 'Page', 'sent_file', 'Events', 'Answers', 'App',
+           'secret_of', 'run_app']
 
 # %% ../../nbs/use/app.ipynb #f86a100c
 import logging
@@ -76,6 +76,12 @@ def new_visitor() -> str:
     return secrets.token_hex(16)
 
 # %% ../../nbs/use/app.ipynb #0acdb7d9
+def not_ours(folder: str | Path) -> list[str]:
+    "What lies in the folder of results and is no visitor's, such as a home's files: no page hands it out."
+    ours = lambda name: name == 'subjects' or VISITOR.fullmatch(name)
+    return [str(p) for p in sorted(Path(folder).glob('*')) if not ours(p.name)]
+
+
 class Album:
     "Results in a folder for each visitor: PNG files with recipes, and the sources that they were made of."
 
@@ -587,7 +593,7 @@ def run_app(
             server_port=port,
             auth=[('guest', token)] if token else None,
             allowed_paths=[str(folder)],
-            blocked_paths=[str(folder / '.secret')],
+            blocked_paths=[str(folder / '.secret'), *not_ours(folder)],
             max_file_size=limits.bytes,
             theme=_theme(gr),
             css=style_of(collection),

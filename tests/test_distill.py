@@ -247,6 +247,15 @@ def test_a_fake_score_that_is_asked_must_learn():
         replace(SMALL, real_shared=0.5)
 
 
+def test_steps_without_any_term_are_refused():
+    alone = IMITATING | dict(further={'apart': 1.0}, fake_per_generator=1)
+    with pytest.raises(UserError, match='no term with a weight runs on the general stream; set weight_bs, or p_switch to 1'):
+        check_terms(replace(SMALL, **alone))
+    check_terms(replace(SMALL, **alone, p_switch=1.0))
+    with pytest.raises(UserError, match='anchor_after_critic needs the critic, which anchor_first goes without'):
+        Settings.preset('authors', anchor_first=2, steps=4)
+
+
 def test_the_shared_part_of_the_real_score_is_the_start(world, tmp_path):
     "Half of the velocity is the starting LoRA's under the student's words; on the general stream nothing of it."
     base, bank, *_ = world
@@ -892,7 +901,7 @@ def test_kill_nine_at_random_moments(folder, world, tmp_path):
 
 
 def test_a_head_tells_pictures_from_targets_and_the_student_learns_from_it(world, tmp_path):
-    s = replace(SMALL, **IMITATING | dict(further={'apart': 0.5}, fake_per_generator=1), steps=4)
+    s = replace(SMALL, **IMITATING | dict(further={'apart': 0.5, 'imitate': 0.1}, fake_per_generator=1), steps=4)
     history = run(world, s, tmp_path)
     of_effects = [h for h in history if h['effect']]
     assert of_effects and all(h['loss_apart'] > 0 and h['norm_apart'] > 0 for h in of_effects)

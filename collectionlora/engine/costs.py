@@ -75,16 +75,16 @@ def active(s: Settings, coarse: bool = False) -> dict[str, Term]:
 
 def check_terms(s: Settings) -> None:
     """Raises UserError if `further` names a term that there is not, one whose weight has a setting of its own, or one
-    that asks a fake score which never learns."""
+    that asks a fake score which never learns, and if steps on the general stream would have no term."""
     mine = [k for k, term in table(s).items() if term.weight is None]
-    if s.p_switch < 1 and not any(term.general for term in active(s).values()):
-        raise UserError('settings: no term with a weight runs on the general stream; set weight_bs, or p_switch to 1')
     for name in s.further:
         if name not in mine:
             have = nearest(name, mine) if mine else 'there are none beside bs, ts and fm'
             raise UserError(f'settings: further has the term {name!r}, which engine.terms.TERMS does not; {have}')
         if s.further[name] and TERMS[name].fake and s.fake_per_generator == 0:
             raise UserError(f'settings: the term {name!r} asks the fake score; set fake_per_generator to 1 or more')
+    if s.p_switch < 1 and not any(term.general for term in active(s).values()):
+        raise UserError('settings: no term with a weight runs on the general stream; set weight_bs, or p_switch to 1')
 
 # %% ../../nbs/engine/costs.ipynb #7ce01c02
 def share_of(term: Term, s: Settings, rehearsed: float = 0.0) -> float:

@@ -690,3 +690,11 @@ def test_prompts_are_drawn_by_a_pipeline_of_diffusers(tmp_path):
     found = bench.photographs(tmp_path / 'photos')
     assert {c: len(v) for c, v in found.items()} == dict(animal=2, portrait=1)
     assert bench.strata_of(tmp_path / 'photos', found)['animal/animal-000.png']['subject'] == rows[0]['subject']
+
+
+def test_pictures_of_one_name_in_two_categories_are_two():
+    shown = ((m, c, v) for m, v in (('a', 1.0), ('b', 2.0)) for c in ('animal', 'portrait'))
+    rows = [bench.Scored(m, 'lava', c, '001', 0, values={'clip': v}) for m, c, v in shown]
+    assert len({r.pair for r in rows}) == 2
+    [(found, _)] = bench.contrasts(rows, 'b')
+    assert found.pairs == 2 and found.difference == 1

@@ -247,6 +247,18 @@ def test_a_fake_score_that_is_asked_must_learn():
         replace(SMALL, real_shared=0.5)
 
 
+def test_exits_of_a_shared_rollout_change_their_places(world):
+    "Sorted exits would give each sample of a cycle the same point of its rollout in every update."
+    base, *_ = world
+    s = replace(SMALL, shared_rollout=True, batch=8)
+    with learning_roles(base.backbone):
+        add_roles(base, resolved(s, 1.0))
+        engine = engine_of(world, s)
+        drawn = [engine.exits(8, torch.Generator().manual_seed(k), mixed=True) for k in range(4)]
+        assert all(sorted(found, reverse=True) == list(range(7, -1, -1)) for found in drawn)
+        assert len({tuple(found) for found in drawn}) == 4
+
+
 def test_steps_without_any_term_are_refused():
     alone = IMITATING | dict(further={'apart': 1.0}, fake_per_generator=1)
     with pytest.raises(UserError, match='no term with a weight runs on the general stream; set weight_bs, or p_switch to 1'):

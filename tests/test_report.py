@@ -351,3 +351,13 @@ def test_the_sample_report_says_what_the_kept_records_say():
     text = html.unescape(page.read_text(encoding='utf-8'))
     assert verdict in text and counted in text and all(name in text for name in found['sizes'])
     assert text.count('data:image/jpeg') == 9 * len(found['effects']) and page.stat().st_size < 400_000
+
+
+def test_a_mark_is_that_of_the_picture_shown():
+    "Pictures are of the first noise and the first evaluation, whatever the others were judged."
+    first = rows(OWN, 6)[0]
+    other = replace(first, predicted=NONE, applied=False)
+    pictures = {('hat', 'i0', OWN): np.zeros((8, 8, 3), np.uint8)}
+    for judged in ([first, replace(other, seed=1)], [replace(first, run='a'), replace(other, run='b')]):
+        [line] = R.gallery({'hat': EFFECTS['hat']}, pictures, judged, [OWN], [('hat', 'i0')])[0]['lines']
+        assert '✓' in line[0]['mark']

@@ -182,6 +182,17 @@ def test_the_last_answer_counts_and_a_second_look_is_apart(made, tmp_path):
     assert study._same_again(votes) == dict(same=0, n=1)
 
 
+def test_two_people_of_one_name_are_not_merged_and_a_file_that_was_saved_twice_is(made, tmp_path):
+    key = made[1]
+    mine = study.simulated(key, WORTH, 1)[:9]
+    theirs = [line | {'seconds': 8.5} for line in mine]
+    files = [_written(tmp_path / f'{n}.jsonl', '\n'.join(map(json.dumps, x))) for n, x in (('a', mine), ('b', theirs))]
+    with pytest.raises(UserError, match="b.jsonl: 'r0' answered all otherwise in .*a.jsonl; rename one of the two"):
+        study.read_votes(files, key)
+    later = _written(tmp_path / 'c.jsonl', '\n'.join(map(json.dumps, [theirs[0], *mine[1:]])))
+    assert len(study.read_votes([files[0], later], key)) == 9
+
+
 def votes_of(key, seed=0, raters=8, **kw):
     return [study._vote(row, key, 'simulated') for row in study.simulated(key, WORTH, raters, seed, **kw)]
 

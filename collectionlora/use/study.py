@@ -603,6 +603,19 @@ def make(
     write_json(key_file, key)
     return out, key_file
 
+# %% ../../nbs/use/study.ipynb #7c0ffee1
+def _check_people(answers: Mapping[str, Mapping[str, dict]]) -> None:
+    """Raises UserError where two people have one name; answers: file -> rater -> {task: line}.
+
+    Who saves twice has most lines twice; two people who answered the same four tasks or more have none in common."""
+    seen: dict[str, tuple[str, dict]] = {}
+    for file, raters in answers.items():
+        for rater, mine in raters.items():
+            before, theirs = seen.setdefault(rater, (file, mine))
+            both = mine.keys() & theirs.keys()
+            if len(both) > 3 and not any(mine[task] == theirs[task] for task in both):
+                raise UserError(f'{file}: {rater!r} answered all otherwise in {before}; rename one of the two people')
+
 # %% ../../nbs/use/study.ipynb #ceb24e52
 @dataclass(frozen=True)
 class Vote:
@@ -646,8 +659,9 @@ def read_key(file: str | Path) -> dict:
 
 
 def read_votes(files: Sequence[str | Path], key: Mapping) -> list[Vote]:
-    "The votes of all files. Raises UserError for a line that is no vote of the key's study."
-    found = {}
+    """The votes of all files. Raises UserError for a line that is no vote of the key's study, and for two people of one
+    name."""
+    found, answers = {}, {}
     for file in files:
         if not Path(file).is_file():
             raise UserError(f'{file}: no such file; give the files that the page saved')
@@ -658,6 +672,8 @@ def read_votes(files: Sequence[str | Path], key: Mapping) -> list[Vote]:
                 raise UserError(f'{file}, line {n}: is no JSON ({e}); was the file cut off?') from e
             vote = _vote(row, key, f'{file}, line {n}')
             found[vote.rater, vote.case, vote.question, vote.again] = vote
+            answers.setdefault(str(file), {}).setdefault(vote.rater, {})[vote.case, vote.question, vote.again] = row
+    _check_people(answers)
     if not found:
         raise UserError(f'{", ".join(map(str, files))}: hold no vote; give the files that the page saved')
     return list(found.values())

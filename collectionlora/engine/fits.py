@@ -172,7 +172,10 @@ def learning_bytes(base: Base, work: Work, way: Way) -> dict[str, int]:
     "Bytes of everything that learns, on one card, by what it is for."
     student, fake = base.lora(work.s.rank_student), base.lora(work.s.rank_fake)
     parts = way.processes if way.spread_moments else 1
-    return learning(student, fake, base.lora(work.teacher_rank), way.moments, parts)
+    found = learning(student, fake, base.lora(work.teacher_rank), way.moments, parts)
+    found |= {'start of the student': student} if work.s.real_shared else {}
+    folds = work.s.fold_adapters and base.dtype == 'float32' and not (way.frozen or way.spread_base)
+    return found | ({'weights while an adapter is folded in': base.weights.adapted * base.bytes} if folds else {})
 
 
 def micro_bytes(base: Base, n: int) -> int:

@@ -79,10 +79,13 @@ def memory(
     frozen = sum(held_bytes(p) for p in base.backbone.transformer.parameters() if not p.requires_grad)
     student = base.backbone.flat(role).nbytes
     fake, teacher = (student * rank // s.rank_student for rank in (s.rank_fake, teacher_rank))
+    folds = s.fold_adapters and base.backbone.dtype == torch.float32 and not base.backbone.frozen
+    folded = 4 * sum(i * o for i, o in base.backbone.modules().values()) if folds else 0
     return {
         'frozen base': frozen,
         **learning(student, fake, teacher, s.moments, parts),
         **({'start of the student': student} if s.real_shared else {}),
+        **({'weights while an adapter is folded in': folded} if folded else {}),
         'activations of a gradient pass': kept_bytes(base.backbone, cond, role),
         'running mean, on the host': student,
         'conditions and targets, on the host': conditions,

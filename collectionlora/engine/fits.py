@@ -172,10 +172,9 @@ def learning_bytes(base: Base, work: Work, way: Way) -> dict[str, int]:
     "Bytes of everything that learns, on one card, by what it is for."
     student, fake = base.lora(work.s.rank_student), base.lora(work.s.rank_fake)
     parts = way.processes if way.spread_moments else 1
-    found = learning(student, fake, base.lora(work.teacher_rank), way.moments, parts)
-    found |= {'start of the student': student} if work.s.real_shared else {}
     folds = work.s.fold_adapters and base.dtype == 'float32' and not (way.frozen or way.spread_base)
-    return found | ({'weights while an adapter is folded in': base.weights.adapted * base.bytes} if folds else {})
+    start, folded = student if work.s.real_shared else 0, base.weights.adapted * base.bytes if folds else 0
+    return learning(student, fake, base.lora(work.teacher_rank), way.moments, parts, start, folded)
 
 
 def micro_bytes(base: Base, n: int) -> int:

@@ -15,17 +15,22 @@ def moment_bytes(student: int, fake: int, moments: str = 'fp32') -> int:
     return round((student + fake) / 4 * 2 * MOMENT[moments])
 
 
-def learning(student: int, fake: int, teacher: int, moments: str = 'fp32', parts: int = 1) -> dict[str, int]:
+def learning(
+    student: int, fake: int, teacher: int, moments: str = 'fp32', parts: int = 1, start: int = 0, folded: int = 0
+) -> dict[str, int]:
     """Bytes of everything that learns, on one card, by what it is for.
 
-    student, fake, teacher: bytes of their weights in fp32; parts: processes over which the moments are spread."""
-    return {
+    student, fake, teacher: bytes of their weights in fp32; parts: processes over which the moments are spread; start:
+    bytes of the LoRA that shares the real score, folded: of the weights' copy while an adapter is folded in, 0: none."""
+    rows = {
         'student': student,
         'fake score': fake,
         "AdamW's moments": moment_bytes(student, fake, moments) // parts,
         'gradients': 2 * max(student, fake),
         'teacher slot': teacher,
     }
+    more = {'start of the student': start, 'weights while an adapter is folded in': folded}
+    return rows | {what: size for what, size in more.items() if size}
 
 # %% ../../nbs/engine/held.ipynb #9ef98f0a
 def left_bytes(student: int, fake: int, moments: str = 'fp32', stored: int = 4, keep: int = KEPT) -> dict[str, int]:

@@ -83,9 +83,7 @@ def memory(
     folded = 4 * sum(i * o for i, o in base.backbone.modules().values()) if folds else 0
     return {
         'frozen base': frozen,
-        **learning(student, fake, teacher, s.moments, parts),
-        **({'start of the student': student} if s.real_shared else {}),
-        **({'weights while an adapter is folded in': folded} if folded else {}),
+        **learning(student, fake, teacher, s.moments, parts, student if s.real_shared else 0, folded),
         'activations of a gradient pass': kept_bytes(base.backbone, cond, role),
         'running mean, on the host': student,
         'conditions and targets, on the host': conditions,

@@ -167,7 +167,7 @@ DEPTH = 60  # blocks of Qwen-Image; FLUX has 19 of these names, HunyuanVideo 20 
 
 
 def other_base(header: dict, base: str) -> str:
-    "Name and hash of the base that a file of ours was made for; empty if it is the one with the hash `base`, or not said."
+    "Name and hash of the base that a file of ours was made for; empty where that is `base` (a hash), or not said."
     said = header.get('collectionlora.base') or {}
     if said.get('hash') in (None, base):
         return ''

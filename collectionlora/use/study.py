@@ -289,7 +289,8 @@ MARKUP = """<!doctype html>
 three short questions. No answer is right or wrong; the first impression counts.</p>
 <ul><li>Choose a picture by pressing it<span class="keys">, or with the keys <kbd>1</kbd> to <kbd id="most">4</kbd></span>.
 </li><li>Are several equally good? Press <b>Tie</b>, each of them, and <b>Next</b><span class="keys"> (holding
-<kbd>Shift</kbd> does as <b>Tie</b>)</span>.</li><li>If you cannot tell, press <b>Unsure</b><span class="keys"> (<kbd>0</kbd>)</span>.</li>
+<kbd>Shift</kbd> does as <b>Tie</b>)</span>.</li>
+<li>If you cannot tell, press <b>Unsure</b><span class="keys"> (<kbd>0</kbd>)</span>.</li>
 <li>Hold <b>Original</b><span class="keys"> (<kbd>Space</kbd>)</span> to see the original in place of the results.</li>
 <li><b>Back</b><span class="keys"> (<kbd>Backspace</kbd>)</span> changes an earlier answer.</li></ul>
 <p id="long"></p>

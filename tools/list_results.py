@@ -14,6 +14,7 @@ RESULTS = ROOT / 'results'
 EARLIER = {  # bases that no longer ship, by their hash
     '73e90ea5': '2.6 M',
     'f68440a8': '2.6 M',
+    'e36327a3': '2.6 M',
     'ce07205a': '998 K',
     'fb54f7a7': '598 K',
     'b204999a': '320 K',
@@ -46,7 +47,7 @@ the same without the correction, or with an earlier training of it. *998 K*, *59
 Eight digits such as `fe261f54` are the hash of something else: in `full_scale` and `options` of a base of random weights,
 which learns nothing and is there to be measured. Numbers of different bases do not compare. "What varies" lists the
 parameters in which the runs of an experiment differ; where most runs of an experiment share a value, only the others
-show theirs.
+show theirs. "tuned" is the weight of the acceleration LoRA in the stack that is named.
 """
 
 
@@ -75,7 +76,7 @@ def flat(parameters: dict) -> dict:
     for name, value in parameters.items():
         files = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and '/' in v]
         if isinstance(value, dict):
-            found |= flat(value)
+            found |= {f'{name} {k}' if name == 'tuned' else k: v for k, v in flat(value).items()}
         elif name not in NOT_SHOWN and not files:
             found[name] = value
     return found

@@ -341,7 +341,7 @@ def regressions(base: Base, parent: Parent, child, looked: Sequence[Probe], rank
 
 # %% ../../nbs/use/extend.ipynb #099b054b
 BOUNDS = {'bad': 0.15, 'distance': 0.25}
-BOUND = f'{BOUNDS["bad"]:.0%} more bad cases, or a distance {BOUNDS["distance"]:.0%} larger'
+BOUND = f'{100 * BOUNDS["bad"]:.0f} points more bad cases, or a distance {BOUNDS["distance"]:.0%} larger'
 
 
 def beyond(line: Mapping) -> str:

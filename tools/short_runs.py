@@ -33,6 +33,7 @@ SHORT = {  # experiment -> parameters, or the name of a run file
     'merge_bench': dict(counts=[2, 4, 8]),
     'oracle': dict(scenes=2, effects=24),
     'rates': dict(rates=[5e-4, 2e-3], fm_rates=[1e-3, 4e-3], steps=12, batch=4, fm_steps=120, fm_batch=8, images=3),
+    'rivals': 'shipped',
     'second': dict(examples=240, steps=120, batch=16, planted=12),
     'single': dict(effects=4, pairs=12, steps=150, batch=8, rank=8, lr=0.01, sample_steps=8, images=4, strangers=12),
     'sizes': 'effects_20',

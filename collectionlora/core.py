@@ -23,6 +23,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -245,14 +246,22 @@ def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
 # %% ../nbs/run/core.ipynb #25e1e2ab
 @contextmanager
 def replacing(path):
-    "Yields a temporary path in `path`'s folder that takes `path`'s place on success and is removed on failure."
+    """Yields a temporary path in `path`'s folder that takes `path`'s place on success and is removed on failure.
+
+    A link stays, and what it leads to is replaced; a file that is replaced keeps its permissions."""
     path = Path(path)
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name if len(os.fsencode(path.name)) < 200 else f'{sha256_json(path.name)[:16]}{path.suffix[:9]}'
     part = path.with_name(f'.{Path(name).stem}.{os.getpid()}{Path(name).suffix}.part')  # a name has at most 255 bytes
     try:
         yield part
+        if path.exists():
+            shutil.copymode(path, part)
         os.replace(part, path)
+    except OSError as e:
+        e.filename = e.filename or str(path)  # a full disk names no file
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -486,3 +486,23 @@ def test_the_name_of_a_result_is_no_path_whatever_a_catalogue_says():
     for id in ('x/../../../evil', '..\\..\\evil', 'a\0b'):
         made = edit.Edit('cat', id, 0, None, image=None, source=None)
         assert Path(made.name).name == made.name and '\\' not in made.name and '\0' not in made.name
+
+
+def test_results_of_one_name_get_different_files(tmp_path):
+    im = Image.new('RGB', (8, 8))
+    edits = [edit.Edit('a', 'star-dust', 0, None, im, im), edit.Edit('a-star', 'dust', 0, None, im, im)]
+    assert [p.name for p in edit.save_edits(edits, tmp_path)] == ['a-star-dust-0.png', 'a-star-dust-0-2.png']
+    long = edit.Edit('a', '+'.join('e' * 64 for _ in range(4)), 0, None, im, im)
+    assert len(long.name) < 120 and edit.save_edits([long], tmp_path)[0].is_file()
+
+
+def test_a_result_replaces_no_picture_that_is_edited_and_a_sheet_no_result(tmp_path):
+    from collectionlora.use.results import check_results
+
+    im = Image.new('RGB', (8, 8))
+    edits = [edit.Edit('cat', 'lava', 0, None, None, im)]
+    with pytest.raises(UserError, match='cat-lava-0.png is one of the pictures to edit'):
+        check_results(edits, [tmp_path / 'cat-lava-0.png'], tmp_path)
+    with pytest.raises(UserError, match='name of a result'):
+        check_results(edits, [tmp_path / 'cat.png'], tmp_path, tmp_path / 'cat-lava-0.png')
+    check_results(edits, [tmp_path / 'cat.png'], tmp_path, tmp_path / 'sheet.png')

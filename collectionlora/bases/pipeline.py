@@ -542,6 +542,9 @@ def _check_files(folder: Path, family: Family) -> None:
     if kind != family.transformer:
         wanted = f'a {family.pipeline} has a {family.transformer}'
         raise UserError(f'{folder / "model_index.json"}: names the transformer {kind!r}, but {wanted}; {_AGAIN}')
+    for part in (p for p in family.parts if p in ('processor', 'tokenizer')):
+        if not any((folder / part / name).is_file() for name in ('tokenizer.json', 'vocab.json')):
+            raise UserError(f'{folder / part}: has neither tokenizer.json nor vocab.json; {_AGAIN}')
     for part in _WEIGHTS:
         _check_weight_files(folder / part)
     _check_blocks(folder / 'transformer')
@@ -631,6 +634,8 @@ def load_base(
     family = family_of_folder(folder)
     if dtype is None:
         dtype = torch.float32 if device == 'cpu' else torch.bfloat16
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError(f'dtype: {dtype!r} is no number format; give torch.float32, torch.bfloat16 or None')
     check_kind(frozen)
     _check_files(folder, family)
     kind = family.load()

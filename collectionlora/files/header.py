@@ -308,6 +308,10 @@ def _check_effects(effects, where: str) -> None:
             f'{where}: header field collectionlora.effects must be a list of objects with id, category and trigger, '
             'and metrics that are an object.'
         )
+    for e in effects:
+        said = {k: v for k, v in e.items() if v is not None or k == 'strength'}  # an absent text may be null
+        if problem := violation(said, EFFECT_SCHEMA, f'collectionlora.effects, {e["id"]!r}:'):
+            raise UserError(f'{where}: header field {problem}.')
     if len({e['id'] for e in effects}) != len(effects):
         raise UserError(f'{where}: two effects in the catalogue share one id.')
 

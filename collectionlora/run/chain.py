@@ -138,12 +138,28 @@ def teach(job: Job, effects: dict[str, Path], given: dict | None = None) -> dict
     return {id: job.out / 'teachers' / f'{id}.safetensors' for id in effects}
 
 # %% ../../nbs/run/chain.ipynb #c3bad44c
+def _check_kept(job: Job, start: Path | None) -> None:
+    "Raises UserError if the file that a run starts from lies where the new collection goes."
+    if start and Path(start).resolve() == (job.out / 'collection.safetensors').resolve():
+        raise UserError(f'{short_path(start)}: the new collection would take its place; give another --out')
+
+
+def _check_apart(job: Job, effects: dict[str, Path]) -> None:
+    "Raises UserError for effects in a folder that the job writes, where their copies would take their place."
+    for id, folder in effects.items():
+        for of in ('described', 'targets', 'sources'):
+            if folder.resolve().is_relative_to((job.out / of).resolve()):
+                there = f'lies in {short_path(job.out / of)}, which is written here'
+                raise UserError(f'{short_path(folder)}: {there}; give another --out, or the effect from elsewhere')
+
+
 def describe(
     job: Job, effects: dict[str, Path], words: Path | None = None, collection: Path | None = None
 ) -> dict[str, Path]:
     """Every effect with student description and trigger (Eq. 5): effect id -> effect folder.
 
     `words`: a prompts.yaml to take them from. `collection`: its triggers are taken and not given again."""
+    _check_apart(job, effects)
     inputs = {'effects': list(effects.values()), 'collection': collection, 'words': words}
     found = job.do('prompts', 'prompts', inputs)['metrics']['prompts']
     plain = ', '.join(id for id in effects if found[id].get('by') == 'teacher prompt')
@@ -160,7 +176,7 @@ def shipped_acceleration(base: Path) -> Path | None:
 
 
 def painting(job: Job, general: Path | None) -> tuple[dict, Path | None]:
-    "What painting is asked at the job's budget, and the LoRA for few steps that paints along with the teachers, if any."
+    "What painting is asked at the job's budget, and the LoRA for few steps that paints along, if any."
     asked, along = differences('targets', job.budget), shipped_acceleration(job.base)
     file = notebooks_dir() / 'targets' / f'{job.budget}_along.yaml'
     along = along if file.is_file() else None
@@ -179,7 +195,8 @@ def paint(
     "Targets painted by the teachers, of the effects' own sources and of borrowed ones: effect id -> effect folder."
     asked, along = painting(job, general)
     inputs = {'effects': list(effects.values()), 'teachers': list(teachers.values()), 'acceleration': along}
-    job.do('targets', 'targets', {**inputs, 'general': general if asked['borrow'] else None}, {**asked, **(given or {})})
+    inputs['general'] = general if asked['borrow'] else None
+    job.do('targets', 'targets', inputs, {**asked, **(given or {})})
     return {id: job.out / 'targets' / id for id in effects}
 
 # %% ../../nbs/run/chain.ipynb #4691eaa7
@@ -409,6 +426,7 @@ def distill(
     words: Path | None = None,
 ) -> Path:
     "The collection (Eq. 9), one LoRA file: words for every effect, targets by its teacher, then the loop."
+    _check_kept(job, init)
     course = course_of(job, init, given)
     _stream(general, course.s)
     _check_share(job, course.s.batch)
@@ -436,6 +454,7 @@ def extend(
     """A collection with `effects` added in a few steps, one LoRA file.
 
     `old`: folders of effects that the collection has, to measure on or to rehearse."""
+    _check_kept(job, collection)
     course = course_of(job, collection, given, 'extend')
     _stream(general, course.s)
     _check_share(job, course.s.batch)

@@ -7,10 +7,10 @@ __all__ = ['MINUTES', 'HELP', 'LONG', 'STYLE', 'app', 'Effects', 'File', 'To', '
            'Replace', 'Processes', 'Frozen', 'Given', 'Budget', 'Teachers', 'General', 'Init', 'DryRun', 'Extend',
            'Old', 'Collections', 'More', 'Seeds', 'Strength', 'Size', 'Sheet', 'Asked', 'Known', 'UNUSED', 'Token',
            'Host', 'Served', 'Layers', 'Collection', 'ToFile', 'runs', 'Run', 'Every', 'option', 'argument', 'root',
-           'guarded', 'Decimal', 'command', 'main', 'assignments', 'device_of', 'job_of', 'grid', 'teach', 'distill',
-           'size', 'duration', 'config_folder', 'plan_', 'evaluate', 'demo', 'rebase', 'collection_of', 'without',
-           'edit', 'serve', 'app_command', 'inspect', 'convert', 'adopt', 'resize', 'info', 'remove', 'rename', 'init',
-           'run', 'sweep', 'list_runs', 'told_apart', 'show_run', 'compare_runs']
+           'guarded', 'at_home', 'Decimal', 'command', 'main', 'assignments', 'device_of', 'job_of', 'grid', 'teach',
+           'distill', 'size', 'duration', 'config_folder', 'plan_', 'evaluate', 'demo', 'rebase', 'collection_of',
+           'without', 'edit', 'serve', 'app_command', 'inspect', 'convert', 'adopt', 'resize', 'info', 'remove',
+           'rename', 'init', 'run', 'sweep', 'list_runs', 'told_apart', 'show_run', 'compare_runs']
 
 # %% ../../nbs/run/cli.ipynb #44fafe97
 import functools
@@ -109,8 +109,15 @@ def guarded(f):
     return command
 
 
+def at_home(value):
+    "A path, or a list of them, with ~ as the home folder; anything else as it is."
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(at_home, value))
+    return value.expanduser() if isinstance(value, Path) else value
+
+
 class Decimal(typer.core.TyperCommand):
-    "A command that refuses `1_0`, which Python reads as ten and other programs as text."
+    """A command that refuses `1_0`, which Python reads as ten and other programs as text, and knows ~ in paths."""
 
     def parse_args(self, ctx, args):
         given, *_ = self.make_parser(ctx).parse_args(list(args))
@@ -118,6 +125,7 @@ class Decimal(typer.core.TyperCommand):
         for name, value in ctx.params.items():
             if type(value) in (int, float) and '_' in str(given.get(name)):
                 raise typer.BadParameter(f'--{name.replace("_", "-")} {given[name]}: write it in decimal digits')
+        ctx.params.update({name: at_home(value) for name, value in ctx.params.items()})  # bash leaves --out=~/made
         return left
 
 
@@ -289,7 +297,7 @@ General = Annotated[
         help="Folder of general images with instructions (manifest.jsonl); needed unless -p 'settings={p_switch: 1}'.",
     ),
 ]
-Init = Annotated[Optional[Path], option(help='A LoRA to start from: the acceleration LoRA, or a collection to extend.')]
+Init = Annotated[Optional[Path], option(help='A LoRA to start from, such as an acceleration LoRA; --extend adds to a collection.')]
 DryRun = Annotated[
     bool,
     option('--dry-run', help='Train nothing; print the plan with the time, memory and disk it would take here.'),
@@ -558,7 +566,7 @@ More = Annotated[
 Seeds = Annotated[int, option('--seeds', min=1, help='How many results of each, with seeds from --seed on.')]
 Strength = Annotated[
     Optional[float],
-    option(help='0: nothing of the effect, 1: the effect as trained.', show_default="the catalogue's, mostly 1"),
+    option(help='0: no instruction, 1: as trained; above 1 more of it, below 0 away from it.', show_default="the catalogue's, mostly 1"),
 ]
 Size = Annotated[
     str, option(help='ratio: in the shape of the original; working: as the network made it; original: its own size.')
@@ -645,12 +653,16 @@ def _edit(opened_maker, paths, effects, out, sheet, seeds, strength, size) -> No
     results.check_places(paths, pictures, out, sheet)
     sources, maker = [results.opened(p) for p in pictures], opened_maker()
     _say(results.working_words(maker, sources, size), 'yellow')
+    results.check_results(results.asked(maker, pictures, effects, seeds, strength), pictures, out, sheet)
     edits = results.edit_all(maker, pictures, effects, seeds, strength, size)
     for path in results.save_edits(edits, out):
         print(path)
     if sheet:
+        page, kind = results.sheet_of(edits), results.SHEETS[sheet.suffix.lower()]
+        if kind == 'JPEG' and max(page.size) > 65_500:
+            raise UserError(f'--sheet {sheet}: {page.width} × {page.height} pixels are too many for JPEG; name it .png')
         with core.replacing(sheet) as part:
-            results.sheet_of(edits).save(part, results.SHEETS[sheet.suffix.lower()])
+            page.save(part, kind)
         print(sheet)
 
 # %% ../../nbs/run/cli.ipynb #9e459d57
@@ -788,8 +800,8 @@ def _gallery(file: Path, html: Path) -> None:
     from collectionlora.files.weights import find_weights
 
     file, _ = find_weights(file)
-    if html.resolve() == file.resolve():
-        raise UserError(f'--html: {html} is the LoRA itself; name another file')
+    if html.suffix.lower() not in ('.html', '.htm') or html.is_dir():
+        raise UserError(f'--html {html}: the page is written to a file; give a name that ends in .html')
     problem = verify(file)
     if isinstance(problem, str):  # the page would show nothing but what cannot be trusted
         raise UserError(f'{file}: {problem}')
@@ -838,8 +850,9 @@ def inspect(
 
 # %% ../../nbs/run/cli.ipynb #7eeae135
 def _not_itself(file: Path, to: Path) -> None:
-    "Raises `UserError` if a file would be written over the one that it is made from."
-    if file.is_file() and to.exists() and to.samefile(file):
+    "Raises `UserError` if a file would be written over the one, or into the folder, that it is made from."
+    inside = file.is_dir() and to.resolve().is_relative_to(file.resolve())
+    if inside and to.exists() or file.is_file() and to.exists() and to.samefile(file):
         raise UserError(f'{to}: is the file that is read; name another one to write')
 
 
@@ -1026,12 +1039,23 @@ def _ended(file: Path, record: dict) -> None:
     for name, said in key_numbers(record.get('metrics', {})).items():
         print(f'{name}: {said}')
 
+
+def _experiments() -> str:
+    "Names of all experiments, each with the first line of what its notebook says."
+    rows = []
+    for path in sorted(core.notebooks_dir().glob('*.ipynb')):
+        first = ''.join(core.read_json(path)['cells'][0]['source']).splitlines()
+        rows.append((path.stem, next(l.lstrip('> ') for l in first if l.startswith('>'))))
+    return _columns(rows)
+
 # %% ../../nbs/run/cli.ipynb #b92fcb5e
 @command(
-    epilog='Examples: collectionlora run distill --list   |   collectionlora run distill -o results/mine -p steps=10'
+    epilog='Examples: collectionlora run --list   |   collectionlora run distill -o results/mine -p steps=10'
 )
 def run(
-    experiment: Annotated[str, argument('Name of an experiment, or a run file .../experiment/run.yaml.')],
+    experiment: Annotated[
+        Optional[str], argument('Name of an experiment, or a run file .../experiment/run.yaml.', show_default=False)
+    ] = None,
     out: Annotated[Optional[Path], option('--out', '-o', help='Default: results/<experiment>.')] = None,
     name: Annotated[
         Optional[str], option('--name', '-n', help='Name of the run.', show_default="the run file's, else run")
@@ -1042,13 +1066,17 @@ def run(
         option('--seed', '-s', min=0, help='Seed of every draw.', show_default="the run file's, else 0"),
     ] = None,
     processes: Processes = 1,
-    list_only: Annotated[bool, option('--list', help='Only list the parameters.')] = False,
+    list_only: Annotated[bool, option('--list', help='Only list the parameters; without an experiment, the experiments.')] = False,
     replace: Replace = False,
 ):
     "Run one experiment notebook with papermill, strictly; finished work is reused and never overwritten."
     from collectionlora.run.execute import execute
     from collectionlora.run.sweep import files_among, from_file, merged
 
+    if experiment is None and list_only:
+        return print(_experiments())
+    if experiment is None:
+        raise UserError('run: no experiment was given; `collectionlora run --list` shows what there is')
     values, file, stem, own = assignments(parameter), experiment, 'run', 0
     if file.endswith('.yaml'):
         experiment, stem, told, own = from_file(file)

@@ -85,10 +85,23 @@ def _elsewhere(old, new) -> bool:
     return len(a) != len(b) or not all(ends(x, y) or ends(y, x) for x, y in zip(a, b))
 
 
+def _check_weights(weights: Path, old: dict, key: str) -> None:
+    "Raises `UserError` if the run would replace weights that are no run's, or that were changed since it made them."
+    if not weights.is_file():
+        return
+    made = old.get('outputs', {}).get(weights.name) if old.get('key') == key else None
+    why = 'was not made by a run' if not old else 'was changed since its run made it'
+    if not old or made and made != sha256_file(weights):
+        way = 'give this run another name or folder (--name, --out), or replace the file (--replace)'
+        raise UserError(f'{short_path(weights)}: {why} and would be written over; {way}')
+
+
 def check_place(out: Path, run: str, key: str, values: dict, hashes: dict, seed: int) -> None:
-    "Raises `UserError` if a finished run with other values, another seed or other inputs is where this one would go."
+    """Raises `UserError` if a finished run with other values, another seed or other inputs is where this one would go,
+    or weights that would be lost."""
     file = out / f'{run}.json'
     old = read_run(file) if file.is_file() else {}
+    _check_weights(out / f'{run}.safetensors', old, key)
     if old.get('status') != 'finished' or old.get('key') == key:
         return
     was, inputs = {**old['run']['parameters'], 'seed': old['run']['seed']}, old['run']['inputs']

@@ -31,7 +31,7 @@ def _told(collection: Path | None, effects: list[str]) -> dict[str, str]:
     return words | listed
 
 
-@command('make', of=study, epilog='Example: collectionlora study make results/demo/evaluation-pictures/index.json --out study.html')
+@command('make', of=study, epilog='Example: collectionlora study make results/demo/evaluation-pictures/index.json -o study.html')
 def make_study(
     index: Annotated[Path, argument('The index.json of painted pictures, JSON lines, or a folder of folders.')],
     out: Annotated[Path, option('--out', '-o', help='The page; its key is written beside it.')] = Path('study.html'),

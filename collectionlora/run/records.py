@@ -33,6 +33,8 @@ def records_in(folder=None) -> dict[str, dict]:
 
     A name is `<experiment>/<run>`, or for a run of a sweep `<folder of the sweep>/<run>`."""
     root = Path(folder or results_dir())
+    if root.is_file():
+        raise UserError(f'{root}: is a file; give a folder, or show the run: collectionlora runs show {root}')
     if not root.is_dir():
         raise UserError(f'{root}: no such folder; runs write to results/<experiment> unless told otherwise')
     hidden = lambda p: any(s.startswith('.') for s in p.relative_to(root).parts)

@@ -7,10 +7,14 @@ __all__ = ['MANIFEST', 'README', 'remove_effect', 'checked_name', 'rename_effect
 
 # %% ../../nbs/use/catalogue.ipynb #9816bceb
 import re
+import shlex
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..core import nearest, replacing, UserError
+import filelock
+
+from ..core import nearest, replacing, sha256_json, UserError
 from ..files.card import write_card
 from ..files.effects import IMAGE_SUFFIXES
 from ..files.header import catalogue
@@ -23,6 +27,12 @@ def _entries(file: str | Path, id: str) -> list[dict]:
     if id not in ids:
         raise UserError(f'{file}: no effect {id!r} in this collection; {nearest(id, ids)}')
     return entries
+
+
+def _alone(file: str | Path) -> filelock.FileLock:
+    "A lock on changing this file: of two changes at once, the second reads what the first has written."
+    name = sha256_json(str(Path(file).resolve()))[:16]
+    return filelock.FileLock(Path(tempfile.gettempdir()) / f'collectionlora-{name}.lock', timeout=60)
 
 
 def _written(file: str | Path, entries: Sequence[Mapping], to: str | Path | None) -> list[Path]:
@@ -38,11 +48,12 @@ def remove_effect(file: str | Path, id: str, to: str | Path | None = None) -> tu
     """Takes an effect out of a collection's catalogue, weights untouched: (its entry, the files written).
 
     Raises UserError for an effect that is not listed, and for the only one."""
-    entries = _entries(file, id)
-    if len(entries) == 1:
-        raise UserError(f'{file}: {id!r} is its only effect, and a collection needs one; delete the file instead')
-    (gone,) = [e for e in entries if e['id'] == id]
-    return gone, _written(file, [e for e in entries if e['id'] != id], to)
+    with _alone(to or file):
+        entries = _entries(file, id)
+        if len(entries) == 1:
+            raise UserError(f'{file}: {id!r} is its only effect, and a collection needs one; delete the file instead')
+        (gone,) = [e for e in entries if e['id'] == id]
+        return gone, _written(file, [e for e in entries if e['id'] != id], to)
 
 # %% ../../nbs/use/catalogue.ipynb #a72fc6ed
 def checked_name(name: str) -> str:
@@ -57,11 +68,12 @@ def rename_effect(file: str | Path, id: str, name: str, to: str | Path | None = 
     """Gives an effect of a collection another id; trigger, prompt and weights stay: (its entry, the files written).
 
     Raises UserError for an effect that is not listed, and for a name that is taken or is none."""
-    entries = _entries(file, id)
-    if checked_name(name) in {e['id'] for e in entries}:
-        raise UserError(f'{file}: has an effect {name!r} already; choose another name')
-    renamed = [e | {'id': name} if e['id'] == id else e for e in entries]
-    return next(e for e in renamed if e['id'] == name), _written(file, renamed, to)
+    with _alone(to or file):
+        entries = _entries(file, id)
+        if checked_name(name) in {e['id'] for e in entries}:
+            raise UserError(f'{file}: has an effect {name!r} already; choose another name')
+        renamed = [e | {'id': name} if e['id'] == id else e for e in entries]
+        return next(e for e in renamed if e['id'] == name), _written(file, renamed, to)
 
 # %% ../../nbs/use/catalogue.ipynb #25f80b97
 MANIFEST = """# The effect in words. Lines that begin with # are notes.
@@ -82,9 +94,9 @@ README = """# {id}
    A pair must have equal sizes. Eight pairs are enough to try, 20 to 50 are usual.
 2. Write the instruction into `effect.yaml`.
 3. Train its LoRA:
-   `collectionlora teach {folder} --out {folder}-made`
+   `collectionlora teach {folder} --out {made}`
 4. Add it to a collection (the old effects are rehearsed and their change is listed):
-   `collectionlora distill {folder} -t {folder}-made/teachers --extend COLLECTION --general GENERAL --out {folder}-made`
+   `collectionlora distill {folder} -t {made}/teachers --extend COLLECTION --general GENERAL --out {made}`
 """
 
 # %% ../../nbs/use/catalogue.ipynb #30cbdcac
@@ -93,17 +105,19 @@ def begin_effect(folder: str | Path) -> list[Path]:
 
     Raises UserError if something is there, or for a name that cannot be an id."""
     folder = Path(folder)
-    id = checked_name(folder.name)
+    id = checked_name(folder.resolve().name)
     if folder.exists():
         raise UserError(f'{folder}: is there already; choose another name')
+    part = folder.with_name(f'.{id}.part')
     for sub in ('source', 'target'):
-        (folder / sub).mkdir(parents=True)
-    endings = ', '.join(IMAGE_SUFFIXES)
+        (part / sub).mkdir(parents=True, exist_ok=True)
+    endings, quoted = ', '.join(IMAGE_SUFFIXES), lambda ending: shlex.quote(folder.as_posix() + ending)
     texts = {
         'effect.yaml': MANIFEST.format(id=id),
-        'README.md': README.format(id=id, folder=folder.as_posix(), endings=endings),
+        'README.md': README.format(id=id, folder=quoted(''), made=quoted('-made'), endings=endings),
     }
     for name, text in texts.items():
-        with replacing(folder / name) as part:
-            Path(part).write_text(text, encoding='utf-8')
+        with replacing(part / name) as file:
+            Path(file).write_text(text, encoding='utf-8')
+    part.rename(folder)
     return [folder / name for name in (*texts, 'source', 'target')]

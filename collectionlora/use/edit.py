@@ -144,9 +144,10 @@ class LoadedCollection(CollectionFile):
         return cls(open_base(base, device, frozen=frozen), file, **kw)
 
     def close(self) -> None:
-        "Takes the collection off the base; nothing happens where that was done."
+        "Takes the collection off the base, after which it cannot edit; nothing happens where that was done."
         if self.role in self.base.backbone.roles:
             self.base.backbone.remove(self.role)
+        self.role = None  # another collection may take the name
 
     def __enter__(self):
         return self
@@ -187,6 +188,12 @@ class Collection(LoadedCollection):
         catalogue's); each may be a list. size: as in `sheet.SIZES`; batch: samples per forward; neutral: prompt of the
         branch without instruction; steps: None for the file's. UserError for unknown effects, wrong arguments, and
         samples that diverged."""
+        if self.role is None:
+            raise UserError(f'{self.file}: this collection was closed; load it again')
+        if not isinstance(batch, int) or batch < 1:
+            raise UserError(f'edit: batch is {batch!r}; give a whole number from 1')
+        if not isinstance(neutral, str):
+            raise UserError(f"edit: neutral is {neutral!r}; give a text, ' ' for none")
         recipe = self.recipe.in_steps(steps)
         images, asked, seeds, given, several = in_full(image, effect, seed, strength, size)
         strengths = [self.strength(e) if s is None else s for s, e in zip(given, asked)]

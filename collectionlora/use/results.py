@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['Picture', 'Effect', 'SHEETS', 'opened', 'checked_seed', 'checked_strength', 'spread', 'chained', 'in_full', 'Edit',
-           'names_of', 'edit_all', 'check_places', 'save_edits', 'sheet_of', 'working_words']
+           'file_names', 'names_of', 'asked', 'edit_all', 'check_places', 'check_results', 'save_edits', 'sheet_of',
+           'working_words']
 
 # %% ../../nbs/use/results.ipynb #10832b65
-import math
 import os
 import re
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
 
 from PIL import Image
 
-from ..core import check_keys, nearest, replacing, UserError
+from ..core import check_keys, nearest, replacing, sha256_json, UserError
 from ..files.pictures import load_image, to_rgb
 from .sheet import contact_sheet, fitted_size, SIZES
 
@@ -30,7 +30,12 @@ def opened(image, name: str = 'image') -> Image.Image:
     if isinstance(image, (str, Path)):
         return load_image(image)
     if isinstance(image, Image.Image):
-        return to_rgb(image, name)
+        if not all(image.size):
+            raise UserError(f'{name}: is {image.width} × {image.height} pixels; give a picture that has some')
+        try:
+            return to_rgb(image, name)
+        except (ValueError, OSError) as e:  # closed, or cut off
+            raise UserError(f'{name}: cannot be read ({e}); open it again') from e
     if hasattr(image, 'shape'):
         raise UserError(
             f'{name}: is an array of shape {tuple(image.shape)} and type {image.dtype}; give a path or a PIL picture, '
@@ -47,12 +52,12 @@ def checked_seed(seed) -> int:
 
 
 def checked_strength(strength) -> float | None:
-    "A finite number, or None for the catalogue's. Raises UserError for anything else."
+    "A number from -100 to 100, or None for the catalogue's. Raises UserError for anything else."
     if strength is None:
         return None
-    if not isinstance(strength, Real) or isinstance(strength, bool) or not math.isfinite(strength):
+    if not isinstance(strength, Real) or isinstance(strength, bool) or not abs(strength) <= 100:
         raise UserError(
-            f'edit: strength is {strength!r}; give a number, 1 for the effect as trained, or a list of them'
+            f'edit: strength is {strength!r}; give a number up to 100, 1 for the effect as trained, or a list of them'
         )
     return float(strength)
 
@@ -76,6 +81,8 @@ def chained(effect: Effect, known: Container[str], where) -> tuple[str, ...]:
     """The ids that an effect, a tuple of effects, or 'a+b' stands for.
 
     known: the ids of the catalogue of the file or server `where`. Raises UserError for one that it lacks."""
+    if not isinstance(effect, (str, tuple)) or not effect:
+        raise UserError(f"{where}: {effect!r} is no effect; give its id, or 'a+b' or a tuple of ids for a chain")
     if isinstance(effect, tuple):
         ids = effect
     else:
@@ -118,7 +125,19 @@ class Edit:
         "File name: picture-effect-seed.png, with the strength where one was given."
         turned = '' if self.strength is None else f'-strength{self.strength:g}'
         effect = re.sub(r'[\\/\0]', '_', self.effect)  # an id may come from a stranger's file
+        if len(os.fsencode(effect)) > 80:  # a chain of long names; a file's name has at most 255 bytes
+            effect = f'{effect[:60]}-{sha256_json(effect)[:8]}'
         return f'{self.picture}-{effect}-{self.seed}{turned}.png'
+
+
+def file_names(edits: Sequence[Edit]) -> list[str]:
+    "Different file names for results: a name that is there already gets -2, -3 and so on."
+    names: list[str] = []
+    for e in edits:
+        stem = e.name.removesuffix('.png')
+        others = (f'{stem}-{m}.png' for m in range(2, len(edits) + 2))
+        names.append(next(name for name in (e.name, *others) if name not in names))
+    return names
 
 
 def names_of(pictures: Sequence[Picture]) -> list[str]:
@@ -135,6 +154,22 @@ def names_of(pictures: Sequence[Picture]) -> list[str]:
     return names
 
 # %% ../../nbs/use/results.ipynb #f13759e1
+def asked(
+    maker, pictures: Sequence[Picture], effects: Sequence[str], seeds: Sequence[int], strength: float | None
+) -> list[Edit]:
+    "The results of `edit_all` before they are painted, without their images. Raises UserError for no picture."
+    if not pictures:
+        raise UserError('edit: no picture was given; give files, or a folder that holds pictures')
+    effects = list(dict.fromkeys(effects or maker.catalogue))
+    opened_ones = list(zip(names_of(pictures), [opened(p) for p in pictures]))
+    return [
+        Edit(name, effect, checked_seed(seed), strength, None, source)
+        for name, source in opened_ones
+        for effect in effects
+        for seed in seeds
+    ]
+
+
 def edit_all(
     maker,
     pictures: Sequence[Picture],
@@ -148,14 +183,10 @@ def edit_all(
 
     maker: an opened collection or a `client.Server`. strength, size, batch: as in `Collection.edit`. Raises UserError
     for no picture, and as `Collection.edit` does."""
-    if not pictures:
-        raise UserError('edit: no picture was given; give files, or a folder that holds pictures')
-    effects = list(dict.fromkeys(effects or maker.catalogue))
-    sources, names = [opened(p) for p in pictures], names_of(pictures)
-    todo = [(k, e, checked_seed(s)) for k in range(len(sources)) for e in effects for s in seeds]
-    images, asked, drawn = (list(part) for part in zip(*todo))
-    made = maker.edit([sources[k] for k in images], asked, drawn, strength, batch, size=size)
-    return [Edit(names[k], e, s, strength, image, sources[k]) for (k, e, s), image in zip(todo, made)]
+    todo = asked(maker, pictures, effects, seeds, strength)
+    sources, ids, drawn = (list(part) for part in zip(*((e.source, e.effect, e.seed) for e in todo)))
+    made = maker.edit(sources, ids, drawn, strength, batch, size=size)
+    return [replace(e, image=image) for e, image in zip(todo, made)]
 
 # %% ../../nbs/use/results.ipynb #fd628218
 SHEETS = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG'}  # endings of a sheet, and the formats that they mean
@@ -180,13 +211,23 @@ def check_places(given: Sequence[Picture], pictures: Sequence[Path], folder: Pat
         raise UserError(f'--sheet {sheet}: is one of the pictures to edit, which it would replace; choose another name')
 
 
+def check_results(edits: Sequence[Edit], pictures: Sequence[Path], folder: Path, sheet: Path | None = None) -> None:
+    "Raises UserError where a result of `edits` in `folder` would replace one of the `pictures`, or the sheet a result."
+    results, read = [(folder / name).resolve() for name in file_names(edits)], {p.resolve() for p in pictures}
+    lost = next((p for p in results if p in read), None)
+    if lost:
+        replaced = f'{lost.name} is one of the pictures to edit, and a result would replace it'
+        raise UserError(f'--out {folder}: {replaced}; name another folder')
+    if sheet and sheet.resolve() in results:
+        raise UserError(f'--sheet {sheet}: is the name of a result, which it would replace; choose another name')
+
 # %% ../../nbs/use/results.ipynb #dc9f5f45
 def save_edits(edits: Sequence[Edit], folder: str | Path) -> list[Path]:
     "Writes every result as a PNG file under its name, each complete or not at all; returns the files."
     folder, files = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
-    for e in edits:
-        files.append(folder / e.name)
+    for e, name in zip(edits, file_names(edits)):
+        files.append(folder / name)
         with replacing(files[-1]) as part:
             e.image.save(part, 'PNG')
     return files
@@ -195,12 +236,13 @@ def save_edits(edits: Sequence[Edit], folder: str | Path) -> list[Path]:
 def sheet_of(edits: Sequence[Edit], side: int = 192) -> Image.Image:
     "Original and results side by side: a row per picture and seed, a column per effect; side: pixels of each picture."
     columns = list(dict.fromkeys(e.effect for e in edits))
+    turned = {e.effect: '' if e.strength is None else f', {e.strength:g}' for e in edits}
     found = {(e.picture, e.seed, e.effect): e for e in edits}
     rows = {(e.picture, e.seed): e.source for e in edits}
     seeds = len({seed for _, seed in rows}) > 1
     pictures = [[s, *(found[p, k, c].image for c in columns)] for (p, k), s in rows.items()]
     labels = [f'{p}, seed {k}' if seeds else p for p, k in rows]
-    return contact_sheet(pictures, ['original', *columns], labels, side)
+    return contact_sheet(pictures, ['original', *(c + turned[c] for c in columns)], labels, side)
 
 # %% ../../nbs/use/results.ipynb #b5044a8c
 def working_words(maker, pictures: Sequence[Image.Image], size: str = 'ratio') -> str:

@@ -102,6 +102,9 @@ def _read_recipe(header: Mapping, where: str) -> Recipe:
             way_out = 'it is the LoRA of one effect and no collection yet; `collectionlora distill` makes one of it'
         raise UserError(f'{where}: header field collectionlora.sampling gives no times or steps; {way_out}')
     stochastic, times = said.get('stochastic', True), tuple(said.get('times') or ())
+    if any(b >= a for a, b in zip(times, times[1:])):
+        rising = 'times that do not fall from noise to picture'
+        raise UserError(f'{where}: header field collectionlora.sampling has {rising}; write the file anew')
     if times and not stochastic and times[-1] != 0:
         times += (0.0,)
     steps = len(times) - (not stochastic) if times else said['steps']

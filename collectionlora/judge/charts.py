@@ -8,7 +8,7 @@ __all__ = ['INKS', 'UNSEEN', 'ticks', 'thin', 'finite', 'line_chart', 'curves', 
 # %% ../../nbs/judge/charts.ipynb #5f2d1803
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -61,7 +61,13 @@ def _axes(xs: Sequence[float], ys: Sequence[float], sx, sy, left: int, right: in
     return out + [f'<text x="{sx(x):.1f}" y="{bottom + 15}" class="l m">{x:g}</text>' for x in xs]
 
 
-def _legend(k: int, name: str, ink: str, left: int, right: int, bottom: int, per_line: int = 3) -> str:
+def _per_line(names: Iterable[str]) -> int:
+    "How many entries of a legend fit beside each other."
+    longest = max(map(len, names))
+    return 3 if longest <= 15 else 2 if longest <= 26 else 1
+
+
+def _legend(k: int, name: str, ink: str, left: int, right: int, bottom: int, per_line: int) -> str:
     "Entry number k of the legend below the chart."
     x, y = left + k % per_line * (right - left) / per_line, bottom + 33 + 15 * (k // per_line)
     dash = f'<path d="M{x:.0f} {y - 4}h12" stroke="{ink}" stroke-width="3"/>'
@@ -77,7 +83,8 @@ def line_chart(
         raise UserError(f'chart {title!r}: no finite value in {sorted(series)}')
     (x0, x1), (y0, y1) = [(min(v), max(v)) for v in zip(*values)]
     x1, y0, y1 = (x1 if x1 > x0 else x0 + 1), (y0 if y1 > y0 else y0 - 0.5), (y1 if y1 > y0 else y1 + 0.5)
-    lines = -(-len(series) // 3) if len(series) > 1 else 0
+    per_line = _per_line(series)
+    lines = -(-len(series) // per_line) if len(series) > 1 else 0
     left, right, top, bottom, height = 52, width - 10, 28, height - 41, height - 15 + 15 * lines
 
     def sx(x):
@@ -94,7 +101,7 @@ def line_chart(
         ink = INKS[k % len(INKS)]
         out.append(f'<path d="{_path(thin(points), sx, sy)}" fill="none" stroke="{ink}" stroke-width="1.6"/>')
         if len(series) > 1:
-            out.append(_legend(k, name, ink, left, right, bottom))
+            out.append(_legend(k, name, ink, left, right, bottom, per_line))
     return ''.join(out) + '</svg>'
 
 # %% ../../nbs/judge/charts.ipynb #5f2d1813

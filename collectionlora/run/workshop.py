@@ -125,9 +125,10 @@ class Rates:
 # %% ../../nbs/run/workshop.ipynb #b15f86db
 @dataclass(frozen=True)
 class Materials:
-    """How teachers and targets are made: pairs per effect; the teacher's steps, batch, rank and learning rate; steps
-    and guidance of the painted targets; pictures of the general stream that each teacher paints too (`borrow`); and the
-    size of that stream."""
+    """How teachers and targets are made: pairs per effect; the teacher's steps, batch, rank and learning rate; steps,
+    guidance and shift of the painted targets (shift 0: the base's own scheduler); the weight of the acceleration LoRA
+    that paints along (0: none does); pictures of the general stream that each teacher paints too (`borrow`); the size
+    of that stream; and what flow matching on all effects learns, their 'pairs' or what is 'painted' (`start`)."""
 
     pairs: int = 20
     steps: int = 300
@@ -138,11 +139,15 @@ class Materials:
     guidance: float = 1.0
     borrow: int = 80
     general: int = 600
+    paint_shift: float = 0.0
+    along: float = 0.0
+    start: str = 'pairs'
 
     @classmethod
     def of(cls, given: Mapping) -> 'Materials':
         "From plain data; UserError for an unknown key."
         check_keys(given, [f.name for f in fields(cls)], 'materials')
+        check_keys([given.get('start', cls.start)], ['pairs', 'painted'], 'materials: start')
         return cls(**given)
 
     def teaching(self, seed: int) -> finetune.FlowSettings:
@@ -302,6 +307,8 @@ def listing() -> Iterator[list]:
 class Supplies(Bench):
     "Effects, teachers, painted targets and the general stream on one base."
 
+    acceleration: Path | None = None  # the acceleration LoRA's file
+
     def __init__(self, base: Base, folder, materials: Materials, seed: int = 0, hours: float = 0.0):
         super().__init__(folder, hours)
         self.base, self.materials, self.seed = base, materials, seed
@@ -346,25 +353,32 @@ class Painters(Supplies):
         "An effect folder of painted targets; its file is the folder's `made.json`."
         m, teacher = self.materials, self.teacher(id)
         made_of = [m.paint_steps, m.guidance, m.borrow, m.general if m.borrow else 0, self.seed]
+        how = dict(steps=m.paint_steps, w=m.guidance, shift=m.paint_shift or None, seed=self.seed)
+        if m.along or m.paint_shift:
+            made_of += [m.paint_shift, m.along, sha256_file(self.acceleration) if m.along else '']
 
         def paint(piece):
             bank, place = TeacherBank(self.base.backbone, {id: teacher.file}), piece.file.parent.parent
             try:
-                make_targets(
-                    self.base,
-                    bank,
-                    self._sources(id, place),
-                    self.conditions,
-                    place,
-                    per_source=1,
-                    steps=m.paint_steps,
-                    w=m.guidance,
-                    seed=self.seed,
-                )
+                with self._along() as added:
+                    make_targets(self.base, bank, self._sources(id, place), self.conditions, place, added=added, **how)
             finally:
                 bank.close()
 
         return self.piece('targets', id, made_of, f'/{id}/made.json', m.pairs + m.borrow, paint, [teacher])
+
+    @contextlib.contextmanager
+    def _along(self) -> Iterator[tuple[str, str] | None]:
+        "Inside, the acceleration LoRA that paints along is on the base: (its role, what it holds); None if none is."
+        if not self.materials.along:
+            yield None
+            return
+        file, weight = self.acceleration, self.materials.along
+        role = load_role(self.base, file, 'acceleration', allow_missing=True, weight=weight)
+        try:
+            yield role, sha256_json([sha256_file(file), weight])
+        finally:
+            self.base.backbone.remove(role)
 
     def _sources(self, id: str, place: Path) -> EffectSet:
         "What the teacher paints: the effect's sources, and borrowed ones."
@@ -466,12 +480,15 @@ class Trainers(Students):
     "The same, with the all-in-one baseline, collections that start from it, and smaller copies of them."
 
     def fm(self, ids: Sequence[str], settings: finetune.FlowSettings, prompts: str = 'aop', name: str = 'fm') -> Piece:
-        "One LoRA on the true pairs of all effects by flow matching. prompts: as of `Settings`."
-        m = self.materials
+        """One LoRA on the true pairs of all effects by flow matching, or on what their teachers painted, as
+        `Materials.start` says. prompts: as of `Settings`."""
+        m, painted = self.materials, self.materials.start == 'painted'
         made_of = [list(ids), m.pairs, self.seed, code_of('effects'), asdict(settings), self.base.hash, prompts]
+        needs = [self.targets(id) for id in ids] if painted else []
 
         def train(piece):
-            sets, checkpoint = [self.effect(id) for id in ids], piece.file.with_suffix('.pt')
+            sets = [self.painted(id) if painted else self.effect(id) for id in ids]
+            checkpoint = piece.file.with_suffix('.pt')
             words = {e.id: student_words(e, prompts) for e in sets}
             data = finetune.flow_data(self.conditions, [x for e in sets for x in finetune.examples(e, words[e.id])])
             training = finetune.train_fm(self.base.backbone, data, settings, checkpoint)
@@ -479,7 +496,7 @@ class Trainers(Students):
             write_lora(piece.file, lora, _flow_header(self, sets, words, settings))
             checkpoint.unlink(missing_ok=True)
 
-        return self.piece('fm', name, made_of, '.safetensors', settings.steps * settings.batch, train)
+        return self.piece('fm', name, made_of, '.safetensors', settings.steps * settings.batch, train, needs)
 
     def collection(self, ids: Sequence[str], settings: Mapping, fm: Mapping = {}, name: str = 'student') -> Piece:
         """A student (fields of `Settings`, the training seed among them) that starts from the flow-matched LoRA `fm`
@@ -535,6 +552,8 @@ class Workshop(Trainers):
     def __init__(self, base, folder, materials: Materials, seed=0, hours=0.0, acceleration: str | Path = ''):
         super().__init__(base, folder, materials, seed, hours)
         self.acceleration = Path(acceleration) if acceleration else None
+        if materials.along and not acceleration:
+            raise UserError(f'materials: along is {materials.along:g}; give the acceleration LoRA that paints along')
 
     @functools.cached_property
     def fast(self) -> Recipe:

@@ -162,7 +162,7 @@ def test_a_job_puts_every_stage_on_its_device_and_keeps_the_budgets_other_settin
     chain.distill(job, chain.checked_effects([folder / 'effects']), {}, None, None, given)
     assert {e: v.get('frozen') for e, v in asked.items()} == dict.fromkeys(asked, 'int8') | {'prompts': None}
     assert asked['baseline_fm']['micro_batch'] == asked['distill']['micro_batch'] == 3
-    stages = ('prompts', 'targets', 'baseline_fm', 'distill')
+    stages = ('prompts', 'baseline_fm', 'targets', 'distill')
     assert {e: v['device'] for e, v in asked.items()} == dict.fromkeys(stages, 'cuda')
     budget = chain.differences('distill', 'full')
     assert asked['distill']['settings'] == {**budget['settings'], 'anchor_first': 0, 'p_switch': 1.0}
@@ -171,25 +171,19 @@ def test_a_job_puts_every_stage_on_its_device_and_keeps_the_budgets_other_settin
         chain.distill(job, chain.checked_effects([folder / 'effects']), {})
 
 
-def test_flow_matching_takes_the_place_of_anchoring_where_nothing_else_was_asked(folder, tmp_path):
+def test_pairs_take_the_place_of_anchoring_where_nothing_else_was_asked(folder, tmp_path):
+    effects = chain.checked_effects([folder / 'effects'])
     _, s = chain.distill_settings(chain.Job(tmp_path, folder / 'base', 'full'))
-    started = functools.partial(chain.starts_flow_matched, s)
+    started = functools.partial(chain.starts_from_pairs, s, effects)
     assert started('default') and s.anchor_first > 0
     assert not started('paper') and not started('default', tmp_path / 'own.safetensors')
     assert not started('default', None, {'settings': {'anchor_first': 100}})
-    assert not chain.starts_flow_matched(replace(s, anchor_first=0, lr_anchor=None), 'default')
-
-
-def test_the_lora_for_few_steps_of_the_base_paints_along_where_a_budget_says_how(folder, tmp_path, monkeypatch):
-    plain, along = chain.differences('targets', 'full'), tmp_path / 'acceleration.safetensors'
-    job, general = chain.Job(tmp_path, folder / 'base', 'full'), folder / 'general'
-    assert chain.painting(job, general) == (plain, None)
-    monkeypatch.setattr(chain, 'shipped_acceleration', lambda base: along)
-    asked, file = chain.painting(job, general)
-    assert file == along and asked['weight'] == 0.5 and chain.painting(job, None)[0]['borrow'] == 0
-    passes = lambda a: a['steps'] * (20 + a['borrow'])
-    assert passes(asked) == passes(plain)
-    assert chain.painting(replace(job, budget='paper'), general) == ({**chain.differences('targets', 'paper'), 'borrow': 0}, None)
+    bare = {}
+    for id, where in effects.items():
+        bare[id] = shutil.copytree(where, tmp_path / id)
+        shutil.rmtree(bare[id] / 'target')
+    assert not chain.starts_from_pairs(s, bare, 'default')
+    assert not chain.starts_from_pairs(replace(s, anchor_first=0, lr_anchor=None), effects, 'default')
 
 
 def test_a_run_is_called_short_by_the_full_budget_as_it_began(tmp_path):
@@ -571,3 +565,16 @@ def test_editing_asks_for_what_is_missing(world, folder, tmp_path, collection):
         assert said.exit_code == 2 and words in said.output and not (tmp_path / 'edits').exists(), said.output
     listed = call('edit', '--list', '--collection', collection)
     assert listed.exit_code == 0 and 'zorvik' in listed.stdout
+
+
+def test_nothing_that_a_run_reads_lies_where_it_writes(folder, tmp_path):
+    job, effects = chain.Job(tmp_path, folder / 'base', 'demo'), chain.checked_effects([folder / 'effects'])
+    id = next(iter(effects))
+    mine = {id: shutil.copytree(effects[id], tmp_path / 'described' / id)}
+    with pytest.raises(UserError, match='which is written here'):
+        chain.describe(job, mine)
+    assert load_effect(mine[id]).stems == load_effect(effects[id]).stems
+    parent = tmp_path / 'collection.safetensors'
+    for start in (lambda: chain.distill(job, effects, {}, init=parent), lambda: chain.extend(job, parent, effects, {})):
+        with pytest.raises(UserError, match='would take its place'):
+            start()

@@ -397,7 +397,7 @@ def test_two_processes_walk_the_chain_to_the_collection_of_one(family, folder, t
     for n in (1, 2):
         given = (*on, *small, *settings, '--out', tmp_path / str(n), '--processes', n)
         asked('distill', *effects, '--teachers', tmp_path / 'teachers', *given)
-    for name in ('all_in_one', 'collection'):  # flow matching on the painted targets, and what starts from it
+    for name in ('all_in_one', 'collection'):  # flow matching on the effects' own pairs, and what starts from it
         one, two = (read_lora(tmp_path / str(n) / f'{name}.safetensors').factors for n in (1, 2))
         assert one.keys() == two.keys()
         assert all((a - b).abs().max() < 1e-5 for k in one for a, b in zip(one[k], two[k]))

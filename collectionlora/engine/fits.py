@@ -31,7 +31,7 @@ class Work:
     stay.
 
     A teacher takes `teacher_steps` updates of `teacher_batch` samples. A student that starts from flow matching on the
-    painted targets takes `start_steps` of `start_batch` before the first of `s.steps`; 0: it does not."""
+    effects' own pairs takes `start_steps` of `start_batch` before the first of `s.steps`; 0: it does not."""
 
     s: Settings
     teacher_rank: int = 32
@@ -94,8 +94,9 @@ def check_together(way: Way) -> None:
 def asked_for(preset: str, given: Mapping) -> tuple[Work, Way]:
     """Work and way from plain values: fields of both, `rank` for both ranks, and settings over a preset.
 
-    Of the preset `default`, flow matching takes the place of `anchor_first` updates, as it does in `run.chain.distill`; a
-    `start_steps` of one's own switches that off. Raises UserError for unknown names and values out of range."""
+    Of the preset `default`, flow matching takes the place of `anchor_first` updates, as it does where the effects have
+    pairs of their own (`run.chain.distill`); a `start_steps` of one's own switches that off. Raises UserError for
+    unknown names and values out of range."""
     given = dict(given)
     take = lambda names: {k: given.pop(k) for k in names if k in given}
     work, way = (take([f.name for f in fields(kind) if f.name not in ('s', 'processes')]) for kind in (Work, Way))

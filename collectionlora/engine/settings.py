@@ -434,7 +434,7 @@ def resolved(s: Settings, shift: float) -> Settings:
 
 
 def anchored_start(s: Settings, preset: str) -> bool:
-    "Whether a run by this preset begins with anchored steps whose place flow matching on the painted targets takes."
+    "Whether a run by this preset begins with anchored steps whose place flow matching on pairs takes."
     return preset == 'default' and 0 < s.anchor_first < s.steps
 
 

@@ -178,7 +178,7 @@ def budget_words(
     samples = steps * batch * p_switch / effects
     name = 'A short budget run' if steps < full else 'A full budget run'
     taught = [f'{teacher_steps:,} steps for each teacher'] if teacher_steps else []
-    begun = [f'{matched:,} steps of flow matching on the targets of all effects'] if matched else []
+    begun = [f'{matched:,} steps of flow matching on the pairs of all effects'] if matched else []
     before = ', '.join([*taught, *begun]) + (' and ' if taught or begun else '')
     said = (
         f'{name}: {effects} effects, {before}{steps:,} generator steps of batch {batch}, '

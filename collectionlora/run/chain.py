@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'LARGE', 'SAVING', 'base_folder', 'budgets', 'differences', 'Job', 'checked_effects', 'teach', 'describe',
-           'shipped_acceleration', 'painting', 'paint', 'rank_of', 'distill_settings', 'check_asked', 'check_machine',
-           'saving', 'starts_flow_matched', 'Course', 'course_of', 'flow_matched', 'distill', 'extend', 'plan',
-           'evaluate', 'ladder', 'rivals', 'full_steps', 'write_report', 'default_folder', 'compare', 'demo', 'ship',
+           'paint', 'rank_of', 'distill_settings', 'check_asked', 'check_machine', 'saving', 'starts_from_pairs',
+           'Course', 'course_of', 'flow_matched', 'distill', 'extend', 'plan', 'evaluate', 'ladder', 'rivals',
+           'full_steps', 'write_report', 'shipped_acceleration', 'default_folder', 'compare', 'demo', 'ship',
            'install_base', 'rebase']
 
 # %% ../../nbs/run/chain.ipynb #18847e5f
@@ -169,20 +169,9 @@ def describe(
     return {id: job.out / 'described' / id for id in effects}
 
 # %% ../../nbs/run/chain.ipynb #82da3755
-def shipped_acceleration(base: Path) -> Path | None:
-    "The acceleration LoRA that ships with the nano base; `None` for another base, or where none ships."
-    found = sorted((data_dir() / 'acceleration').glob('*.safetensors'))
-    return found[0] if found and base.resolve() == nano_dir().resolve() else None
-
-
-def painting(job: Job, general: Path | None) -> tuple[dict, Path | None]:
-    "What painting is asked at the job's budget, and the LoRA for few steps that paints along, if any."
-    asked, along = differences('targets', job.budget), shipped_acceleration(job.base)
-    file = notebooks_dir() / 'targets' / f'{job.budget}_along.yaml'
-    along = along if file.is_file() else None
-    if along:
-        asked = merged(asked, from_file(file)[2])
-    return {**asked, 'borrow': asked.get('borrow', 0) if general else 0}, along
+def _borrowed(job: Job, general: Path | None) -> int:
+    "How many pictures of the general stream every teacher paints at the job's budget."
+    return differences('targets', job.budget).get('borrow', 0) if general else 0
 
 
 def paint(
@@ -193,10 +182,9 @@ def paint(
     given: dict | None = None,
 ) -> dict[str, Path]:
     "Targets painted by the teachers, of the effects' own sources and of borrowed ones: effect id -> effect folder."
-    asked, along = painting(job, general)
-    inputs = {'effects': list(effects.values()), 'teachers': list(teachers.values()), 'acceleration': along}
-    inputs['general'] = general if asked['borrow'] else None
-    job.do('targets', 'targets', inputs, {**asked, **(given or {})})
+    n = _borrowed(job, general)
+    inputs = {'effects': list(effects.values()), 'teachers': list(teachers.values()), 'general': general if n else None}
+    job.do('targets', 'targets', inputs, {'borrow': n, **(given or {})})
     return {id: job.out / 'targets' / id for id in effects}
 
 # %% ../../nbs/run/chain.ipynb #4691eaa7
@@ -377,14 +365,17 @@ def saving(experiment: str, given: dict | None) -> dict:
     return {k: v for k, v in (given or {}).items() if k in SAVING and k in known}
 
 
-def starts_flow_matched(s, preset: str, init: Path | None = None, given: dict | None = None) -> bool:
-    """Whether flow matching on the painted targets takes the place of a student's first, anchored steps.
+def starts_from_pairs(s, effects: dict[str, Path], preset: str, init: Path | None = None, given: dict | None = None):
+    """Whether flow matching on the effects' own pairs takes the place of a student's first, anchored steps.
 
     s: resolved settings; given: what was asked for beside the budget."""
     from collectionlora.engine.settings import anchored_start
+    from collectionlora.files.effects import load_effects
 
     asked = 'anchor_first' in (given or {}).get('settings', {})
-    return not (init or asked) and anchored_start(s, preset)
+    if init or asked or not anchored_start(s, preset):
+        return False
+    return all(e.targets for e in load_effects(*effects.values()))
 
 # %% ../../nbs/run/chain.ipynb #efe86957
 @dataclass(frozen=True)
@@ -400,19 +391,21 @@ class Course:
     start: dict | None = None
 
 
-def course_of(job: Job, init: Path | None = None, given: dict | None = None, experiment: str = 'distill') -> Course:
+def course_of(
+    job: Job, effects: dict[str, Path], init: Path | None = None, given: dict | None = None, experiment: str = 'distill'
+) -> Course:
     "The course of `distill`, or of `extend` from the collection `init`; whoever runs or plans it asks here."
     values, s = distill_settings(job, init, given, experiment)
-    if experiment == 'extend' or not starts_flow_matched(s, values['preset'], init, given):
+    if experiment == 'extend' or not starts_from_pairs(s, effects, values['preset'], init, given):
         return Course(values, s, given)
     rest = merged(given or {}, {'steps': s.steps - s.anchor_first, 'settings': {'anchor_first': 0}})
     start = {'rank': s.rank_student, **saving('baseline_fm', given)}
     return Course(*distill_settings(job, None, rest), rest, start)
 
 # %% ../../nbs/run/chain.ipynb #eee2a58f
-def flow_matched(job: Job, painted: dict[str, Path], given: dict | None = None) -> Path:
-    "One LoRA on the targets of all effects by flow matching: the baseline, and the start of a student."
-    job.do('baseline_fm', 'all_in_one', {'effects': list(painted.values())}, given)
+def flow_matched(job: Job, described: dict[str, Path], given: dict | None = None) -> Path:
+    "One LoRA on the pairs of all effects by flow matching: the baseline, and the start of a student."
+    job.do('baseline_fm', 'all_in_one', {'effects': list(described.values())}, given)
     return job.out / 'all_in_one.safetensors'
 
 
@@ -427,15 +420,15 @@ def distill(
 ) -> Path:
     "The collection (Eq. 9), one LoRA file: words for every effect, targets by its teacher, then the loop."
     _check_kept(job, init)
-    course = course_of(job, init, given)
+    course = course_of(job, effects, init, given)
     _stream(general, course.s)
     _check_share(job, course.s.batch)
     check_asked(job, course.s, course.values)
     check_machine(job, course.s, course.values, effects, general, start=course.start, lent=teachers.values())
     described = describe(job, effects, words)
-    painted = paint(job, described, teachers, general, saving('targets', given))
     if course.start:
-        init = flow_matched(job, painted, course.start)
+        init = flow_matched(job, described, course.start)
+    painted = paint(job, described, teachers, general, saving('targets', given))
     inputs = {'effects': list(painted.values()), 'teachers': list(teachers.values()), 'general': general, 'init': init}
     job.do('distill', 'collection', inputs, course.given)
     return job.out / 'collection.safetensors'
@@ -455,7 +448,7 @@ def extend(
 
     `old`: folders of effects that the collection has, to measure on or to rehearse."""
     _check_kept(job, collection)
-    course = course_of(job, collection, given, 'extend')
+    course = course_of(job, effects, collection, given, 'extend')
     _stream(general, course.s)
     _check_share(job, course.s.batch)
     check_asked(job, course.s, course.values)
@@ -472,7 +465,7 @@ def _as_painted(job: Job, effects: dict[str, Path], general: Path | None) -> lis
     "The effects as they will be after `describe` and `paint`: a target is painted at its source's size."
     from collectionlora.files.effects import general_pictures, lent_to, load_effects
 
-    n, found = painting(job, general)[0]['borrow'], []
+    n, found = _borrowed(job, general), []
     known = general_pictures(general) if n else {}
     for e in load_effects(*effects.values()):
         pictures = (*e.sources, *lent_to(e, known, n, job.seed).values())
@@ -495,9 +488,9 @@ def _as_rehearsed(course: Course, collection: Path, base, sets: list, stream: li
     return ext.promised(parent, shown, len(sets))
 
 # %% ../../nbs/run/chain.ipynb #164ba6c7
-def _before(job: Job, course: Course, general: Path | None, sets: list, kept: list) -> dict[str, dict[str, int]]:
+def _before(job: Job, course: Course, sets: list, kept: list) -> dict[str, dict[str, int]]:
     "Stage -> passes, in samples, of what comes before the loop."
-    asked = complete('targets', painting(job, general)[0])
+    asked = complete('targets', differences('targets', job.budget))
     each = asked['per_source'] * asked['steps'] * (1 if asked['guidance'] == 1 else 2)
     stages = {'painting': {'forward': sum(map(len, sets)) * each}}
     if course.start:
@@ -526,7 +519,7 @@ def plan(
     from collectionlora.engine.pools import samples_of
     from collectionlora.files.conditions import ConditionCache
 
-    course = course_of(job, init, given, experiment)
+    course = course_of(job, effects, init, given, experiment)
     values, s = course.values, course.s
     check_asked(job, s, values)
     stream, sets = _stream(general, s), _as_painted(job, effects, general)
@@ -540,7 +533,7 @@ def plan(
     base.backbone.micro_batch = values.get('micro_batch') or base.backbone.micro_batch
     base.backbone.offload(values.get('offload', False))
     rank = max(map(rank_of, [*(teachers or {}).values(), *([init] if kept else [])]), default=0)
-    before, spread = _before(job, course, general, sets, kept), values.get('spread_moments', False)
+    before, spread = _before(job, course, sets, kept), values.get('spread_moments', False)
     return measured_plan(base, [*sets, *kept], stream, cache, s, job.processes, rank, spread, before, encoders)
 
 # %% ../../nbs/run/chain.ipynb #3810c8b3
@@ -594,6 +587,12 @@ def write_report(job: Job, records: list[Path], given: dict | None = None) -> Pa
     return job.out / 'report.html'
 
 # %% ../../nbs/run/chain.ipynb #af703f8c
+def shipped_acceleration(base: Path) -> Path | None:
+    "The acceleration LoRA that ships with the nano base; `None` for another base, or where none ships."
+    found = sorted((data_dir() / 'acceleration').glob('*.safetensors'))
+    return found[0] if found and base.resolve() == nano_dir().resolve() else None
+
+
 def default_folder(budget: str, seed: int) -> Path:
     "results/demo for the short run with seed 0; other budgets and seeds say so in their folder's name."
     return results_dir() / ''.join(['demo', '' if budget == 'demo' else f'-{budget}', f'-seed{seed}' if seed else ''])
@@ -607,7 +606,7 @@ def compare(job: Job) -> Path:
 
     effects = checked_effects([job.out / 'effects'])
     teachers = teacher_files([job.out / 'teachers'], effects)
-    fm = flow_matched(job, {id: job.out / 'targets' / id for id in effects})
+    fm = flow_matched(job, {id: job.out / 'described' / id for id in effects})
     collection = job.out / 'collection.safetensors'
     acceleration = shipped_acceleration(job.base)
     evaluate(job, collection, effects, teachers, acceleration, fm, {'training': f'seed {job.seed}'})

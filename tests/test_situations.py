@@ -419,11 +419,12 @@ MUSUBI = ('image_directory', 'control_directory', 'caption_extension', 'image_js
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(sorted(SHAPES)), values=st.fixed_dictionaries({k: words for k in FIELDS + MUSUBI}))
-def test_any_configuration_of_another_trainer_is_adopted_or_refused_in_a_sentence(name, values, tmp_path):
-    folder = tmp_path / 'set'  # the name '..' stays inside tmp_path
+def test_any_configuration_of_another_trainer_is_adopted_or_refused_in_a_sentence(name, values, tmp_path, monkeypatch):
+    folder = tmp_path / 'set'
     for side in ('a', 'source'):
         (folder / side).mkdir(parents=True, exist_ok=True)
         Image.new('RGB', (8, 8)).save(folder / side / 'p.png')
+    monkeypatch.chdir(folder / 'a')  # the name '..' stays inside tmp_path, wherever it is looked for
     if name == 'x.toml':
         told = {k: json.dumps(v) for k, v in values.items() if k in MUSUBI and isinstance(v, (str, int, float))}
         text = '[[datasets]]\n' + ''.join(f'{k} = {v}\n' for k, v in told.items())

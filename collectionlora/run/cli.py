@@ -113,7 +113,7 @@ def at_home(value):
     "A path, or a list of them, with ~ as the home folder; anything else as it is."
     if isinstance(value, (list, tuple)):
         return type(value)(map(at_home, value))
-    return value.expanduser() if isinstance(value, Path) else value
+    return Path.home().joinpath(*value.parts[1:]) if isinstance(value, Path) and value.parts[:1] == ('~',) else value
 
 
 class Decimal(typer.core.TyperCommand):

@@ -78,3 +78,15 @@ def test_a_begun_effect_is_to_be_filled(tmp_path):
         load_effect(tmp_path / 'my-effect')
     with pytest.raises(UserError, match='is there already'):
         begin_effect(tmp_path / 'my-effect')
+
+
+def test_a_link_stays_a_link_and_a_file_keeps_its_permissions(tmp_path):
+    from collectionlora.core import replacing
+
+    file, link = tmp_path / 'a.txt', tmp_path / 'b.txt'
+    file.write_text('old')
+    file.chmod(0o600)
+    link.symlink_to(file)
+    with replacing(link) as part:
+        part.write_text('new')
+    assert link.is_symlink() and file.read_text() == 'new' and file.stat().st_mode & 0o777 == 0o600

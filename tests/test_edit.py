@@ -380,6 +380,11 @@ def test_a_shape_is_mended_only_where_one_would_see_it(made, original, wanted):
         (dict(image=[picture(0), picture(1)], effect=['oil', 'snow', 'oil']), '2 pictures for 3 effects'),
         (dict(image=[picture(0), picture(1)], seed=[1, 2, 3]), '2 pictures for 3 seeds'),
         (dict(effect=['oil', 'snow'], strength=[1.0, 0.5, 2.0]), '2 effects for 3 strengths'),
+        (dict(batch=0), 'batch is 0'),
+        (dict(batch=1.5), 'batch is 1.5'),
+        (dict(neutral=None), 'neutral is None'),
+        (dict(effect=()), 'is no effect'),
+        (dict(effect=[['oil']]), 'is no effect'),
     ],
 )
 def test_wrong_arguments_are_one_sentence(collection, given, words):
@@ -506,3 +511,14 @@ def test_a_result_replaces_no_picture_that_is_edited_and_a_sheet_no_result(tmp_p
     with pytest.raises(UserError, match='name of a result'):
         check_results(edits, [tmp_path / 'cat.png'], tmp_path, tmp_path / 'cat-lava-0.png')
     check_results(edits, [tmp_path / 'cat.png'], tmp_path, tmp_path / 'sheet.png')
+
+
+def test_a_closed_collection_edits_nothing(base, collection):
+    other = edit.Collection(base, collection.file)
+    other.close()
+    third = edit.Collection(base, collection.file)
+    with pytest.raises(UserError, match='was closed'):
+        other.edit(picture(0), 'oil')
+    other.close()
+    assert np.array_equal(third.edit(picture(0), 'oil'), collection.edit(picture(0), 'oil'))
+    third.close()

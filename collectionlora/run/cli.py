@@ -93,7 +93,7 @@ def guarded(f):
         except RunFailed as e:
             code, text = 1, str(e)
         except OSError as e:
-            code, text = 1, f'{e.filename}: {e.strerror}' if e.filename else str(e)
+            code, text = 1, f'{e.filename}: {e.strerror}' if e.filename and e.strerror else str(e)
         except KeyboardInterrupt as e:
             code, text = 130, str(e) or 'stopped'
         except RuntimeError as e:
@@ -117,7 +117,7 @@ def at_home(value):
 
 
 class Decimal(typer.core.TyperCommand):
-    """A command that refuses `1_0`, which Python reads as ten and other programs as text, and knows ~ in paths."""
+    "A command that refuses `1_0`, which Python reads as ten and other programs as text, and knows ~ in paths."
 
     def parse_args(self, ctx, args):
         given, *_ = self.make_parser(ctx).parse_args(list(args))
@@ -297,7 +297,9 @@ General = Annotated[
         help="Folder of general images with instructions (manifest.jsonl); needed unless -p 'settings={p_switch: 1}'.",
     ),
 ]
-Init = Annotated[Optional[Path], option(help='A LoRA to start from, such as an acceleration LoRA; --extend adds to a collection.')]
+Init = Annotated[
+    Optional[Path], option(help='A LoRA to start from, such as an acceleration LoRA; --extend adds to a collection.')
+]
 DryRun = Annotated[
     bool,
     option('--dry-run', help='Train nothing; print the plan with the time, memory and disk it would take here.'),
@@ -566,7 +568,10 @@ More = Annotated[
 Seeds = Annotated[int, option('--seeds', min=1, help='How many results of each, with seeds from --seed on.')]
 Strength = Annotated[
     Optional[float],
-    option(help='0: no instruction, 1: as trained; above 1 more of it, below 0 away from it.', show_default="the catalogue's, mostly 1"),
+    option(
+        help='0: no instruction, 1: as trained; above 1 more of it, below 0 away from it.',
+        show_default="the catalogue's, mostly 1",
+    ),
 ]
 Size = Annotated[
     str, option(help='ratio: in the shape of the original; working: as the network made it; original: its own size.')
@@ -852,7 +857,7 @@ def inspect(
 def _not_itself(file: Path, to: Path) -> None:
     "Raises `UserError` if a file would be written over the one, or into the folder, that it is made from."
     inside = file.is_dir() and to.resolve().is_relative_to(file.resolve())
-    if inside and to.exists() or file.is_file() and to.exists() and to.samefile(file):
+    if to.exists() and (inside or file.is_file() and to.samefile(file)):
         raise UserError(f'{to}: is the file that is read; name another one to write')
 
 
@@ -1066,7 +1071,9 @@ def run(
         option('--seed', '-s', min=0, help='Seed of every draw.', show_default="the run file's, else 0"),
     ] = None,
     processes: Processes = 1,
-    list_only: Annotated[bool, option('--list', help='Only list the parameters; without an experiment, the experiments.')] = False,
+    list_only: Annotated[
+        bool, option('--list', help='Only list the parameters; without an experiment, the experiments.')
+    ] = False,
     replace: Replace = False,
 ):
     "Run one experiment notebook with papermill, strictly; finished work is reused and never overwritten."

@@ -424,7 +424,9 @@ def test_any_configuration_of_another_trainer_is_adopted_or_refused_in_a_sentenc
     for side in ('a', 'source'):
         (folder / side).mkdir(parents=True, exist_ok=True)
         Image.new('RGB', (8, 8)).save(folder / side / 'p.png')
-    monkeypatch.chdir(folder / 'a')  # the name '..' stays inside tmp_path, wherever it is looked for
+    (folder / 'away').mkdir(exist_ok=True)
+    Image.new('RGB', (8, 8)).save(folder / 'away' / 'q.png')
+    monkeypatch.chdir(folder / 'away')  # the names '.' and '..' stay inside tmp_path, wherever they are looked for
     if name == 'x.toml':
         told = {k: json.dumps(v) for k, v in values.items() if k in MUSUBI and isinstance(v, (str, int, float))}
         text = '[[datasets]]\n' + ''.join(f'{k} = {v}\n' for k, v in told.items())

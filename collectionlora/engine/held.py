@@ -21,7 +21,8 @@ def learning(
     """Bytes of everything that learns, on one card, by what it is for.
 
     student, fake, teacher: bytes of their weights in fp32; parts: processes over which the moments are spread; start:
-    bytes of the LoRA that shares the real score, folded: of the weights' copy while an adapter is folded in, 0: none."""
+    bytes of the LoRA that shares the real score, folded: of the weights' copy while an adapter is folded in; each 0
+    where there is none."""
     rows = {
         'student': student,
         'fake score': fake,

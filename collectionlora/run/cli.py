@@ -656,10 +656,12 @@ def _edit(opened_maker, paths, effects, out, sheet, seeds, strength, size) -> No
     pictures, strength = images_among(paths), results.checked_strength(strength)
     core.check_keys([size], SIZES, '--size: sizes of a result')
     results.check_places(paths, pictures, out, sheet)
-    sources, maker = [results.opened(p) for p in pictures], opened_maker()
-    _say(results.working_words(maker, sources, size), 'yellow')
-    results.check_results(results.asked(maker, pictures, effects, seeds, strength), pictures, out, sheet)
-    edits = results.edit_all(maker, pictures, effects, seeds, strength, size)
+    sources = dict(zip(results.names_of(pictures), [results.opened(p) for p in pictures]))  # before the base is loaded
+    maker = opened_maker()
+    _say(results.working_words(maker, list(sources.values()), size), 'yellow')
+    todo = results.asked(maker, sources, effects, seeds, strength)
+    results.check_results(todo, pictures, out, sheet)
+    edits = results.painted(maker, todo, size)
     for path in results.save_edits(edits, out):
         print(path)
     if sheet:

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Picture', 'Effect', 'SHEETS', 'opened', 'checked_seed', 'checked_strength', 'spread', 'chained', 'in_full', 'Edit',
-           'file_names', 'names_of', 'asked', 'edit_all', 'check_places', 'check_results', 'save_edits', 'sheet_of',
-           'working_words']
+           'file_names', 'names_of', 'asked', 'painted', 'edit_all', 'check_places', 'check_results', 'save_edits',
+           'sheet_of', 'working_words']
 
 # %% ../../nbs/use/results.ipynb #10832b65
 import os
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -130,44 +130,51 @@ class Edit:
         return f'{self.picture}-{effect}-{self.seed}{turned}.png'
 
 
-def file_names(edits: Sequence[Edit]) -> list[str]:
-    "Different file names for results: a name that is there already gets -2, -3 and so on."
+def _different(stems: Sequence[str]) -> list[str]:
+    "The names, where one that is there already gets -2, -3 and so on."
     names: list[str] = []
-    for e in edits:
-        stem = e.name.removesuffix('.png')
-        others = (f'{stem}-{m}.png' for m in range(2, len(edits) + 2))
-        names.append(next(name for name in (e.name, *others) if name not in names))
+    for stem in stems:
+        others = (f'{stem}-{m}' for m in range(2, len(stems) + 2))
+        names.append(next(name for name in (stem, *others) if name not in names))
     return names
+
+
+def file_names(edits: Sequence[Edit]) -> list[str]:
+    "Different file names for results, PNG files."
+    return [f'{name}.png' for name in _different([e.name.removesuffix('.png') for e in edits])]
 
 
 def names_of(pictures: Sequence[Picture]) -> list[str]:
     """Different names for pictures: of their files, without ending (a second cat is cat-2), or picture1, picture2.
 
     A name of over 120 bytes is cut there, for effects and seeds follow in the names of results."""
-    names: list[str] = []
+    stems = []
     for k, p in enumerate(pictures, 1):
         stem = Path(p).stem if isinstance(p, (str, Path)) else f'picture{k}'
         while len(os.fsencode(stem)) > 120:
             stem = stem[:-1]
-        others = (f'{stem}-{m}' for m in range(2, len(pictures) + 2))
-        names.append(next(name for name in (stem, *others) if name not in names))
-    return names
+        stems.append(stem)
+    return _different(stems)
 
 # %% ../../nbs/use/results.ipynb #f13759e1
 def asked(
-    maker, pictures: Sequence[Picture], effects: Sequence[str], seeds: Sequence[int], strength: float | None
+    maker, sources: Mapping[str, Image.Image], effects: Sequence[str], seeds: Sequence[int], strength: float | None
 ) -> list[Edit]:
-    "The results of `edit_all` before they are painted, without their images. Raises UserError for no picture."
-    if not pictures:
-        raise UserError('edit: no picture was given; give files, or a folder that holds pictures')
+    "The results of `edit_all` before they are painted, without their images; sources: opened pictures by their names."
     effects = list(dict.fromkeys(effects or maker.catalogue))
-    opened_ones = list(zip(names_of(pictures), [opened(p) for p in pictures]))
     return [
         Edit(name, effect, checked_seed(seed), strength, None, source)
-        for name, source in opened_ones
+        for name, source in sources.items()
         for effect in effects
         for seed in seeds
     ]
+
+
+def painted(maker, todo: Sequence[Edit], size: str = 'ratio', batch: int = 16) -> list[Edit]:
+    "What was `asked`, with its images; arguments and errors as of `edit_all`."
+    sources, ids, drawn = (list(part) for part in zip(*((e.source, e.effect, e.seed) for e in todo)))
+    made = maker.edit(sources, ids, drawn, todo[0].strength, batch, size=size)
+    return [replace(e, image=image) for e, image in zip(todo, made)]
 
 
 def edit_all(
@@ -183,10 +190,10 @@ def edit_all(
 
     maker: an opened collection or a `client.Server`. strength, size, batch: as in `Collection.edit`. Raises UserError
     for no picture, and as `Collection.edit` does."""
-    todo = asked(maker, pictures, effects, seeds, strength)
-    sources, ids, drawn = (list(part) for part in zip(*((e.source, e.effect, e.seed) for e in todo)))
-    made = maker.edit(sources, ids, drawn, strength, batch, size=size)
-    return [replace(e, image=image) for e, image in zip(todo, made)]
+    if not pictures:
+        raise UserError('edit: no picture was given; give files, or a folder that holds pictures')
+    sources = dict(zip(names_of(pictures), [opened(p) for p in pictures]))
+    return painted(maker, asked(maker, sources, effects, seeds, strength), size, batch)
 
 # %% ../../nbs/use/results.ipynb #fd628218
 SHEETS = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG'}  # endings of a sheet, and the formats that they mean

@@ -6,8 +6,8 @@
 __all__ = ['LARGE_FILE', 'SETTLED', 'DECIMAL', 'FLOAT', 'DISPUTED', 'OTHERWISE', 'UNFOLDED', 'PACKAGES', 'UserError', 'RunFailed',
            'OutOfMemory', 'out_of_memory', 'short_of_memory', 'nearest', 'check_keys', 'refusal', 'in_checkout',
            'repo_root', 'data_dir', 'nano_dir', 'collection_dir', 'notebooks_dir', 'results_dir', 'plain',
-           'sha256_json', 'sealed', 'is_sealed', 'sha256_file', 'sha256_folder', 'seed_of', 'rng', 'wilson',
-           'replacing', 'folder_lock', 'save_state', 'load_state', 'Later', 'kept_hint', 'read_text', 'pack',
+           'sha256_json', 'sealed', 'is_sealed', 'sha256_file', 'sha256_folder', 'seed_of', 'rng', 'checked_seed',
+           'wilson', 'replacing', 'folder_lock', 'save_state', 'load_state', 'Later', 'kept_hint', 'read_text', 'pack',
            'unpacked', 'text_lines', 'json_object', 'yaml_text', 'parse_yaml', 'read_yaml', 'write_yaml', 'read_json',
            'read_object', 'write_json', 'laplacian', 'bar', 'versions', 'hardware', 'command', 'run_info', 'is_run',
            'read_run', 'save_run']
@@ -29,6 +29,7 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,13 @@ def seed_of(*parts) -> int:
 def rng(*parts) -> np.random.Generator:
     "A numpy generator seeded by `seed_of(*parts)`."
     return np.random.default_rng(seed_of(*parts))
+
+
+def checked_seed(seed, where) -> int:
+    "A whole number from 0, as an int. Raises UserError, which names `where`, for anything else."
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
+        raise UserError(f'{where}: seed is {seed!r}; give a whole number from 0')
+    return int(seed)
 
 # %% ../nbs/run/core.ipynb #b79a9b9c
 def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:

@@ -231,7 +231,7 @@ def test_a_notebook_may_hold_the_lock_of_its_own_folder_but_a_second_run_may_not
     [
         ('n: 4\nlr: 1e-3\n', ["unknown key 'lr'"]),
         ('n: 4\nn: 5\n', ["'n' is given twice"]),
-        ('seed: -1\n', ["'seed'"]),
+        ('seed: -1\n', ['seed is -1', 'whole number']),
         ('run: long\n', ["'run'", "'short'"]),
         ('- n\n', ['key: value']),
         ('n: [\n', ['not valid YAML']),

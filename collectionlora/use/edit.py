@@ -25,7 +25,6 @@ from ..files.merging import merge
 from ..flow import few_step_times
 from collectionlora.use.results import (  # noqa: F401
     chained,
-    checked_seed,
     checked_strength,
     Edit,
     edit_all,

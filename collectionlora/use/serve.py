@@ -27,11 +27,20 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import collectionlora
-from ..core import check_keys, folder_lock, read_json, replacing, sha256_json, UserError, write_json
+from collectionlora.core import (
+    check_keys,
+    checked_seed,
+    folder_lock,
+    read_json,
+    replacing,
+    sha256_json,
+    UserError,
+    write_json,
+)
 from ..files.card import printable
 from ..files.effects import to_rgb
 from ..files.header import read_header
-from .edit import checked_seed, checked_strength, Collection
+from .edit import checked_strength, Collection
 from .sheet import fitted, SIZES
 
 log = logging.getLogger('collectionlora')
@@ -76,7 +85,7 @@ def check_order(collection: Collection, order: Order, limits: Limits = Limits())
     collection.prompt(order.effect)
     if len(order.effect.split('+')) > 4:
         raise UserError('effect: chains more than four effects; give four or fewer')
-    checked_seed(order.seed)
+    checked_seed(order.seed, 'edit')
     checked_strength(order.strength)
     check_keys([order.size], SIZES, 'size')
     collection.recipe.in_steps(order.steps).at(collection.base, collection.base.grid(order.image))

@@ -2,6 +2,7 @@
 #   make demo                 many effect LoRAs -> one few-step LoRA, on the embedded nano base
 #   make demo BUDGET=full     the headline run: eight effects;  PROCESSES=1 does it on one core (default: two where there are)
 #   make test                 proves that it works;  make test-all adds what takes long
+#   make docs                 these notebooks as a site with search, _docs/index.html
 # PYTHON=... chooses the interpreter; KEEP_TORCH=1 keeps the torch it has; EXTRAS=dev,eval installs more.
 SHELL := bash
 BUDGET ?= demo
@@ -16,7 +17,7 @@ export PYTHON KEEP_TORCH EXTRAS
 .PHONY: help install demo test test-all export-check lint notebooks pytest readme docs rebase export clean
 
 help:
-	@sed -n '2,5p' Makefile
+	@sed -n '2,6p' Makefile
 
 install:
 	@bash tools/install.sh

@@ -624,9 +624,10 @@ def hardware() -> dict:
 
 # %% ../nbs/run/core.ipynb #27984901
 def _typed(words) -> str:
-    "A command line as one would type it in the checkout or in the current directory, without machine paths."
-    for folder in (repo_root(), Path.cwd()):
-        words = [w.replace(f'{folder}/', '') for w in words]
+    "A command line as one would type it again in the current directory, without machine paths."
+    root, here = repo_root(), Path.cwd()
+    way = '' if here == root else f'{os.path.relpath(root, here)}/'
+    words = [w.replace(f'{here}/', '').replace(f'{root}/', way) for w in words]
     return shlex.join([Path(words[0]).name, *words[1:]])
 
 

@@ -147,3 +147,9 @@ def test_the_cards_snippet_runs_as_it_stands(tmp_path):
     assert card.count('# needs: ') == 1 and 'pip install torchvision' in card  # which the package does not bring
     made = Image.open(tmp_path / 'output.png')
     assert made.size == (64, 64) and made.convert('RGB').tobytes() != drawn.tobytes()
+
+
+def test_code_is_not_searched(rooms):
+    page = '<p>words</p><div class="jp-CodeMirrorEditor jp-Editor"><pre>x = 1</pre></div>'
+    said = rooms['on_page_content'](page, None, None, None)
+    assert said.count('data-search-exclude') == 1 and said.startswith('<p>words</p><div data-search-exclude')

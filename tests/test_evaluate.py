@@ -167,5 +167,5 @@ def test_without_ground_truth_it_says_so(base, files, tmp_path):
         lines[0]['n'] == 2 and 0 < lines[0]['ceiling'] and 0 < lines[0]['floor'] and 'cannot be computed' in V.NO_ORACLE
     )
     columns, pictures = V.read_pictures(V.save_pictures(tmp_path / 'pictures', items, made, 1))
-    assert columns == ['source', 'ours, 2 steps'] and len(pictures) == 2
+    assert columns == ['source', 'target', 'ours, 2 steps'] and len(pictures) == 3
     free(base)

@@ -132,7 +132,7 @@ def test_budget_words_follow_the_settings():
         and 'demonstration' in short
     )
     assert (
-        full.startswith('A full budget run')
+        full.startswith('A run with the full number of generator steps')
         and '400 samples per effect' in full
         and '3 training seeds' in full
         and 'demonstration' not in full
@@ -298,7 +298,7 @@ def test_a_page_without_an_oracle_begins_with_distances(everything, tmp_path):
     page = R.render(tmp_path / 'r.html', **given)
     assert 'nearer to the effect than the unedited pictures, for 1 of 2 effects.' in page
     one = R.render(tmp_path / 'one.html', **{**given, 'effects': {'hat': EFFECTS['hat']}})
-    assert 'for 1 of 1 effects.' in one and one.count('<td>rain') == 0 and one.count('<img') == 3
+    assert 'for 1 of 1 effect.' in one and one.count('<td>rain') == 0 and one.count('<img') == 3
     silent = [{**d, 'ceiling': 2.0} for d in lines]
     assert 'class="verdict"' not in R.render(tmp_path / 's.html', **{**given, 'distances': silent})
 

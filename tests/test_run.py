@@ -444,7 +444,8 @@ def test_papermill_alone_runs_an_experiment_and_the_notebook_refuses_what_it_doe
     assert record['status'] == 'finished' and record['run']['parameters']['pairs'] == 2
     command = record['meta']['command']
     assert command.startswith('papermill ') and command.endswith('-p effects 1 -p pairs 2 -p general 2')
-    assert str(core.repo_root()) not in command and 'nbs/experiments/effects.ipynb' in command
+    read = Path(next(w for w in command.split() if w.endswith('.ipynb')))
+    assert not read.is_absolute() and (tmp_path / read).samefile(path)  # so that it can be repeated there
     wrong = bare(path, 'wrong.ipynb', *given[:2], 'other', '-p', 'effcts', 1, cwd=tmp_path)
     assert wrong.returncode and "unknown key 'effcts'; did you mean 'effects'?" in wrong.stderr
     assert not (tmp_path / 'other').exists()
@@ -553,3 +554,13 @@ def test_a_key_counts_every_module_that_an_import_loads():
     }
     counted = set(modules_of('import collectionlora.engine.loop'))
     assert len(loaded) > 20 and not loaded - counted
+
+
+def test_a_command_can_be_repeated_where_it_was_typed(tmp_path, monkeypatch):
+    notebook = core.notebooks_dir() / 'teacher.ipynb'
+    monkeypatch.delenv('COLLECTIONLORA_COMMAND', raising=False)
+    monkeypatch.setattr('sys.argv', ['/usr/bin/papermill', str(notebook), str(tmp_path / 'made.ipynb')])
+    for place in (tmp_path, core.repo_root()):
+        monkeypatch.chdir(place)
+        program, read, _ = core.command().split()
+        assert program == 'papermill' and not Path(read).is_absolute() and Path(read).samefile(notebook)

@@ -164,6 +164,11 @@ def on_config(config):
     return config
 
 
+def on_page_content(html: str, page, config, files) -> str:
+    "The search finds what pages say and the names of the reference; code would fill its list of results."
+    return html.replace('<div class="jp-CodeMirrorEditor', '<div data-search-exclude class="jp-CodeMirrorEditor')
+
+
 def on_post_page(output: str, page, config) -> str:
     "Formulas are set by the copy of MathJax in the site, no script of elsewhere is asked, headings have an id each."
     up = '../' * page.url.count('/')

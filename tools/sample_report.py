@@ -34,10 +34,13 @@ def cut_out(demo: Path, index: Path) -> None:
     judged = [m for m in dict.fromkeys(r.method for r in rows) if m not in (*REFERENCES, ENCODED)]
     columns, pictures = ['source', 'target', *judged], []
     index.parent.mkdir()
-    with Image.open(demo / 'pictures.jpg') as sheet:
-        if sheet.width != LEFT + len(columns) * (CELL + GAP):
-            raise SystemExit(f'{sheet.filename}: {sheet.width} pixels wide, which is not {len(columns)} columns')
-        subjects = (sheet.height - TOP) // (CELL + GAP) // len(effects)
+    with Image.open(demo / 'pictures.jpg') as kept:  # perhaps smaller than it was drawn
+        wide = LEFT + len(columns) * (CELL + GAP)
+        sheet = kept.resize((wide, round(kept.height * wide / kept.width)), Image.Resampling.BICUBIC)
+        rows_shown = (sheet.height - TOP) / (CELL + GAP)
+        subjects = round(rows_shown) // len(effects)
+        if abs(rows_shown - subjects * len(effects)) > 0.05:
+            raise SystemExit(f'{kept.filename}: {kept.size} pixels are not {len(columns)} columns of {len(effects)} effects')
         for e, effect in enumerate(effects):
             image = next(r.image for r in rows if r.effect == effect)
             for c, column in enumerate(columns):

@@ -269,19 +269,19 @@ NO_ORACLE = (
 def user_items(
     effects: Sequence[EffectSet], pictures: Sequence[str | Path] = (), images: int = 0, seeds: int = 1
 ) -> list[Item]:
-    """Items on a user's new pictures, or, where there are none, on the effects' own sources.
+    """Items on a user's new pictures, or, where there are none, on the effects' own sources with their targets.
 
     images: how many pictures of an effect, 0 = all; seeds: noises per picture."""
 
-    def some(paths):
-        return list(paths)[: images or None]
+    def pairs(e):
+        alone = pictures or not e.targets
+        return list(zip(pictures or e.sources, [None] * len(pictures or e.sources) if alone else e.targets))
 
-    return [
-        Item(e.id, e.category, Path(p).stem, k, np.asarray(load_image(p)))
-        for e in effects
-        for p in some(pictures or e.sources)
-        for k in range(seeds)
-    ]
+    def item(e, source, target, k):
+        picture, truth = np.asarray(load_image(source)), target and np.asarray(load_image(target))
+        return Item(e.id, e.category, Path(source).stem, k, picture, truth=truth)
+
+    return [item(e, *pair, k) for e in effects for pair in pairs(e)[: images or None] for k in range(seeds)]
 
 # %% ../../nbs/judge/evaluate.ipynb #5f2d0e32
 def _others(effect: EffectSet, targets: np.ndarray, stem: str) -> np.ndarray:

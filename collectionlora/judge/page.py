@@ -52,12 +52,15 @@ PARTS = """
 
 # %% ../../nbs/judge/page.ipynb #5f2d1908
 TABLES = """
-.scroll{overflow-x:auto;-webkit-overflow-scrolling:touch;margin:.6rem 0}
+.scroll{overflow-x:auto;-webkit-overflow-scrolling:touch;margin:.6rem 0;scrollbar-width:thin}
+.scroll::-webkit-scrollbar{height:9px}
+.scroll::-webkit-scrollbar-thumb{background:var(--soft);border-radius:5px}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 .main{min-width:920px;width:100%;background:var(--card);border:1px solid var(--line)}
 .main.small{min-width:0;width:auto}
 .main th,.main td{padding:.5rem .7rem;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}
-.main th:first-child,.main td:first-child{text-align:left}
+.main th:first-child,.main td:first-child{text-align:left;position:sticky;left:0;background:var(--card)}
+.main tr.own td:first-child{box-shadow:inset 4px 0 rgb(var(--accent)/.7)}
 .main thead th{font-weight:600;color:var(--soft);font-size:.86rem}
 .main small{display:block;white-space:nowrap}
 .main .w{white-space:nowrap}
@@ -139,9 +142,9 @@ if not l.reference %}<div class="tile{{ ' own' if l.method == own }}">
 <small>{{ l.method }}</small><b>{{ l.bcr.value }}</b><small>bad cases [{{ l.bcr.interval }}], n = {{ l.n }}<br>
 {{ l.nfe }} evaluations per image</small></div>{% endfor %}</div>
 {% if comparisons %}<div class="scroll"><table class="main small"><thead><tr><th>{{ own }} against
-<th>bad cases, points<th>95 % interval<th>in words</thead>
-<tbody>{% for c in comparisons %}<tr><td>{{ c.other }}<td>{{ c.difference }}<td
-class="w">{{ c.interval }}<td>{{ c.said }}{% endfor %}</tbody></table></div>
+<th>in words<th>bad cases, points<th>95 % interval</thead>
+<tbody>{% for c in comparisons %}<tr><td>{{ c.other }}<td>{{ c.said }}<td>{{ c.difference }}<td
+class="w">{{ c.interval }}{% endfor %}</tbody></table></div>
 <details><summary>Each comparison with its test</summary><ul>{% for v in verdicts %}<li><p>{{ v }}</p></li>
 {% endfor %}</ul></details>{% endif %}</section>
 <section><h2>The table</h2><p>Bad cases and subject score come from one decision about each picture:
@@ -176,7 +179,8 @@ MATRICES = """
 """
 DISTANCES = """
 {% if no_oracle %}<section><h2>How near to the effect's own pictures?</h2><p>{{ no_oracle }}</p>
-<div class="scroll"><table class="main"><thead><tr><th>method<th>effect<th>distance<th>source (floor)
+<div class="scroll"><table class="main small"><thead><tr><th>method<th>effect<th>distance
+<th>source (floor)
 <th>targets (ceiling)<th>n<th>evaluations<th>per image</tr></thead>
 {% for d in distances %}<tr class="{{ 'own' if d.method == own }}"><td>{{ d.method }}<td>{{ d.effect }}
 <td>{{ '–' if d.distance is none else '%.3f' % d.distance }}<td>{{ '%.3f' % d.floor }}<td>{{ '%.3f' % d.ceiling }}
@@ -186,7 +190,8 @@ DISTANCES = """
 
 # %% ../../nbs/judge/page.ipynb #5f2d1915
 REST = """
-{% if charts %}<section><h2>Training</h2>{% for c in charts %}<h3>{{ c.name }}</h3><div class="charts">
+{% if charts %}<section><h2>Training</h2><p>The horizontal axes count training steps.</p>
+{% for c in charts %}<h3>{{ c.name }}</h3><div class="charts">
 {% for s in c.svgs %}<figure>{{ s|safe }}</figure>{% endfor %}</div>{% endfor %}</section>{% endif %}
 {% if costs %}<section><h2>What it cost</h2><div class="scroll"><table class="main small"><thead><tr><th>job<th>time
 <th>hardware</tr></thead>{% for c in costs %}<tr><td>{{ c.name }}<td>{{ c.seconds }}<td>{{ c.hardware }}</tr>

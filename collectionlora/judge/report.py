@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLOSE', 'PAPER_STEPS', 'image_uri', 'show_bytes', 'show_seconds', 'main_table', 'effect_table', 'teachers_among',
-           'standing', 'headline', 'budget_words', 'budget_of', 'name_of', 'verdict', 'comparison', 'confusion_table',
-           'provenance', 'costs_of', 'gallery', 'asked_rows', 'measured', 'unmeasured', 'render']
+           'standing', 'headline', 'budget_words', 'distilled_in', 'budget_of', 'name_of', 'verdict', 'comparison',
+           'confusion_table', 'provenance', 'costs_of', 'gallery', 'asked_rows', 'measured', 'unmeasured', 'render']
 
 # %% ../../nbs/judge/report.ipynb #5f2d1a03
 import base64
@@ -170,33 +170,40 @@ def budget_words(
     full_steps: int | None = None,
     matched: int = 0,
 ) -> str:
-    """One sentence on the training budget; 'short' below `full_steps`, the headline run of this repository.
+    """What was spent on training, and how much the numbers can carry; 'short' below `full_steps`.
 
-    full_steps None: the paper's steps; p_switch: share of steps that train an effect; teacher_steps 0: left out;
-    matched: steps of flow matching from which the student started."""
-    full = full_steps or PAPER_STEPS
+    effects: in the collection; full_steps: of this repository's long budget, None: the paper's; p_switch: share of
+    steps that train an effect; teacher_steps 0: left out; matched: steps of flow matching from which the student
+    started."""
+    full, share = full_steps or PAPER_STEPS, steps / PAPER_STEPS
     samples = steps * batch * p_switch / effects
-    name = 'A short budget run' if steps < full else 'A full budget run'
+    counted = lambda n, what: f'{n} {what}' + 's' * (n != 1)
+    name = 'A short budget run' if steps < full else 'A run with the full number of generator steps'
     taught = [f'{teacher_steps:,} steps for each teacher'] if teacher_steps else []
     begun = [f'{matched:,} steps of flow matching on the pairs of all effects'] if matched else []
     before = ', '.join([*taught, *begun]) + (' and ' if taught or begun else '')
     said = (
-        f'{name}: {effects} effects, {before}{steps:,} generator steps of batch {batch}, '
-        f'which is about {samples:,.0f} samples per effect and {steps / PAPER_STEPS:.0%} of the {PAPER_STEPS:,} '
-        f'generator steps in the paper, with {seeds} training seed{"s" * (seeds > 1)}.'
+        f'{name}: {counted(effects, "effect")}, {before}{steps:,} generator steps of batch {batch}, '
+        f'which is about {samples:,.0f} samples per effect and {"under 1%" if share < 0.01 else f"{share:.0%}"} of the '
+        f'{PAPER_STEPS:,} generator steps in the paper, with {counted(seeds, "training seed")}.'
     )
     if steps < full:
-        said += f' The full budget is {full:,} generator steps, '
-        said += 'so read the numbers below as a demonstration, not as a result.'
+        said += f' The full budget is {full:,} generator steps.'
+    if steps < full or seeds == 1:
+        said += ' Read the numbers below as a demonstration, not as a result.'
     return said
 
 # %% ../../nbs/judge/report.ipynb #5f2d1a23
-def budget_of(records: Mapping[str, Mapping], effects: int, seeds: int = 1, full_steps: int | None = None) -> str:
+def distilled_in(records: Mapping[str, Mapping]) -> Mapping | None:
+    "The record of the distillation, which is the one that counted `steps_per_effect`; None if it was not given."
+    return next((r for r in records.values() if r['metrics'].get('steps_per_effect')), None)
+
+
+def budget_of(records: Mapping[str, Mapping], seeds: int = 1, full_steps: int | None = None) -> str:
     """`budget_words` from run records named 'experiment/run'.
 
-    The distillation is the record that counted `steps_per_effect`, its start the run that `init` names; records of one
-    `effect` are teachers'."""
-    main = next((r for r in records.values() if r['metrics'].get('steps_per_effect')), None)
+    The distillation's start is the run that `init` names; records of one `effect` are teachers'."""
+    main = distilled_in(records)
     if main is None:
         return (
             'The record of the distillation was not given, '
@@ -204,12 +211,13 @@ def budget_of(records: Mapping[str, Mapping], effects: int, seeds: int = 1, full
         )
     p = main['run']['parameters']
     routes = (p.get('settings') or {}).get('routes', 1)  # each has its share of the batch
-    share = sum(main['metrics']['steps_per_effect'].values()) / (p['steps'] * routes)
+    steps_of = main['metrics']['steps_per_effect']
+    share = sum(steps_of.values()) / (p['steps'] * routes)
     others = {n: r['run']['parameters'] for n, r in records.items() if r is not main}
     taught = [q['steps'] for n, q in others.items() if q.get('effect') or n.startswith('teacher/')]
     start = f'/{Path(p.get("init") or ".").stem}'
     matched = next((q['steps'] for n, q in others.items() if n.endswith(start)), 0)
-    return budget_words(effects, p['steps'], p['batch'], share, max(taught, default=0), seeds, full_steps, matched)
+    return budget_words(len(steps_of), p['steps'], p['batch'], share, max(taught, default=0), seeds, full_steps, matched)
 
 
 def name_of(record: Mapping, path: str | Path) -> str:
@@ -367,7 +375,7 @@ def unmeasured(distances: Sequence[Mapping], own: str) -> dict:
     mine = [d for d in distances if d['method'] == own and d['distance'] is not None]
     told = [d for d in mine if d['ceiling'] < d['floor']]
     near = sum(d['distance'] < d['floor'] for d in told)
-    said = f'The outputs are nearer to the effect than the unedited pictures, for {near} of {len(told)} effects.'
+    said = f'The outputs are nearer to the effect than the unedited pictures, for {near} of {len(told)} effect{"s" * (len(told) != 1)}.'
     nothing = dict(lines=[], verdicts=[], comparisons=[], contestants=[], how='', per_effect=[], heats=[])
     nothing |= dict(paper=[], paper_titles=[], paper_note='', paper_tests={})
     basis = 'No oracle knows these effects, so this is a distance and no judgement.'

@@ -46,9 +46,12 @@ def records_in(folder=None) -> dict[str, dict]:
 
 
 def record_file(name) -> Path:
-    "The record that a name means: a .json file, or one that `records_in` gives. `UserError` if there is none."
+    """The record that a name means: a .json file, or one that `records_in` gives, here or below results/.
+
+    Raises `UserError` if there is none."""
     inside = Path(name) / f'{Path(name).name}.json'  # of a sweep
-    for path in (Path(name), Path(f'{name}.json'), results_dir() / f'{name}.json', inside, results_dir() / inside):
+    roots = ('', 'results', results_dir())
+    for path in (Path(name), *(Path(root) / file for root in roots for file in (f'{name}.json', inside))):
         if path.is_file():
             if not is_record(path):
                 raise UserError(f'{path}: is no record of a run; name one of `collectionlora runs list`')

@@ -39,6 +39,7 @@ SHORT = {  # experiment -> parameters, or the name of a run file
     'sizes': 'effects_20',
     'strengths': 'effects_20',
     'table_1': 'effects_20',
+    'table_3': 'effects_8',
     'teacher': dict(steps=150, batch=8, lr=0.01, sample_steps=8, guidance=1.0),
     'weights': 'effects_20',
 }

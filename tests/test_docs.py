@@ -150,6 +150,8 @@ def test_the_cards_snippet_runs_as_it_stands(tmp_path):
 
 
 def test_code_is_not_searched(rooms):
-    page = '<p>words</p><div class="jp-CodeMirrorEditor jp-Editor"><pre>x = 1</pre></div>'
-    said = rooms['on_page_content'](page, None, None, None)
-    assert said.count('data-search-exclude') == 1 and said.startswith('<p>words</p><div data-search-exclude')
+    code = '<div class="highlight-ipynb hl-python"><pre><span>x</span></pre></div>'
+    copied = '<clipboard-copy for="a"><div></div></clipboard-copy><div class="clipboard-copy-txt" id="a">x</div>'
+    said = rooms['on_page_content'](f'<p>words</p><div>{copied}{code}</div>', None, None, None)
+    assert said.count('data-search-exclude') == 3 and said.startswith('<p>words</p><div><clipboard-copy data-search')
+    assert '<pre data-search-exclude><span>' in said and '<div data-search-exclude class="clipboard-copy-txt"' in said

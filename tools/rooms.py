@@ -165,8 +165,11 @@ def on_config(config):
 
 
 def on_page_content(html: str, page, config, files) -> str:
-    "The search finds what pages say and the names of the reference; code would fill its list of results."
-    return html.replace('<div class="jp-CodeMirrorEditor', '<div data-search-exclude class="jp-CodeMirrorEditor')
+    """The search finds what pages say and the names of the reference; code would fill its list of results. It leaves
+    out what is marked, up to the first end of a tag of the same name, so innermost tags are marked."""
+    for tag, rest in (('clipboard-copy', ' '), ('div', ' class="clipboard-copy-txt"')):
+        html = html.replace(f'<{tag}{rest}', f'<{tag} data-search-exclude{rest}')
+    return re.sub(r'(<div class="highlight-ipynb [^>]*><pre)>', r'\1 data-search-exclude>', html)
 
 
 def on_post_page(output: str, page, config) -> str:

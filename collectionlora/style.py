@@ -135,7 +135,8 @@ def keep_table(lines: list[str], name: str, folder=None) -> bool:
     return True
 
 # %% ../nbs/run/style.ipynb #80aa83e4
-REAL_RUNS = ('full', 'effects_20', 'effects_10_20', 'effects_8', 'demo')  # names of the runs that a page can show, the longest first
+# names of the runs that a page can show, the longest first
+REAL_RUNS = ('full', 'effects_20', 'effects_10_20', 'effects_8', 'demo')
 LONGEST_FIRST = (*REAL_RUNS, 'smoke')
 
 

@@ -445,6 +445,7 @@ def test_papermill_alone_runs_an_experiment_and_the_notebook_refuses_what_it_doe
     command = record['meta']['command']
     assert command.startswith('papermill ') and command.endswith('-p effects 1 -p pairs 2 -p general 2')
     read = Path(next(w for w in command.split() if w.endswith('.ipynb')))
+    assert 'nbs/experiments/effects.ipynb' in command
     assert not read.is_absolute() and (tmp_path / read).samefile(path)  # so that it can be repeated there
     wrong = bare(path, 'wrong.ipynb', *given[:2], 'other', '-p', 'effcts', 1, cwd=tmp_path)
     assert wrong.returncode and "unknown key 'effcts'; did you mean 'effects'?" in wrong.stderr

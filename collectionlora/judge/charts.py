@@ -163,8 +163,8 @@ def charts_of(records: Mapping[str, Mapping]) -> list[dict]:
         experiment, _, run = name.partition('/')
         charts = blocks.setdefault(experiment, {})
         for metric, points in lists(r['metrics']).items():
-            drawn = _over_steps(points, r) if metric == 'loss' else points
-            charts.setdefault(WORDS.get(metric, metric), {})[run or metric] = drawn
+            placed = _over_steps(points, r) if metric == 'loss' else points
+            charts.setdefault(WORDS.get(metric, metric), {})[run or metric] = placed
         for chart, series in curves(r['metrics'].get('history') or []).items():
             title = WORDS.get(chart, chart)
             named = {WORDS.get(s, s.replace('_', ' ')): points for s, points in series.items()}

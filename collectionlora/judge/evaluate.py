@@ -274,8 +274,9 @@ def user_items(
     images: how many pictures of an effect, 0 = all; seeds: noises per picture."""
 
     def pairs(e):
-        alone = pictures or not e.targets
-        return list(zip(pictures or e.sources, [None] * len(pictures or e.sources) if alone else e.targets))
+        if pictures or not e.targets:
+            return [(p, None) for p in pictures or e.sources]
+        return list(zip(e.sources, e.targets))
 
     def item(e, source, target, k):
         picture, truth = np.asarray(load_image(source)), target and np.asarray(load_image(target))

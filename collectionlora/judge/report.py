@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLOSE', 'PAPER_STEPS', 'image_uri', 'show_bytes', 'show_seconds', 'main_table', 'effect_table', 'teachers_among',
-           'standing', 'headline', 'budget_words', 'distilled_in', 'budget_of', 'name_of', 'verdict', 'comparison',
-           'confusion_table', 'provenance', 'costs_of', 'gallery', 'asked_rows', 'measured', 'unmeasured', 'render']
+           'standing', 'headline', 'counted', 'budget_words', 'distilled_in', 'budget_of', 'name_of', 'verdict',
+           'comparison', 'confusion_table', 'provenance', 'costs_of', 'gallery', 'asked_rows', 'measured', 'unmeasured',
+           'render']
 
 # %% ../../nbs/judge/report.ipynb #5f2d1a03
 import base64
@@ -160,6 +161,11 @@ def headline(rows: Sequence[Row], own: str, seed: int = 0) -> tuple[str, str]:
 PAPER_STEPS = 5000  # generator steps of the paper's 50-effect run
 
 
+def counted(n: int, what: str) -> str:
+    "'1 effect', '2 effects'."
+    return f'{n} {what}' + 's' * (n != 1)
+
+
 def budget_words(
     effects: int,
     steps: int,
@@ -177,7 +183,6 @@ def budget_words(
     started."""
     full, share = full_steps or PAPER_STEPS, steps / PAPER_STEPS
     samples = steps * batch * p_switch / effects
-    counted = lambda n, what: f'{n} {what}' + 's' * (n != 1)
     name = 'A short budget run' if steps < full else 'A run with the full number of generator steps'
     taught = [f'{teacher_steps:,} steps for each teacher'] if teacher_steps else []
     begun = [f'{matched:,} steps of flow matching on the pairs of all effects'] if matched else []
@@ -217,7 +222,8 @@ def budget_of(records: Mapping[str, Mapping], seeds: int = 1, full_steps: int | 
     taught = [q['steps'] for n, q in others.items() if q.get('effect') or n.startswith('teacher/')]
     start = f'/{Path(p.get("init") or ".").stem}'
     matched = next((q['steps'] for n, q in others.items() if n.endswith(start)), 0)
-    return budget_words(len(steps_of), p['steps'], p['batch'], share, max(taught, default=0), seeds, full_steps, matched)
+    spent = len(steps_of), p['steps'], p['batch'], share, max(taught, default=0)
+    return budget_words(*spent, seeds, full_steps, matched)
 
 
 def name_of(record: Mapping, path: str | Path) -> str:
@@ -375,7 +381,8 @@ def unmeasured(distances: Sequence[Mapping], own: str) -> dict:
     mine = [d for d in distances if d['method'] == own and d['distance'] is not None]
     told = [d for d in mine if d['ceiling'] < d['floor']]
     near = sum(d['distance'] < d['floor'] for d in told)
-    said = f'The outputs are nearer to the effect than the unedited pictures, for {near} of {len(told)} effect{"s" * (len(told) != 1)}.'
+    share = f'{near} of {counted(len(told), "effect")}'
+    said = f'The outputs are nearer to the effect than the unedited pictures, for {share}.'
     nothing = dict(lines=[], verdicts=[], comparisons=[], contestants=[], how='', per_effect=[], heats=[])
     nothing |= dict(paper=[], paper_titles=[], paper_note='', paper_tests={})
     basis = 'No oracle knows these effects, so this is a distance and no judgement.'

@@ -97,7 +97,8 @@ def in_full(image, effect, seed, strength, size: str) -> tuple[list, list, list,
     full = spread(pictures=image, effects=effect, seeds=seed, strengths=strength)
     once = {id(p): opened(p) for p in {id(p): p for p in full['pictures']}.values()}
     pictures = [once[id(p)] for p in full['pictures']]
-    seeds, strengths = [checked_seed(s, 'edit') for s in full['seeds']], [checked_strength(s) for s in full['strengths']]
+    seeds = [checked_seed(s, 'edit') for s in full['seeds']]
+    strengths = [checked_strength(s) for s in full['strengths']]
     several = isinstance(effect, list) or any(isinstance(v, (list, tuple)) for v in (image, seed, strength))
     return pictures, full['effects'], seeds, strengths, several
 
